@@ -1,0 +1,436 @@
+"""A run's configuration: typed dataclasses <- YAML <- `key=value` overrides.
+
+The defaults are the reference run (GPT-2 small sizes and hyperparameters), so a file in `configs/` holds only what
+differs. Sizes that another file knows (layers, width, rows) are never configured: they come from the store's index.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+from clt.errors import UserError
+
+StorageDtype = Literal["float16", "bfloat16", "float32"]
+
+
+@dataclass
+class RunConfig:
+    """Where the run lies, and the seed of everything random in it."""
+
+    dir: str = "runs/default"
+    """Directory that receives the resolved config, metrics, checkpoints, summary and report."""
+    seed: int = 0
+    """Seed of the initial weights and of the order in which rows are read."""
+
+
+@dataclass
+class LMConfig:
+    """The language model being explained."""
+
+    model: str = "embedded"
+    """`embedded`, a hub id, a local directory, a .gguf file, or `package:NAME/FILE.gguf` inside an installed package."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); null takes the default branch."""
+    dtype: StorageDtype = "float32"
+    """Dtype the language model computes in."""
+    layers: list[int] | None = None
+    """Layers to explain, in ascending order; null takes all of them."""
+    input_site: str | None = None
+    """Module whose *input* is the residual stream before the MLP, e.g. `transformer.h.{layer}.ln_2`; null detects it."""
+    output_site: str | None = None
+    """Module whose *output* is added to the residual, e.g. `transformer.h.{layer}.mlp`; null detects it."""
+    context: int = 1024
+    """Tokens per window of text, the special token at its start included."""
+    batch_windows: int = 8
+    """Windows per forward pass of the language model."""
+
+
+@dataclass
+class TextConfig:
+    """The text whose activations are extracted, and the text kept apart from it for evaluation."""
+
+    source: str = "embedded"
+    """`embedded`, a .txt/.jsonl file (also .gz) or a directory of them, or a hub dataset id (streamed)."""
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset that training text is taken from."""
+    field: str = "text"
+    """Field of a .jsonl record or dataset row that holds the text."""
+    heldout: str | None = None
+    """Held-out text: a path, or the name of another split of the hub dataset; null takes the source's first documents."""
+    heldout_documents: int = 1000
+    """How many of the source's first documents are held out (and skipped in training) when `heldout` is null."""
+
+
+@dataclass
+class DataConfig:
+    """Activations at rest and how they are read."""
+
+    store: str = "stores/default"
+    """Directory of the activation stores: `train/` and `heldout/` below it."""
+    train_tokens: int = 10_000_000
+    """Rows (tokens) to extract for training."""
+    heldout_tokens: int = 100_000
+    """Rows (tokens) to extract from held-out text."""
+    dtype: StorageDtype = "float16"
+    """Dtype of the stored activations."""
+    shard_rows: int = 32_768
+    """Rows in a shard file."""
+    open_shards: int = 8
+    """Shards filled at once: rows are shuffled over all of them, and an interrupted extraction repeats at most these."""
+    block_rows: int = 64
+    """Contiguous rows read at once; a batch is made of blocks from random places of the store."""
+    seed: int = 0
+    """Seed of the shuffle that the store is written in."""
+    prefetch: int = 4
+    """Batches that the background reader keeps ready."""
+
+
+@dataclass
+class CLTConfig:
+    """The cross-layer transcoder."""
+
+    d_features: int = 6144
+    """Features per layer (F)."""
+    activation: Literal["jumprelu", "relu"] = "jumprelu"
+    """The features' activation function."""
+    cross_layer: bool = True
+    """Let a feature write to its own and all later layers; false makes one transcoder per layer."""
+    threshold: float = 0.03
+    """Initial JumpReLU threshold, in normalised pre-activation units."""
+    bandwidth: float = 1.0
+    """Width of the rectangle of JumpReLU's straight-through gradient."""
+    straight_through_pre: bool = False
+    """Send the straight-through gradient to the pre-activation as well (Anthropic, January 2025)."""
+    normalization: Literal["layer", "dim", "token", "none"] = "layer"
+    """Statistics that inputs and targets are normalised by; `token` is by each input vector's own mean and sd."""
+
+
+@dataclass
+class LossConfig:
+    """The objective: MSE + sparsity + pre-activation loss."""
+
+    sparsity: float = 2e-4
+    """Coefficient lambda of the tanh sparsity penalty, at the end of its ramp."""
+    sparsity_ramp: float = 1.0
+    """Share of the run's steps over which lambda rises linearly from 0."""
+    sparsity_scale: float = 0.1
+    """c in tanh(c * decoder norm * activation)."""
+    pre_activation: float = 0.0
+    """Coefficient of the pre-activation loss, which revives dead features; 0 leaves it out."""
+    pre_activation_kind: Literal["negative", "below_threshold"] = "below_threshold"
+    """Penalise relu(-pre), or relu(threshold - pre)."""
+    target_scale: Literal["layer", "none"] = "layer"
+    """Measure the squared error in normalised target units (`layer`: every layer weighs the same) or in raw units."""
+
+
+@dataclass
+class OptimConfig:
+    """Adam and its schedule."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Adam's two moment decay rates."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    warmup: float = 0.0
+    """Share of the run's steps over which the learning rate rises linearly from 0."""
+    decay: float = 0.0
+    """Share of the run's steps, at its end, over which the learning rate falls linearly to 0."""
+    clip_norm: float | None = 1.0
+    """Clip the gradient's global norm to this; null does not clip."""
+
+
+@dataclass
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = 2000
+    """Optimizer steps."""
+    batch_tokens: int = 4000
+    """Tokens per optimizer step over all ranks."""
+    accumulate: int = 1
+    """Micro-batches that a rank splits its share of a batch into."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Autocast dtype; `auto` is bf16 where the hardware multiplies bf16 matrices natively, else fp32."""
+    compile: bool = True
+    """Run the transcoder under torch.compile."""
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation during and after training."""
+
+    every: int = 1000
+    """Steps between evaluations; 0 evaluates only at the end."""
+    replacement_tokens: int = 32_768
+    """Held-out tokens on which the replacement model is compared with the original; 0 leaves it out."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints and resumption."""
+
+    every: int = 1000
+    """Steps between checkpoints; 0 writes only the last."""
+    keep: int = 2
+    """Newest checkpoints that are kept; older ones are deleted."""
+    resume: bool = True
+    """Continue from the newest checkpoint of the run directory; false refuses to start in a directory that has one."""
+
+
+@dataclass
+class LogConfig:
+    """Metrics."""
+
+    every: int = 10
+    """Steps between metric lines (the only steps on which the loop waits for the device)."""
+    wandb: bool = False
+    """Also log to Weights & Biases."""
+    wandb_project: str = "clt"
+    """Weights & Biases project."""
+    wandb_entity: str | None = None
+    """Weights & Biases team or user; null takes the login's default."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """`offline` writes the W&B files locally for `wandb sync`."""
+
+
+@dataclass
+class ProfileConfig:
+    """TensorBoard-readable profiler traces."""
+
+    enabled: bool = False
+    """Record a trace of a few steps into `<run>/profile`."""
+    start: int = 10
+    """First step recorded, counted from the start of this process."""
+    steps: int = 3
+    """Steps recorded."""
+
+
+@dataclass
+class Config:
+    """Everything a run is determined by."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Run directory and seed."""
+    lm: LMConfig = field(default_factory=LMConfig)
+    """Language model."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Text."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Activation store and reader."""
+    clt: CLTConfig = field(default_factory=CLTConfig)
+    """Cross-layer transcoder."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Objective."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Training loop."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Metrics."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Profiler."""
+
+
+def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file over the defaults and `section.key=value` overrides over both.
+
+    Raises UserError for a missing file, an unknown key (naming the nearest), a value of the wrong type or out of range.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        if not Path(path).is_file():
+            raise UserError(f"config {path} does not exist; the shipped ones are configs/*.yaml")
+        try:
+            tree = yaml.safe_load(Path(path).read_text()) or {}
+        except yaml.YAMLError as error:
+            raise UserError(f"config {path} is not valid YAML: {error}") from error
+    where = str(path or "defaults")
+    config = _build(Config, tree, where, "")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"override {override!r} is not of the form section.key=value, e.g. train.steps=100")
+        _set(config, key, _parse_value(text, override))
+    _validate(config, where)
+    return config
+
+
+def _parse_value(text: str, override: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of override {override!r} is not valid YAML: {error}") from error
+
+
+def _set(config: Config, key: str, value: Any) -> None:
+    """Set one dotted key."""
+    *sections, name = key.split(".")
+    node: Any = config
+    for section in sections:
+        _check_known(node, section, "the command line", key)
+        node = getattr(node, section)
+        if not dataclasses.is_dataclass(node):
+            raise UserError(f"{key!r} goes too deep: {section} is a single value, not a section")
+    _check_known(node, name, "the command line", key)
+    hint = typing.get_type_hints(type(node))[name]
+    if dataclasses.is_dataclass(hint):
+        raise UserError(f"{key!r} is a section; set one of its keys: {', '.join(f'{key}.{f}' for f in _names(hint))}")
+    setattr(node, name, _coerce(hint, value, "the command line", key))
+
+
+def _names(node: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(node)]
+
+
+def _check_known(node: Any, name: str, where: str, key: str) -> None:
+    if name in _names(node):
+        return
+    everywhere = [f"{section}.{f}" for section in _names(Config) for f in _names(getattr(Config(), section))]
+    candidates = _names(node) if difflib.get_close_matches(name, _names(node)) else everywhere
+    near = difflib.get_close_matches(name, candidates, 1) or [f for f in everywhere if f.endswith(f".{name}")]
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(_names(node))}"
+    raise UserError(f"unknown key {key!r} in {where}: {hint}")
+
+
+def _build(cls: type, tree: Any, where: str, prefix: str) -> Any:
+    if not isinstance(tree, dict):
+        raise UserError(f"{prefix or 'the top level'} of {where} must be a mapping of keys, found {tree!r}")
+    hints, node = typing.get_type_hints(cls), cls()
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        _check_known(node, str(name), where, key)
+        if dataclasses.is_dataclass(hints[name]):
+            setattr(node, name, _build(typing.cast(type, hints[name]), value or {}, where, f"{key}."))
+        else:
+            setattr(node, name, _coerce(hints[name], value, where, key))
+    return node
+
+
+def _coerce(hint: Any, value: Any, where: str, key: str) -> Any:
+    """The value as the field's type, or UserError. YAML reads 1e-3 as a string and 1 as an int: both may be floats."""
+    options = get_args(hint) if get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if get_origin(option) is Literal and value in get_args(option):
+            return value
+        if get_origin(option) is list and isinstance(value, list):
+            return [_coerce(get_args(option)[0], item, where, key) for item in value]
+        if option is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                continue
+        if option is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+        if option in (int, bool, str) and type(value) is option:
+            return value
+    raise UserError(f"{key} in {where} is {value!r}; wanted {_describe(options)}")
+
+
+def _describe(options: tuple[Any, ...]) -> str:
+    words = []
+    for option in options:
+        if get_origin(option) is Literal:
+            words += [str(choice) for choice in get_args(option)]
+        else:
+            words.append("null" if option is type(None) else getattr(option, "__name__", str(option)))
+    return " or ".join(words)
+
+
+POSITIVE = (
+    "lm.context lm.batch_windows data.train_tokens data.heldout_tokens data.shard_rows data.open_shards "
+    "data.block_rows data.prefetch clt.d_features clt.bandwidth optim.lr train.steps train.batch_tokens "
+    "train.accumulate checkpoint.keep log.every profile.steps text.heldout_documents loss.sparsity_scale"
+).split()
+NOT_NEGATIVE = (
+    "loss.sparsity loss.pre_activation eval.every eval.replacement_tokens checkpoint.every profile.start "
+    "clt.threshold optim.eps"
+).split()
+SHARES = "loss.sparsity_ramp optim.warmup optim.decay".split()
+
+
+def _validate(config: Config, where: str) -> None:
+    def check(keys: list[str], holds: typing.Callable[[Any], bool], wanted: str) -> None:
+        for key in keys:
+            section, name = key.split(".")
+            value = getattr(getattr(config, section), name)
+            if not holds(value):
+                raise UserError(f"{key} in {where} is {value}; wanted {wanted}")
+
+    check(POSITIVE, lambda v: v > 0, "a positive number")
+    check(NOT_NEGATIVE, lambda v: v >= 0, "zero or a positive number")
+    check(SHARES, lambda v: 0 <= v <= 1, "a share of the run's steps between 0 and 1")
+    check(["optim.betas"], lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
+    check(["optim.clip_norm"], lambda v: v is None or v > 0, "a positive number or null")
+    check(["lm.layers"], lambda v: v is None or (v and v == sorted(set(v)) and v[0] >= 0), "ascending layer numbers")
+    if (config.lm.input_site is None) != (config.lm.output_site is None):
+        raise UserError(f"lm.input_site and lm.output_site in {where} go together: set both, or neither")
+    for site in (config.lm.input_site, config.lm.output_site):
+        if site is not None and "{layer}" not in site:
+            raise UserError(f"hook site {site!r} in {where} has no {{layer}}; wanted e.g. transformer.h.{{layer}}.mlp")
+
+
+def to_yaml(config: Config, docs: bool = False) -> str:
+    """The resolved configuration as YAML that `load_config` reads back; with `docs`, each field's line says what it is."""
+    if not docs:
+        return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    lines = []
+    for section in _names(config):
+        node = getattr(config, section)
+        lines.append(f"{section}:  # {field_docs(Config)[section]}")
+        for name in _names(node):
+            value = yaml.safe_dump(getattr(node, name), default_flow_style=True).removesuffix("...\n").strip()
+            lines.append(f"  {f'{name}: {value}':<36} # {field_docs(type(node))[name]}")
+    return "\n".join(lines) + "\n"
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The string below each field of a dataclass, by field name."""
+    body = ast.parse(inspect.getsource(cls)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = {}
+    for node, after in zip(body.body, body.body[1:]):
+        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            assert isinstance(node.target, ast.Name)
+            docs[node.target.id] = str(after.value.value)
+    return docs
+
+
+# What may differ when a run goes on: none of these changes the numbers that the run computes.
+_FREE = {"run.dir", "log", "profile", "checkpoint", "eval", "data.prefetch", "data.store"}
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The flat {key: value} of every field that determines the trained weights."""
+    flat = {
+        f"{section}.{name}": getattr(getattr(config, section), name)
+        for section in _names(config)
+        for name in _names(getattr(config, section))
+    }
+    return {key: value for key, value in flat.items() if key not in _FREE and key.split(".")[0] not in _FREE}
+
+
+def config_hash(config: Config) -> str:
+    """Twelve hexadecimal digits that two configurations share if and only if their identities are equal."""
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:12]
