@@ -1,0 +1,174 @@
+"""The cross-layer transcoder (Anthropic, "Circuit Tracing", 2025).
+
+B tokens, L layers, D = d_acts residual width, F = d_features per layer. Tensors that hold one (B, F) matrix per layer
+are layer-first, (L, B, F), inside this package, so that every layer's matrix is contiguous; the public methods take
+and return (B, L, .).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clt.model.activations import jumprelu
+from clt.model.decode import decode
+from clt.model.normalization import Normalization
+
+ACTIVATIONS = ("jumprelu", "relu")
+
+
+class CrossLayerTranscoder(nn.Module):
+    """Reads the residual stream before every MLP, writes the MLP outputs of its own and all later layers.
+
+        pre[b, l] = x~[b, l] @ W_enc[l] + b_enc[l]                  W_enc (L, D, F), b_enc (L, F)
+        a = phi(pre)                                                threshold (1, L, F)
+        y~[b, t] = sum_{s <= t} a[b, s] @ W_dec[s -> t] + b_dec[t]  W_dec.{s} (F, L - s, D), b_dec (L, D)
+
+    With `cross_layer=False` W_dec.{s} is (F, 1, D): one independent transcoder per layer.
+    Raises ValueError for an unknown activation or normalisation.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        d_acts: int,
+        d_features: int,
+        *,
+        activation: str = "jumprelu",
+        cross_layer: bool = True,
+        threshold: float = 0.03,
+        bandwidth: float = 1.0,
+        straight_through_pre: bool = False,
+        normalization: str = "none",
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation {activation!r} is unknown; wanted one of {', '.join(ACTIVATIONS)}")
+        self.config: dict[str, Any] = {
+            "n_layers": n_layers,
+            "d_acts": d_acts,
+            "d_features": d_features,
+            "activation": activation,
+            "cross_layer": cross_layer,
+            "threshold": threshold,
+            "bandwidth": bandwidth,
+            "straight_through_pre": straight_through_pre,
+            "normalization": normalization,
+        }
+        L, D, F = n_layers, d_acts, d_features
+        self.n_layers, self.d_acts, self.d_features = L, D, F
+        self.activation, self.bandwidth, self.straight_through_pre = activation, bandwidth, straight_through_pre
+        self.W_enc = nn.Parameter(torch.empty(L, D, F).uniform_(-(F**-0.5), F**-0.5))
+        self.b_enc = nn.Parameter(torch.zeros(L, F))
+        self.threshold = nn.Parameter(torch.full((1, L, F), threshold), requires_grad=activation == "jumprelu")
+        self.W_dec = nn.ParameterList(
+            torch.empty(F, L - s if cross_layer else 1, D).uniform_(-((L * D) ** -0.5), (L * D) ** -0.5)
+            for s in range(L)
+        )
+        self.b_dec = nn.Parameter(torch.zeros(L, D))
+        self.normalization = Normalization(L, D, normalization)
+
+    def preactivations(self, normalized: Tensor) -> Tensor:
+        """x~ (B, L, D) -> pre (L, B, F)."""
+        return torch.baddbmm(self.b_enc.unsqueeze(1), normalized.transpose(0, 1), self.W_enc)
+
+    def activate(self, pre: Tensor) -> Tensor:
+        """phi: pre (L, B, F) -> features (L, B, F)."""
+        if self.activation == "relu":
+            return pre.relu()
+        return jumprelu(pre, self.threshold.transpose(0, 1), self.bandwidth, self.straight_through_pre)
+
+    def reconstruct(self, features: Tensor) -> Tensor:
+        """features (L, B, F) -> y~ (B, L, D) in normalised target units."""
+        return decode(features, list(self.W_dec)) + self.b_dec
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Residual streams x (B, L, D) in model units -> features (B, L, F)."""
+        return self.activate(self.preactivations(self.normalization.input(x))).transpose(0, 1)
+
+    def decode(self, features: Tensor) -> Tensor:
+        """features (B, L, F) -> MLP outputs yhat (B, L, D) in model units."""
+        return self.normalization.output(self.reconstruct(features.transpose(0, 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Residual streams x (B, L, D) -> MLP outputs yhat (B, L, D), both in model units."""
+        return self.decode(self.encode(x))
+
+    def encode_layer(self, x: Tensor, layer: int) -> Tensor:
+        """Residual stream x (N, D) of one layer -> its features (N, F)."""
+        pre = self.normalization.input_layer(x, layer) @ self.W_enc[layer] + self.b_enc[layer]
+        if self.activation == "relu":
+            return pre.relu()
+        theta = self.threshold[:, layer : layer + 1]  # (1, 1, F)
+        return jumprelu(pre.unsqueeze(0), theta, self.bandwidth, self.straight_through_pre)[0]
+
+    def decode_layer(self, features: Sequence[Tensor], layer: int) -> Tensor:
+        """features[s] (N, F) for s = 0 .. layer -> MLP output yhat (N, D) of `layer`, in model units."""
+        y = self.b_dec[layer]
+        for s in range(layer + 1):
+            if layer - s < self.W_dec[s].shape[1]:
+                y = y + features[s] @ self.W_dec[s][:, layer - s]
+        return self.normalization.output_layer(y, layer)
+
+    def decoder_norms(self) -> Tensor:
+        """||W_dec,(l,f)|| over all target layers together, (L, F): a feature's whole write vector."""
+        return torch.stack([torch.linalg.vector_norm(weight.flatten(1), dim=1) for weight in self.W_dec])
+
+    def dense_decoder(self) -> Tensor:
+        """The masked square decoder (L, L, F, D) of the papers, [source, target]: for tests, half of it is zeros."""
+        dense = self.b_dec.new_zeros(self.n_layers, self.n_layers, self.d_features, self.d_acts)
+        for s, weight in enumerate(self.W_dec):
+            dense[s, s : s + weight.shape[1]] = weight.transpose(0, 1)
+        return dense
+
+    @torch.no_grad()
+    def fold(self) -> CrossLayerTranscoder:
+        """The same function of model-unit activations without normalisation; folded in float64, returned in float32.
+
+        Raises ValueError for `token`, which is not an affine map and so cannot be folded.
+        """
+        norm = self.normalization
+        if norm.kind == "token":
+            raise ValueError("normalization 'token' is not affine and cannot be folded; train with 'layer' or 'dim'")
+        folded = CrossLayerTranscoder(**(self.config | {"normalization": "none"})).to(self.b_dec.device)
+        mean_in, sd_in = norm.input_mean.double(), norm.input_sd.double()
+        mean_out, sd_out = norm.target_mean.double(), norm.target_sd.double()
+        W_enc = self.W_enc.double() / sd_in.expand_as(mean_in).unsqueeze(-1)
+        folded.W_enc.copy_(W_enc)
+        folded.b_enc.copy_(self.b_enc.double() - torch.einsum("ld,ldf->lf", mean_in, W_enc))
+        folded.threshold.copy_(self.threshold)
+        for s, weight in enumerate(self.W_dec):
+            folded.W_dec[s].copy_(weight.double() * sd_out[s : s + weight.shape[1]])  # the target layers' scale
+        folded.b_dec.copy_(self.b_dec.double() * sd_out + mean_out)
+        return folded
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`."""
+        from safetensors.torch import save_file
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().contiguous() for k, v in self.state_dict().items()}, directory / "model.safetensors")
+        (directory / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> CrossLayerTranscoder:
+        """Read what `save_pretrained` wrote. Raises ValueError naming what is missing or does not fit."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        directory = Path(directory)
+        for name in ("config.json", "model.safetensors"):
+            if not (directory / name).is_file():
+                raise ValueError(f"{directory} has no {name}; wanted a directory written by save_pretrained")
+        model = cls(**json.loads((directory / "config.json").read_text()))
+        try:
+            model.load_state_dict(load_file(directory / "model.safetensors"))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{directory}/model.safetensors is damaged or not of its config.json: {error}") from error
+        return model

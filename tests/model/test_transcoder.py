@@ -1,0 +1,265 @@
+"""The transcoder against a naive double loop in float64, and its gradients against finite differences."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from clt.model.activations import jumprelu
+from clt.model.loss import Objective
+from clt.model.transcoder import CrossLayerTranscoder
+
+L, D, F, B = 3, 5, 7, 11
+
+
+def make(normalization="layer", **options) -> CrossLayerTranscoder:
+    torch.manual_seed(0)
+    clt = CrossLayerTranscoder(L, D, F, normalization=normalization, **options).double()
+    with torch.no_grad():
+        for parameter in clt.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        clt.threshold.abs_()
+    clt.normalization.set(*(torch.randn(L, D, dtype=torch.float64).abs() + 0.5 for _ in range(4)))
+    return clt
+
+
+def batch(seed=1) -> torch.Tensor:
+    return torch.randn(B, 2, L, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
+
+
+def naive_normalized(clt, x, side):
+    """One vector at a time, from the definition."""
+    norm = clt.normalization
+    out = torch.empty_like(x)
+    for b in range(len(x)):
+        for l in range(L):
+            if norm.kind == "token" and side == "input":
+                out[b, l] = (x[b, l] - x[b, l].mean()) / x[b, l].std(correction=0)
+            else:
+                out[b, l] = (x[b, l] - getattr(norm, f"{side}_mean")[l]) / getattr(norm, f"{side}_sd")[l]
+    return out
+
+
+def naive_features(clt, x):
+    x = naive_normalized(clt, x, "input")
+    features = torch.zeros(len(x), L, F, dtype=torch.float64)
+    pre = torch.zeros_like(features)
+    for b in range(len(x)):
+        for l in range(L):
+            for f in range(F):
+                p = (x[b, l] * clt.W_enc[l, :, f]).sum() + clt.b_enc[l, f]
+                pre[b, l, f] = p
+                on = p > 0 if clt.activation == "relu" else p > clt.threshold[0, l, f] and p > 0
+                if on:
+                    features[b, l, f] = p
+    return pre, features
+
+
+def naive_reconstruction(clt, features):
+    """y~[b, t] as the double sum over source layers and features, through the dense masked decoder."""
+    y = torch.zeros(len(features), L, D, dtype=torch.float64)
+    for b in range(len(features)):
+        for t in range(L):
+            y[b, t] = clt.b_dec[t]
+            for s in range(t + 1):
+                if clt.config["cross_layer"] or s == t:
+                    for f in range(F):
+                        y[b, t] += features[b, s, f] * clt.W_dec[s][f, t - s]
+    return y
+
+
+VARIANTS = [
+    {},
+    {"activation": "relu"},
+    {"cross_layer": False},
+    {"normalization": "dim"},
+    {"normalization": "token"},
+    {"normalization": "none"},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@torch.no_grad()
+def test_forward_equals_the_naive_double_loop(options):
+    clt, x = make(**options), batch()[:, 0]
+    _, features = naive_features(clt, x)
+    assert 0.2 < (features > 0).double().mean() < 0.8
+    torch.testing.assert_close(clt.encode(x), features, atol=1e-12, rtol=0)
+    expected = naive_reconstruction(clt, features) * clt.normalization.target_sd + clt.normalization.target_mean
+    torch.testing.assert_close(clt(x), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@torch.no_grad()
+def test_layer_by_layer_equals_all_layers_at_once(options):
+    clt, x = make(**options), batch()[:, 0]
+    features = [clt.encode_layer(x[:, l], l) for l in range(L)]
+    torch.testing.assert_close(torch.stack(features, 1), clt.encode(x))
+    y = torch.stack([clt.decode_layer(features[: t + 1], t) for t in range(L)], 1)
+    torch.testing.assert_close(y, clt(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"cross_layer": False}], ids=str)
+@torch.no_grad()
+def test_dense_decoder_is_causal_and_decodes_the_same(options):
+    clt = make(**options)
+    dense, features = clt.dense_decoder(), torch.rand(B, L, F, dtype=torch.float64)
+    y = torch.einsum("bsf,stfd->btd", features, dense) + clt.b_dec
+    torch.testing.assert_close(y, clt.reconstruct(features.transpose(0, 1)))
+    for s in range(L):
+        assert not dense[s, :s].any(), "a feature writes to an earlier layer"
+        torch.testing.assert_close(dense[s].transpose(0, 1).flatten(1).norm(dim=1), clt.decoder_norms()[s])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {},
+        {"target_scale": "none"},
+        {"pre_activation": 0.1},
+        {"pre_activation": 0.1, "pre_activation_kind": "negative"},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_loss_equals_the_naive_sums(loss):
+    clt, data = make(), batch()
+    terms = Objective(clt, sparsity_scale=0.7, **loss)(data, torch.tensor(0.3))
+    pre, features = naive_features(clt, data[:, 0])
+    error = naive_reconstruction(clt, features) - naive_normalized(clt, data[:, 1], "target")
+    if loss.get("target_scale") == "none":
+        error = error * clt.normalization.target_sd
+    mse = sum(error[b, l, d] ** 2 for b in range(B) for l in range(L) for d in range(D)) / (B * L * D)
+    penalty = extra = 0.0
+    for l in range(L):
+        for f in range(F):
+            norm = sum((clt.W_dec[l][f, t] ** 2).sum() for t in range(L - l)).sqrt()
+            for b in range(B):
+                penalty += torch.tanh(0.7 * norm * features[b, l, f]) / B
+                floor = 0 if loss.get("pre_activation_kind") == "negative" else clt.threshold[0, l, f]
+                extra += torch.relu(floor - pre[b, l, f]) / B
+    torch.testing.assert_close(terms.mse, mse)
+    torch.testing.assert_close(terms.sparsity, penalty)
+    torch.testing.assert_close(terms.loss, mse + 0.3 * penalty + loss.get("pre_activation", 0.0) * extra)
+    torch.testing.assert_close(terms.l0_per_layer.double(), (features > 0).sum(-1).double().mean(0))
+    assert torch.equal(terms.fired, (features > 0).any(0))
+
+
+@pytest.mark.parametrize("options", [{}, {"cross_layer": False}, {"normalization": "token"}], ids=str)
+def test_gradients_of_everything_but_the_threshold(options):
+    """gradcheck perturbs by 1e-6, far less than any pre-activation's distance from its threshold here."""
+    clt, data = make(**options), batch()[:4]
+    objective = Objective(clt, sparsity_scale=0.7, pre_activation=0.1, pre_activation_kind="negative")
+    names = [name for name, _ in objective.named_parameters() if "threshold" not in name]
+    values = [dict(objective.named_parameters())[name].detach().clone().requires_grad_() for name in names]
+
+    def loss(*values):
+        return torch.func.functional_call(objective, dict(zip(names, values)), (data, torch.tensor(0.3))).loss
+
+    assert torch.autograd.gradcheck(loss, values, atol=1e-8)
+
+
+@pytest.mark.parametrize("through_pre", [False, True])
+def test_straight_through_gradients_equal_their_formula(through_pre):
+    generator = torch.Generator().manual_seed(0)
+    pre = torch.randn(L, B, F, dtype=torch.float64, generator=generator, requires_grad=True)
+    theta = torch.rand(L, 1, F, dtype=torch.float64, generator=generator, requires_grad=True)
+    g = torch.randn(L, B, F, dtype=torch.float64, generator=generator)
+    bandwidth = 0.8
+    jumprelu(pre, theta, bandwidth, through_pre).backward(g)
+    expected_theta, expected_pre = torch.zeros_like(theta), torch.zeros_like(pre)
+    for l in range(L):
+        for b in range(B):
+            for f in range(F):
+                p, t = pre[l, b, f].item(), theta[l, 0, f].item()
+                near = abs(p - t) < bandwidth / 2
+                expected_theta[l, 0, f] -= t / bandwidth * near * g[l, b, f]
+                expected_pre[l, b, f] = g[l, b, f] * (p > t and p > 0)
+                expected_pre[l, b, f] += through_pre * t / bandwidth * near * g[l, b, f]
+    torch.testing.assert_close(theta.grad, expected_theta)
+    torch.testing.assert_close(pre.grad, expected_pre)
+
+
+def test_jumprelu_is_never_negative_even_under_a_negative_threshold():
+    a = jumprelu(torch.tensor([[[-0.5, 0.5]]]), torch.tensor([[[-1.0, -1.0]]]), 1.0, False)
+    assert a.tolist() == [[[0.0, 0.5]]]
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_autocast_is_within_the_rounding_of_its_dtype(precision):
+    clt, data = make().float(), batch().float()
+    exact = Objective(clt)(data, torch.tensor(0.3))
+    exact.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in clt.named_parameters()}
+    clt.zero_grad()
+    with torch.autocast("cpu", precision):
+        terms = Objective(clt)(data, torch.tensor(0.3))
+    assert terms.loss.dtype == torch.float32
+    terms.loss.backward()
+    rounding = torch.finfo(precision).eps
+    torch.testing.assert_close(terms.loss, exact.loss, rtol=8 * rounding, atol=0)
+    for name, p in clt.named_parameters():
+        assert p.grad.dtype == torch.float32
+        error = (p.grad - gradients[name]).norm() / gradients[name].norm()
+        assert error < 16 * rounding, f"{name}: relative gradient error {error:.2e}"
+
+
+@pytest.mark.parametrize("kind", ["layer", "dim", "none"])
+@torch.no_grad()
+def test_fold_is_the_same_function(kind):
+    clt = make(normalization=kind).float()
+    x = batch()[:, 0].float()
+    folded = clt.fold()
+    assert folded.normalization.kind == "none"
+    torch.testing.assert_close(folded.encode(x), clt.encode(x), rtol=1e-6, atol=1e-5)
+    double = make(normalization=kind)
+    error = (folded.double()(x.double()) - double(x.double())).norm() / double(x.double()).norm()
+    assert error < 1e-6
+
+
+def test_fold_refuses_what_it_cannot_fold():
+    with pytest.raises(ValueError, match="'token' is not affine"):
+        make(normalization="token").fold()
+
+
+def test_initial_values():
+    clt = CrossLayerTranscoder(4, 64, 256)
+    assert clt.W_enc.abs().max() <= 256**-0.5 < clt.W_enc.abs().max() * 1.001
+    for weight in clt.W_dec:
+        assert weight.abs().max() <= (4 * 64) ** -0.5 < weight.abs().max() * 1.01
+    assert not clt.b_enc.any()
+    assert not clt.b_dec.any()
+    assert torch.all(clt.threshold == 0.03)
+
+
+def test_statistics_reduce_to_one_sd_per_layer():
+    clt = CrossLayerTranscoder(2, 3, 4, normalization="layer")
+    mean, sd = torch.randn(2, 3).double(), torch.tensor([[3.0, 4.0, 5.0], [1.0, 1.0, 1.0]]).double()
+    clt.normalization.set(mean, sd, mean, sd)
+    assert clt.normalization.input_sd[:, 0].tolist() == pytest.approx([(50 / 3) ** 0.5, 1.0])
+    with pytest.raises(ValueError, match=r"statistics are of \(2, 4\).*transcoder of \(2, 3\)"):
+        clt.normalization.set(*[torch.ones(2, 4)] * 4)
+
+
+def test_save_and_load(tmp_path):
+    clt = make(cross_layer=False, normalization="dim").float()
+    clt.save_pretrained(tmp_path / "out")
+    loaded = CrossLayerTranscoder.from_pretrained(tmp_path / "out")
+    assert loaded.config == clt.config
+    assert all(torch.equal(a, b) for a, b in zip(clt.state_dict().values(), loaded.state_dict().values()))
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        CrossLayerTranscoder.from_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    save_file({**tensors, "W_enc": tensors["W_enc"][1:].clone()}, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(ValueError, match="damaged or not of its config"):
+        CrossLayerTranscoder.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("option", [{"activation": "gelu"}, {"normalization": "batch"}])
+def test_unknown_choices_are_named(option):
+    with pytest.raises(ValueError, match=r"(gelu|batch)' is unknown; wanted one of"):
+        CrossLayerTranscoder(L, D, F, **option)
+
+
+def test_per_layer_mode_has_no_cross_terms():
+    assert [tuple(w.shape) for w in make(cross_layer=False).W_dec] == [(F, 1, D)] * L
+    assert [tuple(w.shape) for w in make().W_dec] == [(F, L - s, D) for s in range(L)]
