@@ -11,6 +11,7 @@ Everything runs in float32 on a two-core CPU; `train` is the only slow stage.
 
 import argparse
 import gzip
+import hashlib
 import json
 import math
 import random
@@ -177,6 +178,101 @@ def write_card(facts: dict[str, Any]) -> None:
     path.write_text(json.dumps(card | facts, indent=2) + "\n")
 
 
+# ------------------------------------------------------------------------------------------------------------ evaluate
+
+
+class Level:
+    """One order of modified Kneser-Ney: discounted counts, and what each context leaves to the order below."""
+
+    def __init__(self, keys: np.ndarray, counts: np.ndarray, scale: float) -> None:
+        n1, n2, n3, n4 = ((counts == k).sum() for k in (1, 2, 3, 4))
+        y = n1 / (n1 + 2 * n2)
+        discounts = scale * np.array([0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
+        taken = discounts[np.minimum(counts, 3)]
+        self.keys, self.kept = keys, np.maximum(counts - taken, 0)
+        self.contexts, owner = np.unique(keys // VOCAB, return_inverse=True)
+        self.total = np.bincount(owner, weights=counts)
+        self.left = self.total - np.bincount(owner, weights=self.kept)
+
+    def prob(self, keys: np.ndarray, lower: np.ndarray) -> np.ndarray:
+        i = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        kept = np.where(self.keys[i] == keys, self.kept[i], 0.0)
+        j = np.minimum(np.searchsorted(self.contexts, keys // VOCAB), len(self.contexts) - 1)
+        seen = self.contexts[j] == keys // VOCAB
+        return np.where(seen, (kept + self.left[j] * lower) / self.total[j], lower)
+
+
+def trigram_keys(stream: np.ndarray) -> np.ndarray:
+    padded = np.concatenate([[0], stream])  # one more <|endoftext|>: the first document's first token has two before it
+    return (padded[:-2] * VOCAB + padded[1:-1]) * VOCAB + padded[2:]
+
+
+def trigram_nats(train: np.ndarray, test: np.ndarray, scales: list[tuple[float, float]]) -> list[float]:
+    """Mean loss on test[1:] of an interpolated modified Kneser-Ney trigram, for each pair of discount scales."""
+    tri, tri_counts = np.unique(trigram_keys(train), return_counts=True)
+    bi, bi_counts = np.unique(tri % VOCAB**2, return_counts=True)  # continuation counts: distinct left neighbours
+    uni_counts = np.bincount(bi % VOCAB, minlength=VOCAB) + 0.5
+    keys = trigram_keys(test)
+    uni_prob = (uni_counts / uni_counts.sum())[keys % VOCAB]
+    losses = []
+    for tri_scale, bi_scale in scales:
+        bi_prob = Level(bi, bi_counts, bi_scale).prob(keys % VOCAB**2, uni_prob)
+        losses.append(float(-np.log(Level(tri, tri_counts, tri_scale).prob(keys, bi_prob)).mean()))
+    return losses
+
+
+def heldout_windows() -> torch.Tensor:
+    """The held-out stream as (n, WINDOW): <|endoftext|>, then WINDOW - 1 targets; -100 pads the last row."""
+    targets = torch.from_numpy(token_stream("heldout")[1:])
+    targets = F.pad(targets, (0, -len(targets) % (WINDOW - 1)), value=-100).view(-1, WINDOW - 1)
+    return F.pad(targets, (1, 0), value=0)
+
+
+@torch.no_grad()
+def window_nats(model: Any, windows: torch.Tensor) -> torch.Tensor:
+    """The loss of every target, flat; padded ones left out."""
+    losses = []
+    for batch in windows.split(8):
+        logits = model(input_ids=batch.clamp(min=0), use_cache=False).logits[:, :-1]
+        targets = batch[:, 1:].flatten()
+        losses.append(F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")[targets != -100])
+    return torch.cat(losses)
+
+
+def evaluate() -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
+    nats = window_nats(model, heldout_windows()).double()
+    train, heldout = token_stream("train"), token_stream("heldout")
+    assert len(nats) == len(heldout) - 1
+    # The trigram's discounts are tuned on the last twentieth of the training stream, then counted on all of it.
+    grid = [(a / 20, b / 20) for a in range(14, 25) for b in range(14, 25)]
+    cut = len(train) * 19 // 20
+    tuning = trigram_nats(train[:cut], train[cut:], grid)
+    best = grid[int(np.argmin(tuning))]
+    trigram = trigram_nats(train, heldout, [best])[0]
+    n_bytes = sum(len(d["text"].encode()) for d in read_docs("heldout"))
+    bits = len(nats) / math.log(2) / n_bytes
+    facts: dict[str, Any] = {"heldout_nats_per_token": round(nats.mean().item(), 4)}
+    facts |= {"heldout_bits_per_byte": round(nats.mean().item() * bits, 4)}
+    facts |= {"trigram_nats_per_token": round(trigram, 4), "trigram_bits_per_byte": round(trigram * bits, 4)}
+    facts |= {"trigram_discount_scales": best, "heldout_tokens": len(nats), "heldout_bytes": n_bytes}
+    for split in ("train", "heldout"):
+        content = gzip.decompress((TEXT / f"{split}.jsonl.gz").read_bytes())
+        facts[f"{split}_sha256"] = hashlib.sha256(content).hexdigest()  # of the lines: zlibs may differ in the bytes
+    write_card(facts)
+    print(json.dumps(facts, indent=2))
+
+    tok = AutoTokenizer.from_pretrained(MODEL)
+    for i, prompt in enumerate(("The Government of the United States", "Call me", "My fellow Americans,")):
+        ids = torch.tensor([[tok.bos_token_id, *tok(prompt).input_ids]])
+        torch.manual_seed(SEED)
+        how: dict[str, Any] = {"do_sample": False} if i == 0 else {"do_sample": True, "temperature": 0.8, "top_k": 0}
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, pad_token_id=0, **how)
+        print(f"--- {how}\n{tok.decode(out[0, 1:])}")
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -190,6 +286,7 @@ def main() -> None:
     lm.add_argument("--steps", type=int, default=3000)
     lm.add_argument("--rows", type=int, default=16, help="windows in a batch")
     lm.add_argument("--lr", type=float, default=3e-3)
+    stages.add_parser("evaluate", help="measure the model and a trigram on the held-out text; print samples")
     args = parser.parse_args()
     torch.set_num_threads(2)
     if args.stage == "text":
@@ -198,6 +295,8 @@ def main() -> None:
         make_tokenizer()
     elif args.stage == "train":
         train(args.steps, args.rows, args.lr)
+    else:
+        evaluate()
 
 
 if __name__ == "__main__":
