@@ -40,7 +40,7 @@ class LMConfig:
     """The language model being explained."""
 
     model: str = "embedded"
-    """`embedded`, a hub id, a local directory, a .gguf file, or `package:NAME/FILE.gguf` inside an installed package."""
+    """`embedded`, a hub id, a local directory, a .gguf file, or `package:NAME/FILE.gguf` in an installed package."""
     revision: str | None = None
     """Hub revision (branch, tag or commit); null takes the default branch."""
     dtype: StorageDtype = "float32"
@@ -48,7 +48,7 @@ class LMConfig:
     layers: list[int] | None = None
     """Layers to explain, in ascending order; null takes all of them."""
     input_site: str | None = None
-    """Module whose *input* is the residual stream before the MLP, e.g. `transformer.h.{layer}.ln_2`; null detects it."""
+    """Module whose *input* is the residual before the MLP, e.g. `transformer.h.{layer}.ln_2`; null detects it."""
     output_site: str | None = None
     """Module whose *output* is added to the residual, e.g. `transformer.h.{layer}.mlp`; null detects it."""
     context: int = 1024
@@ -70,7 +70,7 @@ class TextConfig:
     field: str = "text"
     """Field of a .jsonl record or dataset row that holds the text."""
     heldout: str | None = None
-    """Held-out text: a path, or the name of another split of the hub dataset; null takes the source's first documents."""
+    """Held-out text: a path, or another split of the hub dataset; null takes the source's first documents."""
     heldout_documents: int = 1000
     """How many of the source's first documents are held out (and skipped in training) when `heldout` is null."""
 
@@ -90,7 +90,7 @@ class DataConfig:
     shard_rows: int = 32_768
     """Rows in a shard file."""
     open_shards: int = 8
-    """Shards filled at once: rows are shuffled over all of them, and an interrupted extraction repeats at most these."""
+    """Shards filled at once: rows are shuffled over them, and an interrupted extraction repeats at most these."""
     block_rows: int = 64
     """Contiguous rows read at once; a batch is made of blocks from random places of the store."""
     seed: int = 0
@@ -179,6 +179,8 @@ class EvalConfig:
     """Steps between evaluations; 0 evaluates only at the end."""
     replacement_tokens: int = 32_768
     """Held-out tokens on which the replacement model is compared with the original; 0 leaves it out."""
+    dead_window: int = 1_000_000
+    """A feature is dead when it fired on none of this many most recent training tokens."""
 
 
 @dataclass
@@ -361,7 +363,8 @@ def _describe(options: tuple[Any, ...]) -> str:
 POSITIVE = (
     "lm.context lm.batch_windows data.train_tokens data.heldout_tokens data.shard_rows data.open_shards "
     "data.block_rows data.prefetch clt.d_features clt.bandwidth optim.lr train.steps train.batch_tokens "
-    "train.accumulate checkpoint.keep log.every profile.steps text.heldout_documents loss.sparsity_scale"
+    "train.accumulate checkpoint.keep log.every profile.steps text.heldout_documents loss.sparsity_scale "
+    "eval.dead_window"
 ).split()
 NOT_NEGATIVE = (
     "loss.sparsity loss.pre_activation eval.every eval.replacement_tokens checkpoint.every profile.start "
@@ -392,7 +395,7 @@ def _validate(config: Config, where: str) -> None:
 
 
 def to_yaml(config: Config, docs: bool = False) -> str:
-    """The resolved configuration as YAML that `load_config` reads back; with `docs`, each field's line says what it is."""
+    """The resolved configuration as YAML that `load_config` reads back; `docs` adds what each field is."""
     if not docs:
         return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
     lines = []

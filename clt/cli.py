@@ -1,0 +1,137 @@
+"""`clt extract | inspect | eval | config`. Each imports what it needs when it runs: help and errors are quick."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from clt.config import Config, load_config, to_yaml
+from clt.errors import UserError
+
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+
+
+def exit_on_user_error(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `work`; a UserError is printed as one message on stderr and ends the process with status 2."""
+    try:
+        return work(*arguments)
+    except UserError as error:
+        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # Not sys.exit: another rank may be inside a collective, and a half-joined process group must not hang the exit.
+        os._exit(2)
+
+
+def run_arguments(doc: str | None) -> tuple[Config, bool]:
+    """train_ddp.py's command line: the config and whether to stop before training."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_config(parser)
+    parser.add_argument("--prepare", action="store_true", help="check the config, extract the stores, and stop")
+    arguments = parser.parse_args()
+    return exit_on_user_error(_config, arguments), arguments.prepare
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the `clt` command."""
+    parser = argparse.ArgumentParser(prog="clt", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("extract", help="write the activation stores of a config")
+    _add_config(command)
+    command.set_defaults(run=_extract)
+
+    command = commands.add_parser("inspect", help="sizes and statistics of an activation store")
+    command.add_argument("store", help="directory with an index.json")
+    command.add_argument("--verify", action="store_true", help="recompute every shard's checksum")
+    command.set_defaults(run=_inspect)
+
+    command = commands.add_parser("eval", help="evaluate a run's checkpoint again")
+    command.add_argument("run_dir", help="run directory")
+    command.add_argument("--step", type=int, help="checkpoint to evaluate (default: the newest)")
+    command.add_argument("--nnsight", action="store_true", help="replace the MLPs through nnsight, not forward hooks")
+    command.set_defaults(run=_eval)
+
+    command = commands.add_parser("config", help="print a config with every default resolved")
+    _add_config(command)
+    command.set_defaults(run=lambda arguments: print(to_yaml(_config(arguments), docs=True), end=""))
+
+    arguments = parser.parse_args(argv)
+    exit_on_user_error(arguments.run, arguments)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", default=None, metavar="CONFIG", help=f"YAML file [{DEFAULT_CONFIG.name}]")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the file")
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    path, overrides = arguments.config, arguments.overrides
+    if path is not None and "=" in path:  # no file, only overrides
+        path, overrides = None, [path, *overrides]
+    return load_config(path or DEFAULT_CONFIG, overrides)
+
+
+def _extract(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    from clt.data.extract import extract
+
+    for part in ("train", "heldout"):
+        index = extract(config, part)
+        print(f"{config.data.store}/{part}: {index.rows} rows in {len(index.shards)} shards")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from clt.data.store import describe
+
+    print(describe(arguments.store))
+    if arguments.verify:
+        from clt.data.store import DiscBuffer
+
+        DiscBuffer(arguments.store).verify()
+        print("every shard's checksum is as the index says")
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    run_dir = Path(arguments.run_dir)
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} has no config.yaml; wanted the run.dir of a training run")
+    config = load_config(run_dir / "config.yaml")
+    import torch
+
+    from clt.lm.load import load_language_model
+    from clt.train import checkpoint
+    from clt.train.optim import autocast_dtype
+    from clt.train.report import table
+    from clt.train.run import evaluate, open_stores
+
+    steps = checkpoint.steps(run_dir / "checkpoints")
+    step = arguments.step if arguments.step is not None else (steps or [None])[-1]
+    if step not in steps:
+        raise UserError(f"{run_dir} has no checkpoint of step {step}; found {steps or 'none'}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    transcoder = checkpoint.load_transcoder(run_dir / "checkpoints" / f"step_{step:08d}").to(device)
+    store, heldout = open_stores(config)
+    lm = load_language_model(config.lm, device) if config.eval.replacement_tokens else None
+    run = None
+    if arguments.nnsight:
+        from clt.lm.replacement import ReplacementModel
+
+        def run(lm: Any, transcoder: Any, tokens: Any, keep: Any) -> Any:
+            return ReplacementModel(lm, transcoder).logits(tokens, keep)
+
+    dtype = autocast_dtype(config.train.precision, device)
+    mean_output = store.statistics.target_mean
+    numbers, _ = evaluate(config, transcoder, heldout, mean_output, lm, autocast=dtype, run=run)
+    path = run_dir / f"eval_step_{step:08d}.json"
+    path.write_text(json.dumps(numbers, indent=2) + "\n")
+    print(f"{table(numbers)}\n\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()

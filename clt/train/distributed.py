@@ -1,0 +1,80 @@
+"""Ranks: the process group, and the few collectives that a run needs. With one process all of them are no-ops."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class World(NamedTuple):
+    """This process among the others."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def setup() -> World:
+    """Join the process group that torchrun's environment describes: NCCL with one GPU a rank, or gloo on the CPU."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(rank, size, device)
+
+
+def cleanup() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank_zero_first(world: World, work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 alone, then on the others, which find it done.
+
+    The others wait in a gloo barrier of their own with a timeout of a month: extraction takes as long as it takes,
+    and a rank 0 that dies is noticed by torchrun, not by a timeout.
+    """
+    if world.size == 1:
+        return work()
+    waiting_room = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    if world.rank == 0:
+        result = work()
+        dist.barrier(waiting_room)
+    else:
+        dist.barrier(waiting_room)
+        result = work()
+    dist.destroy_process_group(waiting_room)
+    return result
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.SUM)
+    return tensor
+
+
+def all_max(tensor: Tensor) -> Tensor:
+    """Maximum over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,156 @@
+"""How good a transcoder is: on held-out activations, and in the language model's place on held-out text.
+
+Both functions work on this rank's share and combine sums through `all_sum`, so every rank returns the global figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clt.data.store import DiscBuffer
+from clt.model.transcoder import CrossLayerTranscoder
+
+if TYPE_CHECKING:
+    from clt.lm.load import LanguageModel
+    from clt.lm.text import Window
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """The reduction of a process that has no others."""
+    return tensor
+
+
+@torch.no_grad()
+def evaluate_activations(
+    transcoder: CrossLayerTranscoder,
+    buffer: DiscBuffer,
+    *,
+    autocast: torch.dtype = torch.float32,
+    rank: int = 0,
+    world: int = 1,
+    all_sum: Reduce = alone,
+    batch: int = 2048,
+) -> dict[str, Tensor]:
+    """Reconstruction and sparsity on the rows of a held-out store.
+
+    With z the targets and zhat the reconstruction in normalised units (each layer divided by its training sd):
+
+        SSE_l = sum over rows and dims of (z - zhat)^2      SST_l = the same of (z - mean of z over these rows)^2
+        nmse_per_layer = SSE_l / SST_l                      fve_per_layer = 1 - nmse_per_layer
+        nmse = sum_l SSE_l / sum_l SST_l                    fve = 1 - nmse: every layer weighs the same
+
+    Returns float64 tensors: fve, nmse, l0_total (); fve_per_layer, nmse_per_layer, l0_per_layer (L,); density (L, F),
+    the share of rows on which each feature fires.
+    """
+    L, D, F = transcoder.n_layers, transcoder.d_acts, transcoder.d_features
+    device = transcoder.b_dec.device
+    norm = transcoder.normalization
+    sse, square = (torch.zeros(L, dtype=torch.float64, device=device) for _ in range(2))
+    total = torch.zeros(L, D, dtype=torch.float64, device=device)
+    fired = torch.zeros(L, F, dtype=torch.float64, device=device)
+    for start in range(rank * batch, len(buffer), world * batch):
+        rows = buffer[start : start + batch].to(device)
+        with torch.autocast(device.type, autocast, enabled=autocast != torch.float32):
+            features = transcoder.activate(transcoder.preactivations(norm.input(rows[:, 0])))  # (L, B, F)
+            reconstruction = transcoder.reconstruct(features)
+        target = norm.target(rows[:, 1])
+        sse += (target - reconstruction).double().square().sum((0, 2))
+        square += target.double().square().sum((0, 2))
+        total += target.double().sum(0)
+        fired += (features > 0).sum(1)
+    sums = all_sum(torch.cat([sse, square, total.flatten(), fired.flatten()]))
+    sse, square, total, fired = sums.split([L, L, L * D, L * F])
+    rows = len(buffer)
+    sst = square - total.view(L, D).square().sum(1) / rows
+    density = fired.view(L, F) / rows
+    nmse = sse.sum() / sst.sum()
+    return {
+        "fve": 1 - nmse,
+        "nmse": nmse,
+        "l0_total": density.sum(),
+        "fve_per_layer": 1 - sse / sst,
+        "nmse_per_layer": sse / sst,
+        "l0_per_layer": density.sum(1),
+        "density": density,
+    }
+
+
+@torch.no_grad()
+def evaluate_replacement(
+    lm: LanguageModel,
+    transcoder: CrossLayerTranscoder,
+    mean_output: Tensor,
+    windows: Sequence[Window],
+    *,
+    run: Callable[[LanguageModel, CrossLayerTranscoder, Tensor, Tensor], Tensor] | None = None,
+    rank: int = 0,
+    world: int = 1,
+    all_sum: Reduce = alone,
+    batch: int = 8,
+) -> dict[str, float]:
+    """The language model with every chosen MLP replaced at once by the transcoder, attention live, on held-out text.
+
+    Counted are the predictions made at a kept position for a kept next token: position 0, special tokens and padding
+    are masked (and keep their original MLP outputs). mean_output (L, D) is what mean ablation writes in their place.
+    `run` computes the replaced logits (default: forward hooks; pass ReplacementModel's to go through nnsight).
+
+    top1_agreement: share of predictions whose most likely token is the original's; kl: KL(original || replaced) in
+    nats; ce_*: next-token cross-entropies in nats; ce_recovered = (ablated - replaced) / (ablated - original).
+    """
+    from clt.lm.replacement import ablated_logits, replaced_logits
+
+    run = run or replaced_logits
+    sums = torch.zeros(6, dtype=torch.float64, device=lm.device)
+    for start in range(rank * batch, len(windows), world * batch):
+        chunk = windows[start : start + batch]
+        tokens = torch.from_numpy(np.stack([w.tokens for w in chunk])).long().to(lm.device)
+        keep = torch.from_numpy(np.stack([w.keep for w in chunk])).to(lm.device)
+        counted = (keep[:, :-1] & keep[:, 1:]).flatten()
+        targets = tokens[:, 1:].flatten()[counted]
+
+        def log_probabilities(logits: Tensor, counted: Tensor = counted) -> Tensor:
+            return logits[:, :-1].flatten(0, 1)[counted].float().log_softmax(-1)  # (counted, V)
+
+        def cross_entropy(log_p: Tensor, targets: Tensor = targets) -> Tensor:
+            return -log_p.gather(1, targets.unsqueeze(1)).double().sum()
+
+        original = log_probabilities(lm.model(input_ids=tokens, use_cache=False).logits)
+        replaced = log_probabilities(run(lm, transcoder, tokens, keep))
+        ablated = log_probabilities(ablated_logits(lm, mean_output, tokens, keep))
+        sums += torch.stack(
+            [
+                counted.sum().double(),
+                (original.argmax(1) == replaced.argmax(1)).sum().double(),
+                (original.exp() * (original - replaced)).double().sum(),
+                cross_entropy(original),
+                cross_entropy(replaced),
+                cross_entropy(ablated),
+            ]
+        )
+    n, *values = all_sum(sums).tolist()
+    top1, kl, original, replaced, ablated = (value / n for value in values)
+    return {
+        "top1_agreement": top1,
+        "kl": kl,
+        "ce_original": original,
+        "ce_replaced": replaced,
+        "ce_mean_ablated": ablated,
+        "ce_recovered": (ablated - replaced) / (ablated - original),
+        "replacement_tokens": n,
+    }
+
+
+def dead_features(last_fired: Tensor, step: int, batch_tokens: int, window: int) -> Tensor:
+    """Which features (L, F) fired on none of the last `window` training tokens (rounded up to whole steps).
+
+    last_fired holds the number of steps done when each feature last fired, 0 for never. A run shorter than the window
+    counts since its start.
+    """
+    return last_fired <= max(step - -(-window // batch_tokens), 0)

@@ -1,0 +1,99 @@
+"""Where metrics go: `metrics.jsonl` always, Weights & Biases when enabled, a progress bar on rank 0."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from clt.config import Config, to_yaml
+from clt.errors import UserError
+
+
+class Logger:
+    """Rank 0's log of a run. On the other ranks every method returns at once.
+
+    `metrics.jsonl` holds one object per logged step and only what the run computes, so that two equal runs write equal
+    files; `speed.jsonl` beside it holds what depends on the machine. On resumption the lines after `start` are dropped.
+    """
+
+    def __init__(self, config: Config, rank: int, start: int, wandb_id: str | None) -> None:
+        self.active = rank == 0
+        self.wandb_id = wandb_id
+        self.wandb = None
+        if not self.active:
+            return
+        directory = Path(config.run.dir)
+        self.files = {name: _open_at_step(directory / f"{name}.jsonl", start) for name in ("metrics", "speed")}
+        self.bar = tqdm(total=config.train.steps, initial=start, unit="step", dynamic_ncols=True, mininterval=1.0)
+        if config.log.wandb:
+            self.wandb = _start_wandb(config, wandb_id)
+            self.wandb_id = self.wandb.id
+
+    def step(self, step: int) -> None:
+        """Move the progress bar to `step` finished steps."""
+        if self.active:
+            self.bar.update(step - self.bar.n)
+
+    def log(self, step: int, metrics: dict[str, float], name: str = "metrics") -> None:
+        """Write one line; `name` is the file, "metrics" or "speed"."""
+        if not self.active:
+            return
+        self.files[name].write(json.dumps({"step": step, **metrics}) + "\n")
+        self.files[name].flush()
+        if self.wandb is not None:
+            self.wandb.log(metrics, step=step)
+        shown = {k: f"{metrics[k]:.4g}" for k in ("train_loss", "L0", "tokens_per_second") if k in metrics}
+        if shown:
+            self.status = {**getattr(self, "status", {}), **shown}
+            self.bar.set_postfix(self.status, refresh=False)
+
+    def print(self, text: str) -> None:
+        """Print without tearing the progress bar."""
+        if self.active:
+            self.bar.write(text)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if not self.active:
+            return
+        self.bar.close()
+        for file in self.files.values():
+            file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _open_at_step(path: Path, start: int) -> Any:
+    """Open for appending after the lines of steps up to `start`; a line torn by a crash is dropped with the rest."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        if not line.endswith("}") or json.loads(line)["step"] > start:
+            break
+        kept.append(line + "\n")
+    path.write_text("".join(kept))
+    return path.open("a")
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
+    """All lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def _start_wandb(config: Config, run_id: str | None) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("log.wandb is true but wandb is not installed: pip install 'clt-trainer[wandb]'") from error
+    return wandb.init(
+        project=config.log.wandb_project,
+        entity=config.log.wandb_entity,
+        mode=config.log.wandb_mode,
+        id=run_id,
+        resume="allow",
+        dir=config.run.dir,
+        name=Path(config.run.dir).name,
+        config={"yaml": to_yaml(config)},
+    )

@@ -1,0 +1,122 @@
+"""A run's parts, built from its config: what train_ddp.py and `clt eval` share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clt.config import Config, identity, load_config, to_yaml
+from clt.data.extract import check_store
+from clt.data.store import DiscBuffer
+from clt.errors import UserError
+from clt.model.loss import Objective
+from clt.model.transcoder import CrossLayerTranscoder
+from clt.train.evaluation import Reduce, alone, evaluate_activations, evaluate_replacement
+
+
+def open_stores(config: Config) -> tuple[DiscBuffer, DiscBuffer]:
+    """The training and the held-out store. Raises UserError when one is missing, damaged or of another config."""
+    stores = DiscBuffer(Path(config.data.store) / "train"), DiscBuffer(Path(config.data.store) / "heldout")
+    for store in stores:
+        check_store(store.index, config)
+    return stores
+
+
+def build(config: Config, store: DiscBuffer) -> Objective:
+    """The transcoder in its objective: weights drawn from `run.seed`, sizes and statistics from the store."""
+    torch.manual_seed(config.run.seed)
+    index, statistics = store.index, store.statistics
+    transcoder = CrossLayerTranscoder(
+        index.n_layers,
+        index.d_acts,
+        config.clt.d_features,
+        activation=config.clt.activation,
+        cross_layer=config.clt.cross_layer,
+        threshold=config.clt.threshold,
+        bandwidth=config.clt.bandwidth,
+        straight_through_pre=config.clt.straight_through_pre,
+        normalization=config.clt.normalization,
+    )
+    transcoder.normalization.set(
+        statistics.input_mean, statistics.input_sd, statistics.target_mean, statistics.target_sd
+    )
+    return Objective(
+        transcoder,
+        sparsity_scale=config.loss.sparsity_scale,
+        pre_activation=config.loss.pre_activation,
+        pre_activation_kind=config.loss.pre_activation_kind,
+        target_scale=config.loss.target_scale,
+    )
+
+
+def check_run_dir(config: Config) -> None:
+    """Raise UserError when `run.dir` holds a run of another config, or one that must not be resumed."""
+    path = Path(config.run.dir) / "config.yaml"
+    if not path.exists():
+        return
+    found, wanted = identity(load_config(path)), identity(config)
+    differences = [f"{key}: found {found[key]!r}, wanted {wanted[key]!r}" for key in found if found[key] != wanted[key]]
+    if differences:
+        raise UserError(
+            f"run directory {config.run.dir} holds a run of another config ({'; '.join(differences)}); "
+            "choose another run.dir, or delete this one"
+        )
+    if not config.checkpoint.resume:
+        raise UserError(
+            f"run directory {config.run.dir} already holds this run and checkpoint.resume is false; "
+            "choose another run.dir, delete this one, or set checkpoint.resume=true"
+        )
+
+
+def claim_run_dir(config: Config) -> None:
+    """Create `run.dir` with its resolved config.yaml, the mark that `check_run_dir` reads."""
+    directory = Path(config.run.dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(to_yaml(config))
+
+
+def evaluate(
+    config: Config,
+    transcoder: CrossLayerTranscoder,
+    heldout: DiscBuffer,
+    mean_output: Tensor,
+    lm: Any,
+    *,
+    autocast: torch.dtype,
+    run: Any = None,
+    rank: int = 0,
+    world: int = 1,
+    all_sum: Reduce = alone,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Quality as plain numbers for logs and summary.json, and the tensors of `evaluate_activations` for plots.
+
+    lm: the loaded LanguageModel, or None to leave the replacement model out. mean_output: (L, D).
+    """
+    share: dict[str, Any] = {"rank": rank, "world": world, "all_sum": all_sum}
+    tensors = evaluate_activations(transcoder, heldout, autocast=autocast, **share)
+    numbers: dict[str, Any] = {
+        key: tensors[key].tolist() for key in ("fve", "nmse", "l0_total", "fve_per_layer", "l0_per_layer")
+    }
+    if lm is not None:
+        windows = heldout_windows(config, lm)
+        numbers |= evaluate_replacement(lm, transcoder, mean_output.to(lm.device), windows, run=run, **share)
+    return numbers, tensors
+
+
+def heldout_windows(config: Config, lm: Any) -> list[Any]:
+    """The first windows of held-out text, `eval.replacement_tokens` in all (rounded up to whole windows)."""
+    from itertools import islice
+
+    from clt.lm.text import windows
+
+    count = -(-config.eval.replacement_tokens // config.lm.context)
+    found = list(islice(windows(config.text, "heldout", lm, config.lm.context), count))
+    if not found:
+        raise UserError(
+            f"the held-out text is shorter than one window of lm.context={config.lm.context} tokens; "
+            "lower lm.context, name more held-out text, or set eval.replacement_tokens=0"
+        )
+    return found

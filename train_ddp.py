@@ -1,0 +1,216 @@
+"""Train a cross-layer transcoder: this file is the run, top to bottom.
+
+    torchrun --nproc_per_node=4 train_ddp.py [CONFIG] [section.key=value ...]
+    python train_ddp.py configs/quickstart.yaml train.steps=100        # one process
+    python train_ddp.py --prepare CONFIG                               # check everything, extract, and stop
+
+CONFIG defaults to configs/quickstart.yaml. Activations are extracted first if the store is missing; a run directory
+that has a checkpoint is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from clt.cli import exit_on_user_error, run_arguments
+from clt.config import Config, config_hash
+from clt.errors import UserError
+
+
+def main(config: Config, prepare: bool) -> None:
+    # Heavy imports wait until the command line and the config are known to be right.
+    import torch
+    from torch import nn
+
+    from clt.data.extract import extract
+    from clt.data.loader import Loader
+    from clt.data.sampler import DistributedSampler
+    from clt.lm.load import load_language_model
+    from clt.train import checkpoint, report
+    from clt.train import distributed as dist
+    from clt.train.evaluation import dead_features
+    from clt.train.logger import Logger
+    from clt.train.optim import autocast_dtype, learning_rate, sparsity_coefficient
+    from clt.train.run import build, check_run_dir, claim_run_dir, evaluate, open_stores
+
+    began = time.perf_counter()
+    world = dist.setup()
+    rank_zero, device = world.rank == 0, world.device
+    dtype = autocast_dtype(config.train.precision, device)
+    run_dir = Path(config.run.dir)
+    check_run_dir(config)
+
+    # Data: one process extracts, with all cores; the others wait and find the stores whole.
+    def prepare_stores() -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(threads, torch.multiprocessing.cpu_count()))
+        for part in ("train", "heldout"):
+            extract(config, part, progress=rank_zero)
+        torch.set_num_threads(threads)
+
+    dist.rank_zero_first(world, prepare_stores)
+    store, heldout = open_stores(config)
+    sampler = DistributedSampler(
+        len(store), config.data.block_rows, config.train.batch_tokens, config.run.seed, world.rank, world.size
+    )
+    if prepare:
+        return
+
+    # Model, objective, optimizer. Weights are drawn on the CPU: the same on every device and rank.
+    objective = build(config, store).to(device)
+    transcoder = objective.transcoder
+    parameters = [p for p in transcoder.parameters() if p.requires_grad]
+    beta1, beta2 = config.optim.betas
+    optimizer = torch.optim.Adam(parameters, config.optim.lr, (beta1, beta2), config.optim.eps, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    last_fired = torch.zeros(transcoder.n_layers, transcoder.d_features, dtype=torch.int64, device=device)
+
+    # Resume.
+    start, busy, wandb_id = 0, 0.0, None
+    if saved := checkpoint.steps(run_dir / "checkpoints"):
+        state = checkpoint.restore(run_dir / "checkpoints" / f"step_{saved[-1]:08d}", transcoder, optimizer)
+        start, busy, wandb_id = state["step"], state["busy_seconds"], state["wandb_id"]
+        last_fired.copy_(state["last_fired"])
+        scaler.load_state_dict(state["scaler"])
+    if rank_zero:
+        claim_run_dir(config)
+    dist.barrier()
+
+    model: nn.Module = objective
+    if config.train.compile:
+        model = torch.compile(model)  # type: ignore[assignment]
+    if world.size > 1:
+        model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    lm = load_language_model(config.lm, device) if config.eval.replacement_tokens else None
+    logger = Logger(config, world.rank, start, wandb_id)
+
+    def evaluation():  # of the weights as they are, over all ranks
+        share = {"rank": world.rank, "world": world.size, "all_sum": dist.all_sum}
+        numbers, tensors = evaluate(
+            config, transcoder, heldout, store.statistics.target_mean, lm, autocast=dtype, **share
+        )
+        fired = dist.all_max(last_fired.clone())
+        numbers["dead_fraction"] = (
+            dead_features(fired, step, batch_tokens, config.eval.dead_window).double().mean().item()
+        )
+        return numbers, tensors
+
+    def save_checkpoint() -> None:
+        fired = dist.all_max(last_fired.clone())
+        state = {"step": step, "busy_seconds": busy, "wandb_id": logger.wandb_id, "config_hash": config_hash(config)}
+        state |= {"scaler": scaler.state_dict(), "last_fired": fired}
+        if rank_zero:
+            checkpoint.save(run_dir / "checkpoints", transcoder, optimizer, state, config.checkpoint.keep)
+        dist.barrier()
+
+    profiler = nullcontext()
+    if config.profile.enabled:
+        profiler = torch.profiler.profile(
+            schedule=torch.profiler.schedule(
+                wait=config.profile.start, warmup=1, active=config.profile.steps, repeat=1
+            ),
+            on_trace_ready=torch.profiler.tensorboard_trace_handler(str(run_dir / "profile"), f"rank{world.rank}"),
+        )
+
+    # The loop. Nothing in it waits for the device but logging, evaluation and checkpoints.
+    steps, batch_tokens, L = config.train.steps, config.train.batch_tokens, transcoder.n_layers
+    step, sparsity = start, torch.zeros((), device=device)
+    names = ["train_loss", "train_mse", "train_sparsity", "train_pre_activation"]
+    names += [f"mse/layer_{l}" for l in range(L)] + [f"L0/layer_{l}" for l in range(L)]
+    loader = Loader(store, sampler.steps(start, steps), device, config.data.prefetch)
+    clock, logged, stalled = time.perf_counter(), start, 0.0
+    with loader, profiler:
+        for batch in loader:  # (b, 2, L, D): this rank's rows of the global batch
+            lr = learning_rate(step, steps, config.optim)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            sparsity.fill_(sparsity_coefficient(step, steps, config.loss))
+            metrics = torch.zeros(len(names), device=device)
+
+            parts = batch.chunk(config.train.accumulate)
+            for part in parts:
+                share = len(part) / batch_tokens
+                last = part is parts[-1]
+                with nullcontext() if last or world.size == 1 else model.no_sync():  # type: ignore[operator]
+                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                        terms = model(part, sparsity)
+                    # Ranks and micro-batches may differ by a row. DDP averages over ranks: undo that, so that the
+                    # gradient is the mean over the global batch whatever its split.
+                    scaler.scale(terms.loss * (share * world.size)).backward()
+                last_fired = torch.where(terms.fired, step + 1, last_fired)
+                metrics += share * torch.cat([torch.stack(terms[:4]).detach(), terms.mse_per_layer, terms.l0_per_layer])
+
+            scaler.unscale_(optimizer)
+            grad_norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            step += 1
+            logger.step(step)
+            if config.profile.enabled:
+                profiler.step()  # type: ignore[union-attr]
+
+            if step % config.log.every == 0 or step == steps:
+                values = dict(zip(names, dist.all_sum(metrics).tolist()))
+                values |= {"L0": sum(values[f"L0/layer_{l}"] for l in range(L)), "grad_norm": float(grad_norm)}
+                values |= {"learning_rate": lr, "sparsity_coefficient": sparsity.item()}
+                now = time.perf_counter()
+                speed = {
+                    "tokens_per_second": (step - logged) * batch_tokens / (now - clock),
+                    "data_wait_share": (loader.stalled - stalled) / (now - clock),
+                }
+                busy, clock, logged, stalled = busy + now - clock, now, step, loader.stalled
+                for name in names[:4]:
+                    if not math.isfinite(values[name]):
+                        raise UserError(
+                            f"{name} is {values[name]} at step {step}; look for bad rows with `clt inspect --verify "
+                            f"{store.path}`, lower optim.lr (now {lr:.3g}) or use train.precision=fp32"
+                        )
+                logger.log(step, values)
+                logger.log(step, speed, "speed")
+
+            due_evaluation = config.eval.every and step % config.eval.every == 0 and step < steps
+            due_checkpoint = (config.checkpoint.every and step % config.checkpoint.every == 0) or step == steps
+            if due_evaluation or due_checkpoint:
+                busy += time.perf_counter() - clock
+                if due_evaluation:
+                    numbers, _ = evaluation()
+                    logger.log(step, {f"eval_{k}": v for k, v in numbers.items() if not isinstance(v, list)})
+                if due_checkpoint:
+                    save_checkpoint()
+                clock, logged = time.perf_counter(), step
+
+    # The end: evaluate once more, report, tear down.
+    numbers, tensors = evaluation()
+    if "top1_agreement" in numbers:
+        numbers["replacement_model_accuracy"] = numbers["top1_agreement"]
+    logger.log(step, {f"eval_{k}": v for k, v in numbers.items() if not isinstance(v, list)})
+    logger.close()
+    if rank_zero:
+        summary = {
+            **numbers,
+            "dead_window_tokens": min(config.eval.dead_window, steps * batch_tokens),
+            "tokens_per_second": steps * batch_tokens / busy,
+            "wall_seconds": time.perf_counter() - began,
+            "steps": steps,
+            "train_tokens": steps * batch_tokens,
+            "world_size": world.size,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "precision": str(dtype).removeprefix("torch."),
+            "torch_version": torch.__version__,
+            "config_hash": config_hash(config),
+        }
+        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        report.write_plots(run_dir, tensors)
+        print(f"\n{report.table(summary)}\n\nThe run lies in {run_dir} (summary.json, report/, checkpoints/).")
+    dist.cleanup()
+
+
+if __name__ == "__main__":
+    arguments = run_arguments(__doc__)
+    exit_on_user_error(main, *arguments)
