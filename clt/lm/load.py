@@ -1,0 +1,196 @@
+"""The language model being explained: weights, tokenizer and hook sites, from wherever they lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from clt.config import LMConfig
+from clt.errors import UserError
+from clt.lm.sites import Site, find_sites
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A frozen Hugging Face causal language model and what is needed to read it."""
+
+    model: PreTrainedModel
+    """In eval mode, no parameter requires a gradient."""
+    tokenizer: PreTrainedTokenizerBase
+    sites: list[Site]
+    """Hooked modules, one per chosen layer."""
+    layers: list[int]
+    """The chosen layers, ascending."""
+    d_model: int
+    """Residual width D."""
+    name: str
+    """What `lm.model` said."""
+    revision: str | None
+    """Commit hash of a model from the hub; None for local files."""
+    tokenizer_hash: str
+    """sha256 of the serialised tokenizer and its special tokens."""
+    special_ids: frozenset[int]
+    """Ids of all special tokens."""
+    bos_id: int | None
+    """The token that every window starts with: bos, else eos, else none."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+def load_language_model(config: LMConfig, device: torch.device | str = "cpu") -> LanguageModel:
+    """Load `config.model` in `config.dtype` onto `device`, with the hook sites of `config.layers`.
+
+    Raises UserError when the model or its tokenizer cannot be loaded, for layers it does not have, and for hook sites
+    that cannot be found.
+    """
+    source, gguf = locate(config.model)
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
+    if gguf is not None:
+        _require_gguf(config.model)
+        options["gguf_file"] = gguf
+    model, tokenizer = _load_pretrained(config, source, options)
+    model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    layers = _choose_layers(config, model.config.num_hidden_layers)
+    return LanguageModel(
+        model=model,
+        tokenizer=tokenizer,
+        sites=find_sites(model, layers, config.input_site, config.output_site),
+        layers=layers,
+        d_model=model.config.hidden_size,
+        name=config.model,
+        revision=getattr(model.config, "_commit_hash", None),
+        tokenizer_hash=hash_tokenizer(tokenizer),
+        special_ids=frozenset(tokenizer.all_special_ids),
+        bos_id=bos_token(tokenizer),
+    )
+
+
+def locate(name: str) -> tuple[str, str | None]:
+    """Where `lm.model` lies: (directory or hub id, name of the .gguf file in that directory or None).
+
+    Raises UserError for a file or a package that does not exist.
+    """
+    if name == "embedded":
+        from importlib.resources import files
+
+        directory = Path(str(files("clt") / "assets" / "model"))
+        if not directory.is_dir():
+            raise UserError(
+                f"the embedded model is missing from this installation ({directory}); reinstall clt-trainer"
+            )
+        return str(directory), None
+    path = _in_package(name) if name.startswith("package:") else Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"lm.model={name!r}: {path} does not exist; wanted an existing .gguf file")
+        return str(path.parent), path.name
+    if path.is_file():
+        raise UserError(f"lm.model={name!r} is a file; wanted a model directory, a .gguf file or a hub id")
+    return (str(path) if path.is_dir() else name), None
+
+
+def _in_package(name: str) -> Path:
+    """The path of `package:NAME/FILE`, found without importing the package: importing would run its code."""
+    import importlib.metadata
+    import importlib.util
+
+    package, _, file = name.removeprefix("package:").partition("/")
+    if not package or not file:
+        raise UserError(f"lm.model={name!r} is not of the form package:NAME/FILE.gguf")
+    # Only a top-level name is looked up: for a dotted one find_spec would import the parent.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is not None and spec.submodule_search_locations:
+        folders = [Path(folder) for folder in spec.submodule_search_locations]
+    else:
+        try:
+            listed = importlib.metadata.files(package) or []
+        except importlib.metadata.PackageNotFoundError as error:
+            raise UserError(f"lm.model={name!r}: no installed package is called {package!r}; pip install it") from error
+        folders = sorted({Path(str(entry.locate())).parent for entry in listed if entry.name == Path(file).name})
+    for folder in folders:
+        for candidate in (folder / file, folder / Path(file).name):
+            if candidate.exists():
+                return candidate
+    raise UserError(f"lm.model={name!r}: the installed package {package!r} has no file {file!r}")
+
+
+def _require_gguf(name: str) -> None:
+    import importlib.util
+
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"lm.model={name!r} is a GGUF file and needs {' and '.join(missing)}: pip install 'clt-trainer[gguf]'"
+        )
+
+
+def _load_pretrained(
+    config: LMConfig, source: str, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    part = "the model"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
+        part = "the tokenizer"
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{part} of lm.model={config.model!r} could not be loaded: {first_line(error)} Check the spelling; "
+            "a gated model needs `hf auth login`, a hub id the network; without it give a local directory, a .gguf "
+            "file or `embedded`"
+        ) from error
+    # Transformers makes an empty tokenizer of a directory that has none, and says nothing.
+    if not tokenizer("text", add_special_tokens=False)["input_ids"] or len(tokenizer) < 2:
+        raise UserError(
+            f"the tokenizer of lm.model={config.model!r} is empty: its files are missing from {source}; save it there "
+            "with tokenizer.save_pretrained"
+        )
+    return model, tokenizer
+
+
+def first_line(error: Exception) -> str:
+    """A foreign error in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _choose_layers(config: LMConfig, count: int) -> list[int]:
+    if config.layers is None:
+        return list(range(count))
+    unknown = [layer for layer in config.layers if not 0 <= layer < count]
+    if unknown or not config.layers or config.layers != sorted(set(config.layers)):
+        raise UserError(
+            f"lm.layers={config.layers} does not fit {config.model!r}, which has {count} layers: wanted ascending "
+            f"numbers from 0 to {count - 1}, or null for all of them"
+        )
+    return list(config.layers)
+
+
+def bos_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that starts every document and window: bos, else eos, else None (the tokenizer has neither)."""
+    return next((id for id in (tokenizer.bos_token_id, tokenizer.eos_token_id) if isinstance(id, int)), None)
+
+
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of everything that decides which ids a text becomes; equal for two loads of the same tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content: Any = tokenizer.get_vocab()
+    else:
+        content = json.loads(backend.to_str())
+        # Left behind by the last call of the tokenizer, not part of it.
+        content.pop("truncation", None)
+        content.pop("padding", None)
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids)]
+    return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()

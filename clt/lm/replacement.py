@@ -1,0 +1,150 @@
+"""The replacement model: the language model with the chosen MLPs swapped for a transcoder, attention left live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from clt.errors import UserError
+from clt.lm.capture import site_input
+from clt.lm.load import LanguageModel
+
+
+class Transcoder(Protocol):
+    """What a replacement needs. Layers are indices 0..L-1 among the chosen ones; vectors are in model units."""
+
+    def encode_layer(self, x: Tensor, layer: int) -> Tensor:
+        """(N, D) raw residual stream -> (N, F) features of one layer."""
+        ...
+
+    def decode_layer(self, features: Sequence[Tensor], layer: int) -> Tensor:
+        """Features [(N, F)] of layers 0..layer -> (N, D) output of the MLP of `layer`."""
+        ...
+
+
+Intervention = Callable[[int, Tensor], Tensor]
+"""(layer index, features (N, T, F)) -> features (N, T, F)."""
+
+
+@torch.no_grad()
+def run_with_mlps(
+    lm: LanguageModel, input_ids: Tensor, keep: Tensor, replace: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """Logits (N, T, V) of the model with all chosen MLPs replaced at once.
+
+    `replace` takes a layer index and that layer's x (N, T, D) in float32 and returns the MLP output (N, T, D). Layers
+    are visited in order, and x comes from the stream that the earlier replacements already changed. Where `keep`
+    (N, T) is False (position 0, special tokens) the model's own MLP output stays: a transcoder is never trained there.
+    """
+    input_ids, mask = input_ids.to(lm.device), keep.to(lm.device)[..., None]
+    entering: dict[int, Tensor] = {}
+    handles = []
+
+    def reader(index: int) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entering[index] = site_input(args, kwargs)
+
+        return hook
+
+    def replacer(index: int) -> Callable[..., Any]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if index not in entering:
+                site = lm.sites[index]
+                raise UserError(
+                    f"hook site {site.output_path!r} runs before {site.input_path!r}, so x is not known yet"
+                )
+            return _swap(output, mask, replace(index, entering.pop(index).float()))
+
+        return hook
+
+    try:
+        for index, site in enumerate(lm.sites):
+            reads, writes = lm.model.get_submodule(site.input_path), lm.model.get_submodule(site.output_path)
+            handles.append(reads.register_forward_pre_hook(reader(index), with_kwargs=True))
+            handles.append(writes.register_forward_hook(replacer(index)))
+        return lm.model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _swap(output: Any, mask: Tensor, replaced: Tensor) -> Any:
+    """A module's output with its tensor (N, T, D) replaced where `mask` (N, T, 1); the rest of a tuple is kept."""
+    original = output[0] if isinstance(output, tuple) else output
+    merged = torch.where(mask, replaced.to(original.dtype), original)
+    return (merged, *output[1:]) if isinstance(output, tuple) else merged
+
+
+def replaced_logits(lm: LanguageModel, transcoder: Transcoder, input_ids: Tensor, keep: Tensor) -> Tensor:
+    """Logits (N, T, V) with every chosen MLP computed by the transcoder from the live residual stream."""
+    features: list[Tensor] = []  # L x (N * T, F)
+
+    def replace(index: int, x: Tensor) -> Tensor:
+        features.append(transcoder.encode_layer(x.flatten(0, 1), index))
+        return transcoder.decode_layer(features, index).view_as(x)
+
+    return run_with_mlps(lm, input_ids, keep, replace)
+
+
+def ablated_logits(lm: LanguageModel, mean: Tensor, input_ids: Tensor, keep: Tensor) -> Tensor:
+    """Logits (N, T, V) with every chosen MLP output replaced by its training-set mean (L, D): the floor to beat."""
+    mean = mean.to(lm.device)
+    return run_with_mlps(lm, input_ids, keep, lambda index, x: mean[index].expand_as(x))
+
+
+class Replaced(NamedTuple):
+    """One run of a ReplacementModel."""
+
+    logits: Tensor
+    """(N, T, V)"""
+    features: list[Tensor]
+    """L tensors (N, T, F), after any intervention; at positions that are not kept they write nothing."""
+
+
+class ReplacementModel:
+    """The replacement model as an nnsight model, to look into and to intervene on.
+
+    It computes what `replaced_logits` does, in the caller's grad mode, and returns the features too. `self.nnsight` is
+    the wrapped model: every other nnsight operation (reading attention, editing the residual stream) works on it.
+    """
+
+    def __init__(self, lm: LanguageModel, transcoder: Transcoder) -> None:
+        """Raises UserError when nnsight is not installed."""
+        try:
+            from nnsight import NNsight
+        except ImportError as error:
+            raise UserError("ReplacementModel needs nnsight: pip install 'clt-trainer[nnsight]'") from error
+        self.lm = lm
+        self.transcoder = transcoder
+        self.nnsight = NNsight(lm.model)
+
+    def logits(self, input_ids: Tensor, keep: Tensor, intervene: Intervention | None = None) -> Tensor:
+        """Logits (N, T, V) for (N, T) ids; `keep` and `intervene` as in `run`."""
+        return self.run(input_ids, keep, intervene).logits
+
+    def run(self, input_ids: Tensor, keep: Tensor, intervene: Intervention | None = None) -> Replaced:
+        """Logits and features of (N, T) ids, the MLPs replaced where `keep` (N, T).
+
+        `intervene(layer index, features (N, T, F))` returns the features that are decoded in their place: this layer
+        and all later ones read the changed features.
+        """
+        input_ids, mask = input_ids.to(self.lm.device), keep.to(self.lm.device)[..., None]
+        features: list[Tensor] = []  # L x (N, T, F)
+        logits: Any = None
+        with self.nnsight.trace(input_ids=input_ids, use_cache=False):
+            # Inside a trace nnsight runs this body along with the forward pass: modules are visited in its order.
+            for index, site in enumerate(self.lm.sites):
+                x = self.nnsight.get(site.input_path).input
+                target = self.nnsight.get(site.output_path)
+                target.output = _swap(target.output, mask, self._mlp(index, x, features, intervene))
+            logits = self.nnsight.output.logits.save()
+        return Replaced(logits, features)
+
+    def _mlp(self, index: int, x: Tensor, features: list[Tensor], intervene: Intervention | None) -> Tensor:
+        """The transcoder's MLP output (N, T, D) for x (N, T, D); appends this layer's features."""
+        encoded = self.transcoder.encode_layer(x.float().flatten(0, 1), index).unflatten(0, x.shape[:2])
+        features.append(encoded if intervene is None else intervene(index, encoded))
+        return self.transcoder.decode_layer([f.flatten(0, 1) for f in features], index).view_as(x)

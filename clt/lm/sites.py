@@ -1,0 +1,68 @@
+"""Where a model's residual stream and MLP outputs are found: one pair of modules per layer."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from clt.errors import UserError
+
+
+class Site(NamedTuple):
+    """The two hooked modules of one layer, by dotted path in the Hugging Face model."""
+
+    layer: int
+    input_path: str
+    """Module whose input is x, the residual stream before the MLP block's norm."""
+    output_path: str
+    """Module whose output is y, the MLP output as it is added to the residual stream."""
+
+
+_PRE_NORM = ("model.layers.{layer}.post_attention_layernorm", "model.layers.{layer}.mlp")
+# Gemma normalises the MLP's output before adding it, so what reaches the residual stream is the norm's output.
+_SANDWICH = ("model.layers.{layer}.pre_feedforward_layernorm", "model.layers.{layer}.post_feedforward_layernorm")
+
+# config.model_type -> (input site, output site). With GPT-NeoX's parallel residual the same module's input is the
+# layer's own input, which is what that MLP reads.
+ARCHITECTURES: dict[str, tuple[str, str]] = {
+    "gpt2": ("transformer.h.{layer}.ln_2", "transformer.h.{layer}.mlp"),
+    "gpt_neox": ("gpt_neox.layers.{layer}.post_attention_layernorm", "gpt_neox.layers.{layer}.mlp"),
+    "llama": _PRE_NORM,
+    "mistral": _PRE_NORM,
+    "qwen2": _PRE_NORM,
+    "qwen3": _PRE_NORM,
+    "gemma2": _SANDWICH,
+    "gemma3_text": _SANDWICH,
+}
+
+
+def find_sites(
+    model: nn.Module, layers: Sequence[int], input_site: str | None = None, output_site: str | None = None
+) -> list[Site]:
+    """The hooked modules of `layers`, from the table above or from two dotted paths that contain `{layer}`.
+
+    Raises UserError for an architecture that is not in the table when no paths are given, and for a path that names no
+    module of the model (the message names the nearest one that exists).
+    """
+    if input_site is None or output_site is None:
+        architecture = getattr(model.config, "model_type", type(model).__name__)
+        if architecture not in ARCHITECTURES:
+            raise UserError(
+                f"no hook sites are known for architecture {architecture!r} (known: {', '.join(ARCHITECTURES)}); set "
+                "lm.input_site to the module whose input is the residual stream before the MLP and lm.output_site to "
+                "the module whose output is added to it, e.g. model.layers.{layer}.mlp"
+            )
+        input_site, output_site = ARCHITECTURES[architecture]
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    known = set(modules)
+    sites = [Site(layer, input_site.format(layer=layer), output_site.format(layer=layer)) for layer in layers]
+    for site in sites:
+        for key, path in (("lm.input_site", site.input_path), ("lm.output_site", site.output_path)):
+            if path not in known:
+                near = difflib.get_close_matches(path, modules, 1, cutoff=0.0)
+                hint = f"the nearest module is {near[0]!r}" if near else "the model has no submodules"
+                raise UserError(f"{key}: the model has no module {path!r} (layer {site.layer}); {hint}")
+    return sites

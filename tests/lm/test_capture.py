@@ -1,0 +1,170 @@
+"""Captured activations against the block's own equation, recomputed without hooks."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clt.errors import UserError
+from clt.lm.capture import Capture
+from clt.lm.load import LanguageModel
+from clt.lm.sites import Site
+
+
+def blocks(lm: LanguageModel) -> nn.ModuleList:
+    base = lm.model.base_model
+    return base.h if lm.model.config.model_type == "gpt2" else base.layers
+
+
+def mlp_branch(lm: LanguageModel, block: nn.Module, x: Tensor) -> Tensor:
+    """norm -> mlp (-> post-norm), written out per architecture."""
+    kind = lm.model.config.model_type
+    if kind == "gpt2":
+        return block.mlp(block.ln_2(x))
+    if kind.startswith("gemma"):
+        return block.post_feedforward_layernorm(block.mlp(block.pre_feedforward_layernorm(x)))
+    return block.mlp(block.post_attention_layernorm(x))
+
+
+def residual_stream(lm: LanguageModel, ids: Tensor) -> list[Tensor]:
+    """The stream before block 0 and after every block, by `output_hidden_states` with the final norm taken out."""
+    final = nn.Identity()
+    base = lm.model.base_model
+    name = next(n for n in ("ln_f", "norm", "final_layer_norm") if hasattr(base, n))
+    norm = getattr(base, name)
+    setattr(base, name, final)
+    try:
+        with torch.no_grad():
+            return list(base(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states)
+    finally:
+        setattr(base, name, norm)
+
+
+def test_x_and_y_satisfy_the_equation_of_the_block(lm: LanguageModel, input_ids: Tensor) -> None:
+    captured = Capture(lm)(input_ids)
+    stream = residual_stream(lm, input_ids)
+    parallel = getattr(lm.model.config, "use_parallel_residual", False)
+    assert captured.shape == (3, 10, 2, 3, lm.d_model)
+    with torch.no_grad():
+        for layer, block in enumerate(blocks(lm)):
+            x, y = captured[:, :, 0, layer], captured[:, :, 1, layer]
+            assert torch.allclose(y, mlp_branch(lm, block, x), atol=1e-5, rtol=1e-4)
+            assert y.abs().mean() > 1e-3
+            if parallel:
+                # x is the layer's input, and what is left of its output besides y is the attention's.
+                assert torch.equal(x, stream[layer])
+                attention = block.attention(
+                    block.input_layernorm(x),
+                    attention_mask=None,
+                    position_embeddings=lm.model.base_model.rotary_emb(x, torch.arange(10)[None]),
+                )[0]
+                assert torch.allclose(stream[layer + 1], x + attention + y, atol=1e-4, rtol=1e-4)
+            else:
+                assert torch.allclose(stream[layer + 1], x + y, atol=1e-5, rtol=1e-4)
+                assert not torch.allclose(x, stream[layer], atol=1e-3)
+
+
+def test_nothing_after_the_last_hooked_module_runs(tiny: Callable[..., LanguageModel], input_ids: Tensor) -> None:
+    lm = tiny("llama", layers=[0, 1])
+    expected = Capture(lm)(input_ids)
+
+    def poisoned(*args: object, **kwargs: object) -> None:
+        raise AssertionError("ran past the last hooked module")
+
+    for module in (lm.model.lm_head, blocks(lm)[2], lm.model.base_model.norm):
+        module.register_forward_pre_hook(poisoned)
+    assert torch.equal(Capture(lm)(input_ids), expected)
+
+
+def test_a_subset_of_layers_is_that_part_of_all_layers(tiny: Callable[..., LanguageModel], input_ids: Tensor) -> None:
+    every = Capture(tiny("gpt2"))(input_ids)
+    some = Capture(tiny("gpt2", layers=[0, 2]))(input_ids)
+    assert torch.equal(some, every[:, :, :, [0, 2]])
+
+
+def test_batched_equals_one_by_one(lm: LanguageModel, input_ids: Tensor) -> None:
+    capture = Capture(lm)
+    alone = torch.cat([capture(row[None]) for row in input_ids])
+    assert torch.allclose(capture(input_ids), alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_comes_in_the_dtype_of_the_model(tiny: Callable[..., LanguageModel], input_ids: Tensor, dtype: str) -> None:
+    low = Capture(tiny("gpt2", dtype=dtype))(input_ids)
+    full = Capture(tiny("gpt2"))(input_ids)
+    assert low.dtype == getattr(torch, dtype)
+    assert torch.nn.functional.cosine_similarity(low.float(), full, dim=-1).min() > 0.99
+
+
+def test_int32_ids_as_windows_hold_them(tiny: Callable[..., LanguageModel], input_ids: Tensor) -> None:
+    capture = Capture(tiny("gpt2"))
+    assert torch.equal(capture(input_ids.int()), capture(input_ids))
+
+
+def test_the_result_can_be_trained_on(tiny: Callable[..., LanguageModel], input_ids: Tensor) -> None:
+    captured = Capture(tiny("gpt2"))(input_ids)
+    weight = torch.ones(captured.shape[-1], requires_grad=True)
+    (captured * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_leaves_the_model_as_it_was(lm: LanguageModel, input_ids: Tensor) -> None:
+    with torch.no_grad():
+        before = lm.model(input_ids).logits
+    Capture(lm)(input_ids)
+    assert hooks(lm.model) == 0
+    with torch.no_grad():
+        assert torch.equal(lm.model(input_ids).logits, before)
+
+
+def test_hooks_are_removed_after_an_exception(tiny: Callable[..., LanguageModel]) -> None:
+    lm = tiny("gpt2")
+    with pytest.raises(IndexError):
+        Capture(lm)(torch.full((1, 4), 10_000))
+    assert hooks(lm.model) == 0
+
+
+def test_a_site_that_never_runs_is_named(tiny: Callable[..., LanguageModel], input_ids: Tensor) -> None:
+    lm = tiny("gpt2")
+    lm.model.spare = nn.Linear(1, 1)
+    lm.sites[1] = Site(1, "transformer.h.1.ln_2", "spare")
+    with pytest.raises(UserError, match="'spare' never ran"):
+        Capture(lm)(input_ids)
+    assert hooks(lm.model) == 0
+
+
+class Wrapped(nn.Module):
+    """An MLP that takes its input by keyword and returns a tuple, as some remote models do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
+        return self.inner(hidden_states), None
+
+
+def test_keyword_inputs_and_tuple_outputs(tiny: Callable[..., LanguageModel], input_ids: Tensor) -> None:
+    lm = tiny("gpt2")
+    expected = Capture(lm)(input_ids)
+    for block in blocks(lm):
+        wrapped = Wrapped(nn.Sequential(block.ln_2, block.mlp))
+        block.site = wrapped
+        block.ln_2 = nn.Identity()
+        block.mlp = ByKeyword(wrapped)
+    lm.sites[:] = [Site(layer, f"transformer.h.{layer}.site", f"transformer.h.{layer}.site") for layer in range(3)]
+    assert torch.allclose(Capture(lm)(input_ids), expected, atol=1e-6)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(hidden_states=x)[0]
