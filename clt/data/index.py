@@ -1,0 +1,125 @@
+"""A store's index.json: what the rows are, where they came from, and the shards that hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from clt.errors import UserError
+
+FORMAT_VERSION = 1
+INDEX = "index.json"
+PARTIAL = ".partial"
+"""What the name of an unfinished file ends in."""
+
+
+class ShardEntry(TypedDict):
+    """One shard file of a store, in reading order."""
+
+    file: str
+    rows: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class StoreIndex:
+    """Everything a store says about itself."""
+
+    format_version: int
+    model: str
+    revision: str | None
+    tokenizer_hash: str
+    layers: list[int]
+    """Layer numbers in the language model, ascending; activations[:, :, i] belongs to layers[i]."""
+    input_sites: list[str]
+    output_sites: list[str]
+    text: dict[str, Any]
+    """`part` (train or heldout) and the fields of the config's text section."""
+    seed: int
+    """Seed of the shuffle."""
+    context: int
+    """Tokens per window."""
+    n_layers: int
+    """L"""
+    d_acts: int
+    """D"""
+    dtype: str
+    """float16, bfloat16 or float32"""
+    rows: int
+    shards: list[ShardEntry]
+    lm_layers: int | None = None
+    """Layers that the language model has, chosen or not; None when that is not known."""
+
+
+def read_index(path: str | Path) -> StoreIndex:
+    """The index of the store in directory `path`.
+
+    Raises UserError for a missing directory or index, damaged JSON, missing fields and unknown format versions.
+    """
+    path = Path(path)
+    file = path / INDEX
+    if not path.is_dir():
+        raise UserError(f"store {path} does not exist; run `clt extract CONFIG` to make it, or set data.store")
+    if not file.is_file():
+        raise UserError(
+            f"{path} has no {INDEX}: not a store or an unfinished extraction; run `clt extract CONFIG` to finish it"
+        )
+    try:
+        tree = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); copy it again or run `clt extract CONFIG` again") from error
+    version = tree.get("format_version") if isinstance(tree, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{file} has format version {version!r}, wanted {FORMAT_VERSION}: "
+            "read it with the release of clt that wrote it, or extract it again"
+        )
+    known = {field.name for field in dataclasses.fields(StoreIndex)}
+    if tree.keys() != known:
+        odd = ", ".join(sorted(tree.keys() ^ known))
+        raise UserError(f"{file} is damaged: missing or unknown fields {odd}; copy it again or extract it again")
+    index = StoreIndex(**tree)
+    if sum(shard["rows"] for shard in index.shards) != index.rows:
+        raise UserError(f"{file} is damaged: its shards do not add up to {index.rows} rows; extract it again")
+    return index
+
+
+def write_index(path: str | Path, index: StoreIndex) -> None:
+    """Write the index of the store in directory `path`, atomically: it is the last file that a store receives."""
+    write_json(Path(path) / INDEX, dataclasses.asdict(index))
+
+
+def write_json(file: Path, tree: Any) -> None:
+    """Write JSON such that readers see the old file or the whole new one, also after a power cut."""
+    write_whole(file, json.dumps(tree, indent=1).encode())
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write a small file such that readers see the old one or the whole new one. A failure leaves nothing behind."""
+    partial = file.with_name(file.name + PARTIAL)
+    try:
+        partial.write_bytes(data)
+        publish(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Give a finished file its name, such that the name never stands for missing bytes, even after a power cut."""
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's names, are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,102 @@
+"""Which rows are read at which step: pure functions of (seed, step, rank, world).
+
+Reading is one endless stream of rows. Epoch e of the stream is all rows of the store, block by block, the blocks in an
+order that (seed, e) determines. Step t takes the next `batch` rows of the stream; the ranks split those. So there is
+no ragged batch, each row comes once per epoch, the global batch does not depend on the number of ranks, and a run
+that resumes needs to know its step and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from clt.errors import UserError
+
+READING = 0  # the stream number of the reading order; extraction's shuffles have others
+
+
+def permutation(n: int, seed: int, number: int, stream: int) -> np.ndarray:
+    """A random permutation of range(n) (int64), determined by the arguments.
+
+    Sorts raw Philox words: their values are promised by numpy for good, those of `Generator.permutation` are not.
+    """
+    bits = np.random.Philox(key=[seed % 2**64, number], counter=[0, 0, 0, stream])
+    return np.argsort(bits.random_raw(n), kind="stable")
+
+
+@functools.lru_cache(maxsize=4)
+def _block_order(n_blocks: int, seed: int, epoch: int) -> tuple[np.ndarray, int]:
+    """The blocks in the order in which an epoch reads them, and the place of the last (perhaps ragged) block in it."""
+    order = permutation(n_blocks, seed, epoch, READING)
+    order.setflags(write=False)
+    return order, int(np.flatnonzero(order == n_blocks - 1)[0])
+
+
+def batch_rows(
+    n_rows: int, block_rows: int, batch: int, seed: int, step: int, rank: int = 0, world: int = 1
+) -> np.ndarray:
+    """The rows (int64, at most ceil(batch / world)) that `rank` of `world` reads at `step`.
+
+    Ranks in order make up the global batch; their shares differ by at most one row. Raises UserError when the batch
+    is larger than the store.
+    """
+    if batch > n_rows:
+        raise UserError(
+            f"train.batch_tokens={batch} but the store has {n_rows} rows: lower the batch, or extract more "
+            "(data.train_tokens)"
+        )
+    assert 0 <= rank < world, (rank, world)
+    at = step * batch + np.arange(batch * rank // world, batch * (rank + 1) // world)
+    epochs, within = np.divmod(at, n_rows)
+    return np.concatenate([_epoch_rows(n_rows, block_rows, seed, e, within[epochs == e]) for e in _span(epochs)])
+
+
+def _span(epochs: np.ndarray) -> range:
+    return range(int(epochs[0]), int(epochs[-1]) + 1) if len(epochs) else range(1)
+
+
+def _epoch_rows(n_rows: int, block_rows: int, seed: int, epoch: int, at: np.ndarray) -> np.ndarray:
+    """The rows at the places `at` (each in [0, n_rows)) of one epoch."""
+    n_blocks = -(-n_rows // block_rows)
+    order, last = _block_order(n_blocks, seed, epoch)
+    missing = n_blocks * block_rows - n_rows
+    # Behind the ragged block everything comes `missing` places early: count as if it had been whole.
+    at = at + missing * (at >= (last + 1) * block_rows - missing)
+    return order[at // block_rows] * block_rows + at % block_rows
+
+
+class DistributedSampler(Sampler[np.ndarray]):
+    """The row numbers of one rank's batches, one array a step, from `start_step` on and up to `stop_step` (or forever).
+
+    Raises UserError when the batch is larger than the store or has fewer rows than there are ranks.
+    """
+
+    def __init__(
+        self,
+        n_rows: int,
+        block_rows: int,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        stop_step: int | None = None,
+    ) -> None:
+        if batch < world:
+            raise UserError(
+                f"train.batch_tokens={batch} leaves some of {world} ranks without a row: set at least {world}"
+            )
+        self.start_step, self.stop_step = start_step, stop_step
+        self.rows_at = functools.partial(batch_rows, n_rows, block_rows, batch, seed, rank=rank, world=world)
+        self.rows_at(start_step)  # a batch that cannot be made is an error here, not in a reader thread
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for step in itertools.count(self.start_step):
+            if step == self.stop_step:
+                return
+            yield self.rows_at(step)

@@ -1,0 +1,153 @@
+"""One shard file <-> numpy: HDF5 for the layout, plain positioned reads and writes for the bytes.
+
+Every dataset is contiguous, uncompressed and allocated when the file is created, so HDF5 only says where it starts;
+the bytes then move by `pread` and `pwrite`, which know no global lock, release the GIL and, unlike a memory map of a
+truncated file, end in an error and not in a dead process.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from h5py import h5d, h5p, h5s, h5t  # pyright: ignore[reportAttributeAccessIssue] - compiled, without stubs
+
+from clt.errors import UserError
+
+TENSOR_DTYPES = {"float16": np.dtype("f2"), "bfloat16": np.dtype("u2"), "float32": np.dtype("f4")}
+COLUMN_DTYPES = {"token": np.dtype("i4"), "position": np.dtype("i4"), "document": np.dtype("i8")}
+_CHUNK = 4 << 20
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the datasets of a shard lie in its file."""
+
+    rows: int
+    row_bytes: dict[str, int]
+    """Bytes of one row, by dataset name."""
+    offsets: dict[str, int]
+    """Byte at which each dataset starts, by its name."""
+
+
+def row_bytes(n_layers: int, d_acts: int, dtype: str) -> dict[str, int]:
+    """Bytes of one row of each dataset."""
+    columns = {name: column.itemsize for name, column in COLUMN_DTYPES.items()}
+    return {"tensor": 2 * n_layers * d_acts * TENSOR_DTYPES[dtype].itemsize, **columns}
+
+
+def create_shard(path: Path, rows: int, n_layers: int, d_acts: int, dtype: str) -> Layout:
+    """Create a shard whose rows can be written in any order at the offsets that are returned.
+
+    The bytes of the file depend on the arguments alone: no timestamps, no fill values.
+    """
+    shapes = {"tensor": (rows, 2, n_layers, d_acts), **dict.fromkeys(COLUMN_DTYPES, (rows,))}
+    dtypes = {"tensor": TENSOR_DTYPES[dtype], **COLUMN_DTYPES}
+    try:
+        offsets = _create_datasets(path, shapes, dtypes, dtype)
+    except RuntimeError as error:  # HDF5 drops the errno of a write that fails while it closes a file
+        if found := re.search(r"errno = (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
+    if hasattr(os, "posix_fallocate"):  # claim the blocks now: a full disk shows here, and rows lie together on it
+        with open(path, "r+b") as raw:
+            os.posix_fallocate(raw.fileno(), 0, path.stat().st_size)
+    return Layout(rows, row_bytes(n_layers, d_acts, dtype), offsets)
+
+
+def _create_datasets(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, np.dtype[Any]], dtype: str
+) -> dict[str, int]:
+    """Create an HDF5 file of allocated, unwritten datasets; returns the byte at which each starts."""
+    offsets = {}
+    with h5py.File(path, "w", libver="earliest") as file:
+        for name, shape in shapes.items():
+            settings = h5p.create(h5p.DATASET_CREATE)
+            settings.set_layout(h5d.CONTIGUOUS)
+            settings.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+            settings.set_fill_time(h5d.FILL_TIME_NEVER)
+            settings.set_obj_track_times(False)
+            kind = h5t.py_create(dtypes[name].newbyteorder("<"))
+            dataset = h5d.create(file.id, name.encode(), kind, h5s.create_simple(shape), settings)
+            offsets[name] = dataset.get_offset()
+        file["tensor"].attrs["dtype"] = np.bytes_(dtype)  # numpy has no bfloat16: those bits are stored as uint16
+    return offsets
+
+
+def read_layout(path: Path, rows: int, n_layers: int, d_acts: int, dtype: str) -> Layout:
+    """Check a shard against what its store's index says of it and find its datasets.
+
+    Raises UserError for a file that is missing, truncated, not HDF5, or of another shape or dtype.
+    """
+    remedy = "copy this file again, or delete the store and run `clt extract CONFIG` again"
+    if not path.is_file():
+        raise UserError(f"shard {path} is missing; {remedy}")
+    sizes = row_bytes(n_layers, d_acts, dtype)
+    found, wanted = path.stat().st_size, _recorded_size(path) or rows * sum(sizes.values())
+    if found < wanted:
+        raise UserError(f"shard {path} is truncated: found {found} bytes, wanted {wanted}; {remedy}")
+    try:
+        with h5py.File(path, "r") as file:
+            datasets: dict[str, Any] = {name: file[name] for name in sizes}
+            stored = datasets["tensor"].attrs["dtype"].decode()
+            shape = datasets["tensor"].shape
+            offsets = {name: dataset.id.get_offset() for name, dataset in datasets.items()}
+    except (OSError, KeyError) as error:
+        raise UserError(f"shard {path} is not readable as a shard ({error}); {remedy}") from error
+    wanted_shape = (rows, 2, n_layers, d_acts)
+    if shape != wanted_shape or stored != dtype:
+        raise UserError(f"shard {path} holds {shape} {stored} where index.json says {wanted_shape} {dtype}; {remedy}")
+    if None in offsets.values():
+        raise UserError(f"shard {path} is chunked or compressed, wanted contiguous datasets; {remedy}")
+    return Layout(rows, sizes, offsets)
+
+
+def _recorded_size(path: Path) -> int | None:
+    """The end-of-file address in HDF5's superblock, or None when there is none to read."""
+    with open(path, "rb") as file:
+        head = file.read(48)
+    if len(head) < 48 or head[:8] != b"\x89HDF\r\n\x1a\n":
+        return None
+    return struct.unpack_from("<Q", head, 40 if head[8] < 2 else 28)[0]
+
+
+def read_at(fd: int, view: memoryview, offset: int, path: Path) -> None:
+    """Fill `view` (bytes, contiguous) with the file's bytes from `offset` on; UserError when the file ends early."""
+    done, wanted = 0, len(view)
+    while done < wanted:
+        count = os.preadv(fd, [view[done:]], offset + done)
+        if count == 0:
+            raise UserError(
+                f"shard {path} is truncated: found {os.fstat(fd).st_size} bytes, wanted {offset + wanted}; "
+                "it changed while it was read: copy this file again"
+            )
+        done += count
+
+
+def write_at(fd: int, view: memoryview, offset: int) -> None:
+    """Write all of `view` (bytes, contiguous) at `offset`. Raises OSError, e.g. for a full disk."""
+    while len(view):
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def checksum(path: Path) -> str:
+    """`sha256:` and the hexadecimal digest of the file's bytes (sha256 because processors have instructions for it)."""
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(chunk):
+            digest.update(chunk[:count])
+    return f"sha256:{digest.hexdigest()}"
+
+
+def is_full_disk(error: OSError) -> bool:
+    """Whether an error says that no more can be written: disk, quota or file size limit."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -1,0 +1,105 @@
+"""Mean and standard deviation of inputs and targets, per layer and dimension, in one streaming float64 pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from clt.data.index import write_whole
+from clt.errors import UserError
+
+STATISTICS = "stats.safetensors"
+_NAMES = ("input_mean", "input_sd", "target_mean", "target_sd")
+_CHUNK = 128  # rows widened to float64 at once: small enough for the processor's cache
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and population standard deviation (ddof 0) over the rows of a store as they are stored."""
+
+    input_mean: Tensor
+    """(L, D) float64"""
+    input_sd: Tensor
+    """(L, D) float64"""
+    target_mean: Tensor
+    """(L, D) float64"""
+    target_sd: Tensor
+    """(L, D) float64"""
+    rows: int
+
+    def save(self, file: str | Path) -> None:
+        """Write the statistics as safetensors."""
+        tensors = {name: getattr(self, name).contiguous() for name in _NAMES}
+        write_whole(Path(file), save({**tensors, "rows": torch.tensor(self.rows, dtype=torch.int64)}))
+
+    @classmethod
+    def load(cls, file: str | Path) -> Statistics:
+        """Read statistics. Raises UserError when the file is missing, damaged, or not of statistics."""
+        if not Path(file).is_file():
+            raise UserError(f"statistics {file} are missing; copy the store again, or extract it again")
+        try:
+            with safe_open(str(file), framework="pt") as tensors:
+                return cls(*(tensors.get_tensor(name) for name in _NAMES), rows=int(tensors.get_tensor("rows")))
+        except SafetensorError as error:
+            raise UserError(
+                f"statistics {file} are damaged ({error}); copy the store again, or extract it again"
+            ) from error
+
+
+@dataclass
+class Moments:
+    """Running row count, mean and sum of squared deviations, all of shape (2, L, D) float64."""
+
+    rows: int
+    mean: Tensor
+    squares: Tensor
+
+    @classmethod
+    def zero(cls, n_layers: int, d_acts: int, device: torch.device | str = "cpu") -> Moments:
+        """Moments of no rows."""
+        zero = torch.zeros(2, n_layers, d_acts, dtype=torch.float64, device=device)
+        return cls(0, zero, zero.clone())
+
+    def add(self, rows: Tensor) -> None:
+        """Take in rows (n, 2, L, D) of any float dtype, on the moments' device."""
+        for chunk in rows.split(_CHUNK):
+            n, first = len(chunk), chunk[0].double()
+            wide = chunk.double() - first  # shifted to near the mean, so that the squares lose no digits
+            mean = wide.mean(0)
+            squares = (wide.square_().sum(0) - n * mean.square()).clamp_(min=0)
+            self.merge(Moments(n, first + mean, squares))
+
+    def merge(self, other: Moments) -> None:
+        """Take in other moments: the pairwise update of Chan, Golub & LeVeque (1979)."""
+        total = self.rows + other.rows
+        if total == 0:
+            return
+        delta = other.mean - self.mean
+        self.mean = self.mean + delta * (other.rows / total)
+        self.squares = self.squares + other.squares + delta.square() * (self.rows * other.rows / total)
+        self.rows = total
+
+    def statistics(self) -> Statistics:
+        """The statistics of all rows taken in so far, on the CPU."""
+        mean, sd = self.mean.cpu(), (self.squares / self.rows).sqrt().cpu()
+        return Statistics(mean[0].clone(), sd[0].clone(), mean[1].clone(), sd[1].clone(), self.rows)
+
+    def to(self, device: torch.device | str) -> Moments:
+        """A copy on a device; later rows of the one do not reach the other."""
+        return Moments(self.rows, self.mean.to(device, copy=True), self.squares.to(device, copy=True))
+
+    def save(self, file: str | Path) -> None:
+        """Write the moments as safetensors, to go on from them later."""
+        rows = torch.tensor(self.rows, dtype=torch.int64)
+        write_whole(Path(file), save({"rows": rows, "mean": self.mean.cpu(), "squares": self.squares.cpu()}))
+
+    @classmethod
+    def load(cls, file: str | Path) -> Moments:
+        """Read moments that `save` wrote."""
+        with safe_open(str(file), framework="pt") as tensors:
+            return cls(int(tensors.get_tensor("rows")), tensors.get_tensor("mean"), tensors.get_tensor("squares"))

@@ -1,0 +1,178 @@
+"""A store of activations on disc: random access to its rows, its statistics, its verification."""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from clt.data.index import FORMAT_VERSION, INDEX, ShardEntry, StoreIndex, read_index, write_index
+from clt.data.shards import COLUMN_DTYPES, checksum, read_at, read_layout
+from clt.data.statistics import STATISTICS, Statistics
+from clt.errors import UserError
+
+__all__ = [
+    "FORMAT_VERSION", "INDEX", "DiscBuffer", "ShardEntry", "StoreIndex", "describe", "read_index", "write_index",
+]  # fmt: skip
+
+
+class DiscBuffer(Dataset[Tensor]):
+    """The rows of a store, by number: `buffer[i]` is (2, L, D), `buffer[rows]` or `buffer[a:b]` is (n, 2, L, D).
+
+    Inputs are [:, 0], targets [:, 1], in the dtype they are stored in. May be used from several threads and after a
+    fork. Raises UserError when the store is unfinished or damaged, IndexError for rows that do not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.index = read_index(path)
+        shape = (self.index.n_layers, self.index.d_acts, self.index.dtype)
+        self._files = [self.path / shard["file"] for shard in self.index.shards]
+        self._layouts = [read_layout(f, s["rows"], *shape) for f, s in zip(self._files, self.index.shards)]
+        self._firsts = np.cumsum([0] + [shard["rows"] for shard in self.index.shards])
+        self.statistics = Statistics.load(self.path / STATISTICS)
+        self._lock = threading.Lock()
+        self._descriptors: dict[int, int] = {}
+        self._closer = weakref.finalize(self, _close, self._descriptors)
+        _allow_descriptors(len(self._files))
+
+    def __len__(self) -> int:
+        return self.index.rows
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return DiscBuffer, (self.path,)  # spawned workers open the store for themselves
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        if isinstance(rows, (int, np.integer)):
+            return self.read(self._row_numbers(np.array([rows])))[0]
+        return self.read(self._row_numbers(rows))
+
+    def read(self, rows: np.ndarray, out: Tensor | None = None) -> Tensor:
+        """Rows (n,) in any order -> (n, 2, L, D), into `out` (contiguous, storage dtype, CPU) when it is given.
+
+        Runs of consecutive rows are read at once, straight into their place.
+        """
+        shape = (len(rows), 2, self.index.n_layers, self.index.d_acts)
+        if out is None:
+            out = torch.empty(shape, dtype=getattr(torch, self.index.dtype))
+        assert out.shape == shape, (out.shape, shape)
+        assert out.is_contiguous()
+        assert out.dtype == getattr(torch, self.index.dtype), out.dtype
+        self._read("tensor", rows, out.view(-1).view(torch.uint8).numpy().data)
+        return out
+
+    def tokens(self, rows: Any) -> np.ndarray:
+        """Token ids (n,) int32 of the rows."""
+        return self._column("token", rows)
+
+    def positions(self, rows: Any) -> np.ndarray:
+        """Positions in their windows (n,) int32 of the rows."""
+        return self._column("position", rows)
+
+    def documents(self, rows: Any) -> np.ndarray:
+        """Document numbers (n,) int64 of the rows."""
+        return self._column("document", rows)
+
+    def verify(self) -> None:
+        """Recompute every shard's checksum; raises UserError that names all altered shards."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = list(pool.map(checksum, self._files))
+        altered = [shard["file"] for shard, sum_ in zip(self.index.shards, found) if shard["checksum"] != sum_]
+        if altered:
+            raise UserError(
+                f"store {self.path} has altered shards: {', '.join(altered)} do not have the checksums that index.json "
+                "recorded; copy them again, or delete the store and extract it again"
+            )
+
+    def close(self) -> None:
+        """Close the shard files; the garbage collector does so too."""
+        self._closer()
+
+    def _column(self, name: str, rows: Any) -> np.ndarray:
+        numbers = self._row_numbers(rows)
+        out = np.empty(len(numbers), COLUMN_DTYPES[name])
+        self._read(name, numbers, out.view(np.uint8).data)
+        return out
+
+    def _row_numbers(self, rows: Any) -> np.ndarray:
+        """A slice or integers (list, array, tensor; negative ones count from the end) as row numbers (n,) int64."""
+        if isinstance(rows, slice):
+            return np.arange(*rows.indices(len(self)))
+        numbers = np.asarray(rows)
+        if numbers.size == 0:
+            numbers = numbers.astype(np.int64)
+        if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
+            raise IndexError(f"rows are an int, a slice or a list of ints, found {numbers.dtype} of {numbers.shape}")
+        wrong = (numbers < -len(self)) | (numbers >= len(self))
+        if wrong.any():
+            raise IndexError(f"row {numbers[wrong][0]} of a store of {len(self)} rows")
+        return np.where(numbers < 0, numbers + len(self), numbers)
+
+    def _read(self, name: str, rows: np.ndarray, view: memoryview) -> None:
+        """Read one dataset's rows (n,) into `view`, n times that dataset's row bytes."""
+        if len(rows) == 0:
+            return
+        shards = np.searchsorted(self._firsts, rows, side="right") - 1
+        breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(shards) != 0)) + 1
+        starts, ends = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(rows)]])
+        for start, end in zip(starts.tolist(), ends.tolist()):
+            shard = int(shards[start])
+            layout = self._layouts[shard]
+            size = layout.row_bytes[name]
+            offset = layout.offsets[name] + int(rows[start] - self._firsts[shard]) * size
+            read_at(self._descriptor(shard), view[start * size : end * size], offset, self._files[shard])
+
+    def _descriptor(self, shard: int) -> int:
+        found = self._descriptors.get(shard)
+        if found is not None:
+            return found
+        with self._lock:
+            if shard not in self._descriptors:
+                self._descriptors[shard] = os.open(self._files[shard], os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptors[shard]
+
+
+def _close(descriptors: dict[int, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
+
+
+def _allow_descriptors(count: int) -> None:
+    """Raise the soft limit of open files where a store has more shards than it allows (often 1024)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            raise UserError(f"the store has {count} shards but only {hard} files may be open: raise `ulimit -n`")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def describe(path: str | Path) -> str:
+    """What a person wants to know about a store, as lines of text. UserError when it is unfinished or damaged."""
+    index, statistics = read_index(path), Statistics.load(Path(path) / STATISTICS)
+    text = {key: value for key, value in index.text.items() if value is not None}
+    size = sum((Path(path) / shard["file"]).stat().st_size for shard in index.shards) / 1e9
+    lines = [
+        f"store     {path} (format {index.format_version})",
+        f"size      {size:.3f} GB: {index.rows} rows in {len(index.shards)} shards",
+        f"rows      (2, L={index.n_layers}, D={index.d_acts}) {index.dtype}",
+        f"model     {index.model}, revision {index.revision}, tokenizer {index.tokenizer_hash}",
+        f"sites     {index.input_sites[0]} -> {index.output_sites[0]} (first layer)",
+        f"text      {', '.join(f'{key} {value}' for key, value in text.items())}",
+        f"windows   {index.context} tokens, shuffled with seed {index.seed}",
+        "layer     input rms  target rms",
+    ]
+    inputs = (statistics.input_mean.square() + statistics.input_sd.square()).mean(1).sqrt().tolist()
+    targets = (statistics.target_mean.square() + statistics.target_sd.square()).mean(1).sqrt().tolist()
+    for layer, x, y in zip(index.layers, inputs, targets):
+        lines.append(f"{layer:5d}    {x:10.4g}  {y:10.4g}")
+    return "\n".join(lines)
