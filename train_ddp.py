@@ -54,9 +54,9 @@ def main(config: Config, prepare: bool) -> None:
 
     dist.rank_zero_first(world, prepare_stores)
     store, heldout = open_stores(config)
-    sampler = DistributedSampler(
-        len(store), config.data.block_rows, config.train.batch_tokens, config.run.seed, world.rank, world.size
-    )
+    steps, batch_tokens = config.train.steps, config.train.batch_tokens
+    order = (len(store), config.data.block_rows, batch_tokens, config.run.seed, world.rank, world.size)
+    DistributedSampler(*order)  # refuses a batch that cannot be made
     if prepare:
         return
 
@@ -84,7 +84,10 @@ def main(config: Config, prepare: bool) -> None:
     if config.train.compile:
         model = torch.compile(model)  # type: ignore[assignment]
     if world.size > 1:
-        model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        DDP = nn.parallel.DistributedDataParallel
+        # The statistics are the same everywhere: do not broadcast them each step (the public switch's name varies).
+        DDP._set_params_and_buffers_to_ignore_for_model(model, [name for name, _ in model.named_buffers()])
+        model = DDP(model, gradient_as_bucket_view=True)
 
     lm = load_language_model(config.lm, device) if config.eval.replacement_tokens else None
     logger = Logger(config, world.rank, start, wandb_id)
@@ -118,11 +121,10 @@ def main(config: Config, prepare: bool) -> None:
         )
 
     # The loop. Nothing in it waits for the device but logging, evaluation and checkpoints.
-    steps, batch_tokens, L = config.train.steps, config.train.batch_tokens, transcoder.n_layers
-    step, sparsity = start, torch.zeros((), device=device)
+    L, step, sparsity = transcoder.n_layers, start, torch.zeros((), device=device)
     names = ["train_loss", "train_mse", "train_sparsity", "train_pre_activation"]
     names += [f"mse/layer_{l}" for l in range(L)] + [f"L0/layer_{l}" for l in range(L)]
-    loader = Loader(store, sampler.steps(start, steps), device, config.data.prefetch)
+    loader = Loader(store, DistributedSampler(*order, start, steps), device, config.data.prefetch)
     clock, logged, stalled = time.perf_counter(), start, 0.0
     with loader, profiler:
         for batch in loader:  # (b, 2, L, D): this rank's rows of the global batch

@@ -57,7 +57,7 @@ class Objective(nn.Module):
         scale = self.sparsity_scale * clt.decoder_norms().unsqueeze(1)  # (L, 1, F)
         penalty = sum_features(torch.tanh(scale * features))
         if self.pre_activation:
-            floor = clt.threshold.transpose(0, 1) if self.pre_activation_kind == "below_threshold" else 0.0
+            floor = clt.threshold.view(-1, 1, clt.d_features) if self.pre_activation_kind == "below_threshold" else 0.0
             pre_activation = sum_features(torch.relu(floor - pre))
         else:
             pre_activation = penalty.new_zeros(())

@@ -81,7 +81,7 @@ class CrossLayerTranscoder(nn.Module):
         """phi: pre (L, B, F) -> features (L, B, F)."""
         if self.activation == "relu":
             return pre.relu()
-        return jumprelu(pre, self.threshold.transpose(0, 1), self.bandwidth, self.straight_through_pre)
+        return jumprelu(pre, self.threshold.view(-1, 1, self.d_features), self.bandwidth, self.straight_through_pre)
 
     def reconstruct(self, features: Tensor) -> Tensor:
         """features (L, B, F) -> y~ (B, L, D) in normalised target units."""
