@@ -213,7 +213,8 @@ def _captured(config: Config, plan: Plan, lm: LanguageModel, skip: int) -> Itera
 
 def _overflow(kept: Tensor, stored: Tensor, documents: np.ndarray, layers: list[int]) -> UserError:
     """The error for the first value (n, 2, L, D) that is not finite in the storage dtype."""
-    row, side, layer, dim = (~stored.isfinite()).nonzero()[0].tolist()
+    # By layer, then input before target, as the model computes them: later ones may only follow from the first.
+    layer, side, row, dim = (~stored.isfinite()).transpose(0, 2).nonzero()[0].tolist()
     value, dtype = kept[row, side, layer, dim].item(), str(stored.dtype).removeprefix("torch.")
     where = f"{('input', 'target')[side]} activation {value:g} at layer {layers[layer]} (document {documents[row]})"
     if np.isfinite(value):

@@ -67,7 +67,8 @@ class Moments:
 
     def add(self, rows: Tensor) -> None:
         """Take in rows (n, 2, L, D) of any float dtype, on the moments' device."""
-        for chunk in rows.split(_CHUNK):
+        for start in range(0, len(rows), _CHUNK):
+            chunk = rows[start : start + _CHUNK]
             n, first = len(chunk), chunk[0].double()
             wide = chunk.double() - first  # shifted to near the mean, so that the squares lose no digits
             mean = wide.mean(0)
