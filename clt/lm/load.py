@@ -110,17 +110,16 @@ def _in_package(name: str) -> Path:
     # Only a top-level name is looked up: for a dotted one find_spec would import the parent.
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is not None and spec.submodule_search_locations:
-        folders = [Path(folder) for folder in spec.submodule_search_locations]
+        candidates = [Path(folder) / file for folder in spec.submodule_search_locations]
     else:
         try:
             listed = importlib.metadata.files(package) or []
         except importlib.metadata.PackageNotFoundError as error:
             raise UserError(f"lm.model={name!r}: no installed package is called {package!r}; pip install it") from error
-        folders = sorted({Path(str(entry.locate())).parent for entry in listed if entry.name == Path(file).name})
-    for folder in folders:
-        for candidate in (folder / file, folder / Path(file).name):
-            if candidate.exists():
-                return candidate
+        candidates = [Path(str(entry.locate())) for entry in listed if f"/{entry.as_posix()}".endswith(f"/{file}")]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
     raise UserError(f"lm.model={name!r}: the installed package {package!r} has no file {file!r}")
 
 

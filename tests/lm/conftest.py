@@ -1,5 +1,7 @@
 """Tiny random models of every supported architecture, with a real byte-level tokenizer."""
 
+import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
 
 from clt.config import LMConfig
 from clt.lm.load import LanguageModel, load_language_model
@@ -49,6 +52,35 @@ def randomise(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data = (1 + 0.3 * noise if "norm" in name or "ln_" in name else 0.3 * noise).to(parameter.dtype)
+
+
+def blocks(lm: LanguageModel) -> nn.ModuleList:
+    base = lm.model.base_model
+    return base.h if lm.model.config.model_type == "gpt2" else base.layers
+
+
+def mlp_branch(lm: LanguageModel, block: nn.Module, x: Tensor) -> Tensor:
+    """norm -> mlp (-> post-norm), written out per architecture."""
+    kind = lm.model.config.model_type
+    if kind == "gpt2":
+        return block.mlp(block.ln_2(x))
+    if kind.startswith("gemma"):
+        return block.post_feedforward_layernorm(block.mlp(block.pre_feedforward_layernorm(x)))
+    return block.mlp(block.post_attention_layernorm(x))
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
+    lines = "".join(json.dumps({"id": index, field: text}) + "\n" for index, text in enumerate(texts))
+    if path.suffix == ".gz":
+        with gzip.open(path, "wt") as file:
+            file.write(lines)
+    else:
+        path.write_text(lines)
+    return path
 
 
 @pytest.fixture(scope="session")

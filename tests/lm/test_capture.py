@@ -10,30 +10,15 @@ from clt.errors import UserError
 from clt.lm.capture import Capture
 from clt.lm.load import LanguageModel
 from clt.lm.sites import Site
-
-
-def blocks(lm: LanguageModel) -> nn.ModuleList:
-    base = lm.model.base_model
-    return base.h if lm.model.config.model_type == "gpt2" else base.layers
-
-
-def mlp_branch(lm: LanguageModel, block: nn.Module, x: Tensor) -> Tensor:
-    """norm -> mlp (-> post-norm), written out per architecture."""
-    kind = lm.model.config.model_type
-    if kind == "gpt2":
-        return block.mlp(block.ln_2(x))
-    if kind.startswith("gemma"):
-        return block.post_feedforward_layernorm(block.mlp(block.pre_feedforward_layernorm(x)))
-    return block.mlp(block.post_attention_layernorm(x))
+from tests.lm.conftest import blocks, hooks, mlp_branch
 
 
 def residual_stream(lm: LanguageModel, ids: Tensor) -> list[Tensor]:
     """The stream before block 0 and after every block, by `output_hidden_states` with the final norm taken out."""
-    final = nn.Identity()
     base = lm.model.base_model
     name = next(n for n in ("ln_f", "norm", "final_layer_norm") if hasattr(base, n))
     norm = getattr(base, name)
-    setattr(base, name, final)
+    setattr(base, name, nn.Identity())
     try:
         with torch.no_grad():
             return list(base(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states)
@@ -107,10 +92,6 @@ def test_the_result_can_be_trained_on(tiny: Callable[..., LanguageModel], input_
     weight = torch.ones(captured.shape[-1], requires_grad=True)
     (captured * weight).sum().backward()
     assert weight.grad is not None
-
-
-def hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def test_leaves_the_model_as_it_was(lm: LanguageModel, input_ids: Tensor) -> None:

