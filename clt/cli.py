@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -17,15 +18,18 @@ DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
 def exit_on_user_error(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `work`; a UserError is printed as one message on stderr and ends the process with status 2."""
+    """Call `work`; a UserError, or a disk that is full, is one message on stderr and ends the process with status 2."""
     try:
         return work(*arguments)
     except UserError as error:
-        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        # Not sys.exit: another rank may be inside a collective, and a half-joined process group must not hang the exit.
-        os._exit(2)
+        message = str(error)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        message = f"the disk is full: {error}; free space and run the same command again, finished work is kept"
+    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    print(f"{rank}error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def run_arguments(doc: str | None) -> tuple[Config, bool]:

@@ -266,14 +266,16 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
             tree = yaml.safe_load(Path(path).read_text()) or {}
         except yaml.YAMLError as error:
             raise UserError(f"config {path} is not valid YAML: {error}") from error
-    where = str(path or "defaults")
+    where = str(path or "the defaults")
     config = _build(Config, tree, where, "")
+    origin: dict[str, str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"override {override!r} is not of the form section.key=value, e.g. train.steps=100")
         _set(config, key, _parse_value(text, override))
-    _validate(config, where)
+        origin[key] = "the command line"
+    _validate(config, lambda key: origin.get(key, where))
     return config
 
 
@@ -373,13 +375,15 @@ NOT_NEGATIVE = (
 SHARES = "loss.sparsity_ramp optim.warmup optim.decay".split()
 
 
-def _validate(config: Config, where: str) -> None:
+def _validate(config: Config, where: typing.Callable[[str], str]) -> None:
+    """Check ranges; `where` says which file or command line a key's value came from."""
+
     def check(keys: list[str], holds: typing.Callable[[Any], bool], wanted: str) -> None:
         for key in keys:
             section, name = key.split(".")
             value = getattr(getattr(config, section), name)
             if not holds(value):
-                raise UserError(f"{key} in {where} is {value}; wanted {wanted}")
+                raise UserError(f"{key} in {where(key)} is {value!r}; wanted {wanted}")
 
     check(POSITIVE, lambda v: v > 0, "a positive number")
     check(NOT_NEGATIVE, lambda v: v >= 0, "zero or a positive number")
@@ -387,11 +391,10 @@ def _validate(config: Config, where: str) -> None:
     check(["optim.betas"], lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
     check(["optim.clip_norm"], lambda v: v is None or v > 0, "a positive number or null")
     check(["lm.layers"], lambda v: v is None or (v and v == sorted(set(v)) and v[0] >= 0), "ascending layer numbers")
+    sites = ["lm.input_site", "lm.output_site"]
+    check(sites, lambda v: v is None or "{layer}" in v, "a path with {layer}, e.g. transformer.h.{layer}.mlp")
     if (config.lm.input_site is None) != (config.lm.output_site is None):
-        raise UserError(f"lm.input_site and lm.output_site in {where} go together: set both, or neither")
-    for site in (config.lm.input_site, config.lm.output_site):
-        if site is not None and "{layer}" not in site:
-            raise UserError(f"hook site {site!r} in {where} has no {{layer}}; wanted e.g. transformer.h.{{layer}}.mlp")
+        raise UserError("lm.input_site and lm.output_site go together: set both, or neither")
 
 
 def to_yaml(config: Config, docs: bool = False) -> str:

@@ -20,22 +20,24 @@ class JumpReLU(torch.autograd.Function):
     def forward(ctx, pre: Tensor, theta: Tensor, bandwidth: float, through_pre: bool) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(pre, theta)
         ctx.bandwidth, ctx.through_pre = bandwidth, through_pre
-        return pre * is_on(pre, theta)
+        return torch.where(is_on(pre, theta), pre, 0.0)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         pre, theta = ctx.saved_tensors
         near = (pre - theta).abs() < ctx.bandwidth / 2
-        through = grad * near * (theta / ctx.bandwidth)
-        grad_pre = grad * is_on(pre, theta)
+        through = torch.where(near, grad, 0.0)
+        slope = theta / ctx.bandwidth
+        grad_pre = torch.where(is_on(pre, theta), grad, 0.0)
         if ctx.through_pre:
-            grad_pre = grad_pre + through.to(grad_pre.dtype)
-        return grad_pre.to(pre.dtype), -through.sum(1, keepdim=True).to(theta.dtype), None, None
+            grad_pre = grad_pre + (slope * through).to(grad_pre.dtype)
+        summed = through.sum(1, keepdim=True, dtype=torch.promote_types(grad.dtype, torch.float32))
+        return grad_pre, (-slope * summed).to(theta.dtype), None, None
 
 
 def is_on(pre: Tensor, theta: Tensor) -> Tensor:
     """Which features fire: above their threshold and above zero."""
-    return (pre > theta) & (pre > 0)
+    return pre > theta.clamp_min(0)
 
 
 def jumprelu(pre: Tensor, theta: Tensor, bandwidth: float, through_pre: bool) -> Tensor:

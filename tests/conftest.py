@@ -1,0 +1,108 @@
+"""A small language model of random weights with text for it, and activation stores extracted from it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from clt.config import Config, load_config
+
+
+@pytest.fixture(scope="session")
+def lm_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a random GPT-2 of three layers, a BPE tokenizer, and `text.jsonl` of 120 documents."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("lm")
+    random = np.random.default_rng(0)
+    words = ["".join(random.choice(list("abcdefghij"), random.integers(2, 7))) for _ in range(60)]
+    texts = [" ".join(random.choice(words, random.integers(20, 60))) for _ in range(120)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    fast.save_pretrained(path)
+    torch.manual_seed(0)
+    size = GPT2Config(
+        vocab_size=len(fast), n_positions=32, n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(size).save_pretrained(path)
+    (path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="session")
+def lm_overrides(lm_path: Path) -> list[str]:
+    """The keys that name that model and its text, and stores of 1000 and 150 rows in groups of 3 shards of 64."""
+    return [
+        f"lm.model={lm_path}", "lm.context=16", "lm.batch_windows=4",
+        f"text.source={lm_path / 'text.jsonl'}", "text.heldout_documents=20",
+        "data.train_tokens=1000", "data.heldout_tokens=150", "data.shard_rows=64", "data.open_shards=3",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def config(lm_overrides: list[str], tmp_path: Path) -> Callable[..., Config]:
+    """config(key=value strings) for extracting from that model into `tmp_path`/stores."""
+
+    def make(*overrides: str) -> Config:
+        return load_config(None, [*lm_overrides, f"data.store={tmp_path / 'stores'}", *overrides])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def stores(lm_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the extracted stores `train` and `heldout`; read it only."""
+    from clt.data.extract import extract
+
+    path = tmp_path_factory.mktemp("stores")
+    config = load_config(None, [*lm_overrides, f"data.store={path}"])
+    extract(config, "train", progress=False)
+    extract(config, "heldout", progress=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def train_overrides(lm_overrides: list[str], stores: Path) -> list[str]:
+    """Overrides for ten short steps on those stores; `run.dir` is left to the test."""
+    return [
+        *lm_overrides, f"data.store={stores}", "clt.d_features=24", "train.steps=10", "train.batch_tokens=60",
+        "train.compile=false", "eval.replacement_tokens=64", "log.every=5",
+    ]  # fmt: skip
+
+
+class Run:
+    """What a short training run left behind."""
+
+    def __init__(self, config: Config) -> None:
+        from safetensors.torch import load_file
+
+        from clt.train import checkpoint
+        from clt.train.logger import read_metrics
+
+        self.dir = Path(config.run.dir)
+        last = checkpoint.steps(self.dir / "checkpoints")[-1]
+        self.weights = load_file(self.dir / "checkpoints" / f"step_{last:08d}" / "model.safetensors")
+        self.metrics = read_metrics(self.dir)
+        self.summary = json.loads((self.dir / "summary.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def train(train_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """train(*overrides) -> Run: ten steps of train_ddp.main in this process, in a fresh run directory."""
+    import train_ddp
+
+    def run(*overrides: str) -> Run:
+        defaults = [*train_overrides, f"run.dir={tmp_path_factory.mktemp('run')}"]
+        config = load_config(None, [*defaults, *overrides])
+        train_ddp.main(config, prepare=False)
+        return Run(config)
+
+    return run

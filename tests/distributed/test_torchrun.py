@@ -1,0 +1,158 @@
+"""train_ddp.py as users start it: real torchrun processes, real stores, real exits."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clt.train import checkpoint
+from clt.train.logger import read_metrics
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def launch(*arguments: str, processes: int | None = None, timeout: float = 240) -> subprocess.CompletedProcess:
+    """train_ddp.py with these arguments, under torchrun when `processes` is given; one thread each."""
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "train_ddp.py", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    last = checkpoint.steps(run_dir / "checkpoints")[-1]
+    return load_file(run_dir / "checkpoints" / f"step_{last:08d}" / "model.safetensors")
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_ranks_gives_the_run_of_one(train, train_overrides, tmp_path, processes):
+    """The global batch of 61 tokens does not divide by 2 or 4, and the ranks' micro-batches differ by a row."""
+    extra = ["train.batch_tokens=61", "train.accumulate=2", "eval.every=5"]
+    alone = train(*extra)
+    result = launch(*train_overrides, *extra, f"run.dir={tmp_path}", processes=processes)
+    assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr, result.stderr
+    for ours, theirs in zip(read_metrics(tmp_path), alone.metrics, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), key
+    for name, tensor in weights(tmp_path).items():
+        torch.testing.assert_close(tensor, alone.weights[name], rtol=1e-5, atol=1e-6)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["world_size"] == processes
+    assert summary["config_hash"] == alone.summary["config_hash"]
+    assert "fraction of variance explained" in result.stdout
+    assert f"The run lies in {tmp_path}" in result.stdout.strip().splitlines()[-1]
+
+
+def test_a_missing_store_is_extracted_by_one_process_first(train_overrides, tmp_path):
+    store = tmp_path / "new-store"
+    result = launch(*train_overrides, f"data.store={store}", f"run.dir={tmp_path / 'run'}", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert sorted(p.name for p in store.iterdir()) == ["heldout", "train"]
+    assert result.stderr.count("train: 100%") == 1, "both ranks extracted"
+    keys = "fve nmse l0_total l0_per_layer dead_fraction top1_agreement kl ce_original ce_replaced ce_mean_ablated "
+    keys += "ce_recovered tokens_per_second wall_seconds world_size config_hash"
+    assert set(keys.split()) <= json.loads((tmp_path / "run" / "summary.json").read_text()).keys()
+    assert sorted(p.name for p in (tmp_path / "run" / "report").iterdir()) == [
+        "density.png", "layers.png", "training.png",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_resumed_run_is_the_undisturbed_run_to_the_bit(train, tmp_path, precision):
+    options = ["checkpoint.every=5", "checkpoint.keep=9", "log.every=2", "eval.every=5", f"train.precision={precision}"]
+    whole = train(*options)
+    shutil.copytree(whole.dir, tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "step_00000010")
+    with (tmp_path / "half" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "torn')  # a crash in the middle of a line
+    half = train(*options, f"run.dir={tmp_path / 'half'}")
+    assert all(torch.equal(half.weights[name], whole.weights[name]) for name in whole.weights)
+    name = "checkpoints/step_00000010/optimizer.safetensors"
+    ours, theirs = load_file(half.dir / name), load_file(whole.dir / name)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert (half.dir / "metrics.jsonl").read_bytes() == (whole.dir / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_compiled_is_compiled_once_and_equals_eager(train):
+    counters = torch._dynamo.utils.counters
+    eager = train("loss.pre_activation=0.1")
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = train("loss.pre_activation=0.1", "train.compile=true")
+    assert counters["stats"]["unique_graphs"] == 1, counters["stats"]
+    assert not counters["graph_break"]
+    for name, tensor in compiled.weights.items():
+        torch.testing.assert_close(tensor, eager.weights[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_user_error_is_one_message_and_status_2(train_overrides, tmp_path):
+    for arguments, message in [
+        (["train.stepz=3"], "unknown key 'train.stepz'"),
+        (["nowhere.yaml"], "config nowhere.yaml does not exist"),
+        (
+            [*train_overrides, f"run.dir={tmp_path}", "train.batch_tokens=5000"],
+            "train.batch_tokens=5000 but the store has",
+        ),
+    ]:
+        result = launch(*arguments)
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+        assert not list(tmp_path.iterdir()), "something half-written is left"
+
+
+def test_prepare_checks_and_stops(train_overrides, tmp_path):
+    result = launch("--prepare", *train_overrides, f"run.dir={tmp_path / 'run'}")
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_config_in_the_run_directory(train, tmp_path):
+    run = train()
+    with pytest.raises(
+        ValueError, match=r"holds a run of another config \(optim.lr: found 0.001, wanted 0.5\); choose an"
+    ):
+        train(f"run.dir={run.dir}", "optim.lr=0.5")
+
+
+def test_a_diverging_run_names_the_step_and_the_term(train):
+    with pytest.raises(ValueError, match=r"train_loss is (nan|inf) at step \d+; look for bad rows with `clt inspect"):
+        train("optim.lr=1e30", "optim.clip_norm=null", "log.every=1")
+
+
+def test_a_dead_rank_takes_the_job_down(train_overrides, tmp_path):
+    """Rank 1 is killed in the middle of a run: torchrun ends the others and says who it was."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_ddp.py"]
+    command += [*train_overrides, f"run.dir={tmp_path}", "train.steps=1000000"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as job:
+        try:
+            while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").stat().st_size:
+                assert job.poll() is None
+            children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+            environs = {c: Path(f"/proc/{c}/environ").read_bytes().split(b"\0") for c in children}
+            (victim,) = [c for c, e in environs.items() if b"RANK=1" in e]
+            os.kill(int(victim), 9)
+            _, stderr = job.communicate(timeout=60)
+        finally:
+            job.kill()
+    assert job.returncode != 0
+    assert f"local_rank: 1 (pid: {victim})" in stderr
+
+
+def test_main_needs_no_torchrun(train):
+    assert train().summary["world_size"] == 1

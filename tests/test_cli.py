@@ -1,0 +1,90 @@
+"""The `clt` command as a user types it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def clt(*arguments: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    return subprocess.run(
+        [sys.executable, "-m", "clt.cli", *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+
+
+def refused(result: subprocess.CompletedProcess) -> str:
+    """The one message of a command that a user's mistake ended."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_config_prints_every_field_with_its_doc():
+    result = clt("config", "configs/gpt2.yaml", "train.steps=7")
+    assert result.returncode == 0, result.stderr
+    assert "model: openai-community/gpt2" in result.stdout
+    assert "# Features per layer (F)." in result.stdout
+    assert "steps: 7 " in result.stdout
+
+
+def test_help_and_config_errors_do_not_wait_for_torch():
+    began = time.perf_counter()
+    assert clt("--help").returncode == 0
+    assert "did you mean 'steps'" in refused(clt("extract", "train.stepz=3"))
+    assert time.perf_counter() - began < 20  # a hang, not a speed: the light imports are tested in test_house.py
+
+
+def test_extract_then_inspect_then_verify(config, tmp_path):
+    base = config()
+    overrides = [
+        f"lm.model={base.lm.model}", "lm.context=16", f"text.source={base.text.source}", "text.heldout_documents=20",
+        f"data.store={tmp_path / 's'}", "data.train_tokens=300", "data.heldout_tokens=50", "data.shard_rows=100",
+    ]  # fmt: skip
+    result = clt("extract", *overrides)
+    assert result.returncode == 0, result.stderr
+    assert "train: 300 rows in 3 shards" in result.stdout
+    assert "row/s" in result.stderr
+    result = clt("inspect", tmp_path / "s" / "train", "--verify")
+    assert result.returncode == 0, result.stderr
+    assert "300" in result.stdout
+    assert "checksum is as the index says" in result.stdout
+    shard = tmp_path / "s" / "train" / "shard_00001.h5"
+    data = bytearray(shard.read_bytes())
+    data[-100] ^= 1
+    shard.write_bytes(data)
+    assert "shard_00001.h5" in refused(clt("inspect", tmp_path / "s" / "train", "--verify"))
+
+
+def test_inspect_refuses_what_is_no_store(tmp_path):
+    assert "index.json" in refused(clt("inspect", tmp_path))
+
+
+def test_a_model_that_cannot_be_loaded(tmp_path):
+    keys = ["lm.model=./nowhere", f"data.store={tmp_path / 's'}"]
+    assert "./nowhere" in refused(clt("extract", *keys))
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("flag", [(), ("--nnsight",)])
+def test_eval_repeats_the_summary_from_the_checkpoint(train, flag):
+    run = train()
+    result = clt("eval", run.dir, *flag)
+    assert result.returncode == 0, result.stderr
+    again = json.loads((run.dir / "eval_step_00000010.json").read_text())
+    for key in ("fve", "nmse", "l0_total", "top1_agreement", "kl", "ce_original", "ce_replaced", "ce_recovered"):
+        assert again[key] == pytest.approx(run.summary[key], rel=1e-4, abs=1e-6), key
+    assert "fraction of variance explained" in result.stdout
+
+
+def test_eval_refuses_what_is_not_there(train, tmp_path):
+    assert "has no config.yaml" in refused(clt("eval", tmp_path))
+    run = train()
+    assert "has no checkpoint of step 3; found [10]" in refused(clt("eval", run.dir, "--step", "3"))

@@ -1,0 +1,122 @@
+"""Configs: YAML and overrides become typed values, and every mistake is named with its remedy."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clt.config import Config, config_hash, field_docs, identity, load_config, to_yaml
+from clt.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def test_defaults_are_the_reference_run():
+    config = load_config()
+    assert (config.clt.d_features, config.train.batch_tokens, config.train.steps) == (6144, 4000, 2000)
+    assert (config.optim.lr, config.loss.sparsity, config.loss.sparsity_scale) == (1e-3, 2e-4, 0.1)
+    assert (config.clt.threshold, config.clt.bandwidth, config.lm.context) == (0.03, 1.0, 1024)
+    assert (config.data.train_tokens, config.eval.every) == (10_000_000, 1000)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_load_and_hold_only_what_differs(path):
+    config = dataclasses.asdict(load_config(path))
+    defaults = dataclasses.asdict(Config())
+    for section, values in yaml.safe_load(path.read_text()).items():
+        for key, value in values.items():
+            same = value == defaults[section][key]
+            assert not same, f"{path.name}: {section}.{key} is the default"
+            assert config[section][key] == value
+
+
+def test_the_required_configs_are_there():
+    assert {"quickstart", "gpt2", "gpt2-plt", "llama-3.2-1b", "smollm2-135m"} <= {path.stem for path in CONFIGS}
+
+
+def test_every_field_has_a_one_line_doc():
+    for section in dataclasses.fields(Config):
+        cls = type(getattr(Config(), section.name))
+        docs = field_docs(cls)
+        assert docs.keys() == {f.name for f in dataclasses.fields(cls)}
+        for name, doc in docs.items():
+            assert "\n" not in doc, f"{section.name}.{name}"
+            assert doc.endswith("."), f"{section.name}.{name}"
+
+
+@pytest.mark.parametrize("docs", [False, True])
+def test_the_printed_config_reads_back(tmp_path, docs):
+    config = load_config(None, ["lm.layers=[0, 2]", "optim.lr=3e-4", "text.source=a b.jsonl", "optim.clip_norm=null"])
+    path = tmp_path / "resolved.yaml"
+    path.write_text(to_yaml(config, docs=docs))
+    assert load_config(path) == config
+
+
+def test_overrides_win_over_the_file_and_are_typed(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("train: {steps: 7}\noptim: {lr: 1e-4}\n")  # YAML 1.1 reads 1e-4 as a string
+    config = load_config(path, ["train.steps=9", "train.compile=false", "optim.betas=[0.8, 0.99]", "optim.eps=1"])
+    assert (config.train.steps, config.optim.lr, config.train.compile) == (9, 1e-4, False)
+    assert (config.optim.betas, config.optim.eps) == ([0.8, 0.99], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=5", r"unknown key 'train.stepz' in the command line: did you mean 'steps'\?"),
+        ("d_features=3", r"unknown key 'd_features'.*did you mean 'clt.d_features'\?"),
+        ("optimizer.lr=3", r"unknown key 'optimizer.lr'.*did you mean 'optim"),
+        ("train.compile=maybe", "train.compile in the command line is 'maybe'; wanted bool"),
+        ("train.steps=2.5", "train.steps .* is 2.5; wanted int"),
+        ("clt.activation=gelu", "clt.activation .* is 'gelu'; wanted jumprelu or relu"),
+        ("clt.d_features=-1", "clt.d_features .* is -1; wanted a positive number"),
+        ("loss.sparsity=-1", "loss.sparsity .* is -1.0; wanted zero or a positive number"),
+        ("optim.decay=2", "optim.decay .* is 2.0; wanted a share of the run's steps between 0 and 1"),
+        ("optim.betas=[0.9]", r"optim.betas .* wanted two numbers in \[0, 1\)"),
+        ("lm.layers=[3, 1]", r"lm.layers .* is \[3, 1\]; wanted ascending layer numbers"),
+        ("lm.input_site='h.{layer}.ln'", "lm.input_site and lm.output_site go together"),
+        ("lm.input_site=h.0.ln", r"lm.input_site in the command line is 'h.0.ln'; wanted a path with \{layer\}"),
+        ("lm=4", "'lm' is a section; set one of its keys: lm.model"),
+        ("train.steps.more=4", "goes too deep"),
+        ("train.steps", "is not of the form section.key=value"),
+        ("train.steps=[", "is not valid YAML"),
+    ],
+)
+def test_mistakes_on_the_command_line(override, message):
+    with pytest.raises(UserError, match=message):
+        load_config(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trian: {steps: 3}", r"unknown key 'trian' in .*c.yaml: did you mean 'train'\?"),
+        ("train: {step: 3}", r"unknown key 'train.step' in .*c.yaml: did you mean 'steps'\?"),
+        ("train: 3", "train. of .*c.yaml must be a mapping of keys, found 3"),
+        ("- 3", "the top level of .*c.yaml must be a mapping"),
+        ("train: {steps: 3", "c.yaml is not valid YAML"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_missing_file():
+    with pytest.raises(UserError, match=r"config nowhere.yaml does not exist; the shipped ones are configs/\*.yaml"):
+        load_config("nowhere.yaml")
+
+
+def test_the_hash_sees_what_changes_the_weights_and_nothing_else():
+    base = config_hash(load_config())
+    for free in ("run.dir=elsewhere", "log.every=3", "checkpoint.keep=9", "eval.every=5", "data.prefetch=2"):
+        assert config_hash(load_config(None, [free])) == base, free
+    seen = {base}
+    for key, value in identity(load_config()).items():
+        changed = load_config()
+        section, name = key.split(".")
+        setattr(getattr(changed, section), name, f"not {value}")
+        seen.add(config_hash(changed))
+    assert len(seen) == 1 + len(identity(load_config()))

@@ -1,0 +1,89 @@
+"""launch.sh: a real run, and the torchrun command it makes from its variables and SLURM's."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMP_")) and k not in ("NPROC", "NNODES")}
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """launch(*arguments, **environment) -> the commands that it would have started, in a copy of the tree.
+
+    The environment's `python` and `torchrun` only print their arguments: several nodes cannot be started here.
+    """
+    for name in ("launch.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    binaries = tmp_path / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    for name in ("python", "torchrun", "scontrol"):
+        script = binaries / name
+        answer = "echo node7; echo node8" if name == "scontrol" else f'echo "{name} omp=$OMP_NUM_THREADS $*"'
+        script.write_text(f"#!/bin/sh\n{answer}\n")
+        script.chmod(script.stat().st_mode | stat.S_IEXEC)
+
+    def launch(*arguments: str, **environment: str) -> list[str]:
+        env = CLEAN | {"VENV": ".venv", "CUDA_VISIBLE_DEVICES": ""} | environment
+        result = subprocess.run(
+            ["bash", str(tmp_path / "launch.sh"), *arguments], env=env, capture_output=True, text=True, check=True
+        )
+        lines = [line for line in result.stdout.splitlines() if line.startswith(("python", "torchrun"))]
+        return [line for line in lines if " -m pip " not in line]
+
+    return launch
+
+
+def test_one_node(recorded):
+    prepare, run = recorded("configs/x.yaml", "train.steps=3", NPROC="3")
+    assert prepare.endswith("train_ddp.py --prepare configs/x.yaml train.steps=3")
+    assert run.endswith("--standalone --nproc_per_node=3 train_ddp.py configs/x.yaml train.steps=3")
+    assert "omp=1 " in run
+
+
+def test_the_default_is_two_processes_and_the_default_config(recorded):
+    assert recorded()[1].endswith("--standalone --nproc_per_node=2 train_ddp.py")
+
+
+def test_several_nodes(recorded):
+    (run,) = recorded("c.yaml", NPROC="8", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1", MASTER_PORT="777")
+    assert "--nnodes=2 --node_rank=1 --nproc_per_node=8 --master_addr=10.0.0.1 --master_port=777 train_ddp.py c" in run
+
+
+def test_slurm_variables_fill_what_is_not_set(recorded):
+    path = "PATH"
+    scontrol = {path: f"{Path.cwd()}:{os.environ[path]}"}
+    slurm = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_GPUS_ON_NODE": "4"}
+    (run,) = recorded("c.yaml", **slurm, **scontrol)
+    assert "--nnodes=2 --node_rank=1 --nproc_per_node=4 --master_addr=node7 --master_port=29500" in run
+    (run,) = recorded("c.yaml", **slurm, **scontrol, NPROC="1", NODE_RANK="0", MASTER_ADDR="head")
+    assert "--nnodes=2 --node_rank=0 --nproc_per_node=1 --master_addr=head" in run
+
+
+def test_the_environment_is_installed_once(recorded, tmp_path):
+    recorded("c.yaml")
+    marker = (tmp_path / ".venv" / "installed").read_text()
+    recorded("c.yaml")
+    assert (tmp_path / ".venv" / "installed").read_text() == marker
+    assert marker.startswith("run ")
+    assert len(marker.splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path(sys.prefix, "installed").exists(), reason="the tests' environment is not launch.sh's own")
+def test_a_real_run_ends_with_the_table_and_the_place(train_overrides, tmp_path):
+    command = ["bash", "launch.sh", *train_overrides, f"run.dir={tmp_path / 'run'}", f"data.store={tmp_path / 'store'}"]
+    env = CLEAN | {"VENV": sys.prefix, "NPROC": "2"}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert "top-1 agreement with the original model" in result.stdout
+    assert result.stdout.strip().splitlines()[-1].startswith(f"The run lies in {tmp_path / 'run'}")
+    bad = subprocess.run([*command, "clt.d_features=-1"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert bad.returncode == 2
+    assert "clt.d_features in the command line is -1; wanted a positive number" in bad.stderr
+    assert "Traceback" not in bad.stderr

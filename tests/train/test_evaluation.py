@@ -1,0 +1,150 @@
+"""Quality figures against plain loops over rows, tokens and features."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from clt.config import load_config
+from clt.data.store import DiscBuffer
+from clt.lm.load import load_language_model
+from clt.lm.replacement import replaced_logits, run_with_mlps
+from clt.model.transcoder import CrossLayerTranscoder
+from clt.train.evaluation import dead_features, evaluate_activations, evaluate_replacement
+from clt.train.run import heldout_windows
+
+
+@pytest.fixture(scope="module")
+def heldout(stores):
+    return DiscBuffer(stores / "heldout")
+
+
+@pytest.fixture(scope="module")
+def transcoder(stores):
+    torch.manual_seed(0)
+    clt = CrossLayerTranscoder(3, 16, 24, normalization="layer")
+    statistics = DiscBuffer(stores / "train").statistics
+    clt.normalization.set(statistics.input_mean, statistics.input_sd, statistics.target_mean, statistics.target_sd)
+    with torch.no_grad():
+        clt.b_enc.sub_(0.3)
+    return clt
+
+
+@torch.no_grad()
+def test_activations_against_a_loop_over_rows(heldout, transcoder):
+    result = evaluate_activations(transcoder, heldout, batch=64)
+    rows = heldout[:].double()
+    yhat = transcoder(rows[:, 0].float()).double()
+    mean = rows[:, 1].mean(0)
+    nmse = []
+    for l in range(3):
+        sse = sum(float((rows[b, 1, l] - yhat[b, l]).square().sum()) for b in range(len(rows)))
+        sst = sum(float((rows[b, 1, l] - mean[l]).square().sum()) for b in range(len(rows)))
+        nmse.append((sse, sst, float(transcoder.normalization.target_sd[l]) ** 2))
+    assert result["nmse_per_layer"].tolist() == pytest.approx([sse / sst for sse, sst, _ in nmse], rel=1e-5)
+    assert result["fve_per_layer"].tolist() == pytest.approx([1 - sse / sst for sse, sst, _ in nmse], rel=1e-5)
+    overall = sum(sse / var for sse, _, var in nmse) / sum(sst / var for _, sst, var in nmse)
+    assert result["nmse"].item() == pytest.approx(overall, rel=1e-5)
+    assert result["fve"].item() == pytest.approx(1 - overall, rel=1e-5)
+    on = transcoder.encode(rows[:, 0].float()) > 0
+    assert 0 < on.double().mean() < 1
+    assert torch.equal(result["density"], on.double().mean(0))
+    assert result["l0_total"].item() == pytest.approx(on.sum((1, 2)).double().mean().item())
+    assert result["l0_per_layer"].tolist() == pytest.approx(on.sum(2).double().mean(0).tolist())
+
+
+@torch.no_grad()
+def test_predicting_the_mean_explains_nothing_and_the_truth_everything(heldout):
+    rows = heldout[:].float()
+    clt = CrossLayerTranscoder(3, 16, 4)
+    for weight in clt.W_dec:
+        weight.zero_()
+    clt.b_dec.copy_(rows[:, 1].mean(0))
+    assert evaluate_activations(clt, heldout)["fve"].item() == pytest.approx(0, abs=1e-5)
+    clt.reconstruct = lambda features: rows[:, 1]  # type: ignore[method-assign]
+    assert evaluate_activations(clt, heldout, batch=len(rows))["nmse"].item() == 0
+
+
+def test_ranks_together_give_what_one_gives(heldout, transcoder):
+    alone = evaluate_activations(transcoder, heldout, batch=32)
+    parts: list[torch.Tensor] = []
+
+    def collect(tensor):
+        parts.append(tensor)
+        return tensor
+
+    for rank in range(3):
+        evaluate_activations(transcoder, heldout, batch=32, rank=rank, world=3, all_sum=collect)
+    total = sum(parts)
+    together = evaluate_activations(transcoder, heldout, batch=32, rank=2, world=3, all_sum=lambda t: total)
+    for key in alone:
+        torch.testing.assert_close(together[key], alone[key])
+
+
+@pytest.fixture(scope="module")
+def base_config(train_overrides):
+    return load_config(None, train_overrides)
+
+
+@pytest.fixture(scope="module")
+def lm(base_config):
+    return load_language_model(base_config.lm)
+
+
+def naive_replacement(lm, windows, replaced, ablated):
+    """One window and one position at a time."""
+    n = agree = kl = original_ce = replaced_ce = ablated_ce = 0.0
+    for window, r, a in zip(windows, replaced, ablated):
+        tokens = torch.from_numpy(window.tokens).long()
+        logits = lm.model(input_ids=tokens[None]).logits[0]
+        for t in range(len(tokens) - 1):
+            if not (window.keep[t] and window.keep[t + 1]):
+                continue
+            p, q, m = (x[t].double().softmax(0) for x in (logits, r, a))
+            n += 1
+            agree += int(p.argmax() == q.argmax())
+            kl += float((p * (p / q).log()).sum())
+            original_ce -= math.log(p[tokens[t + 1]])
+            replaced_ce -= math.log(q[tokens[t + 1]])
+            ablated_ce -= math.log(m[tokens[t + 1]])
+    return n, agree / n, kl / n, original_ce / n, replaced_ce / n, ablated_ce / n
+
+
+@torch.no_grad()
+def test_replacement_against_a_loop_over_positions(base_config, stores, lm, transcoder):
+    windows = heldout_windows(base_config, lm)
+    mean = DiscBuffer(stores / "train").statistics.target_mean
+    result = evaluate_replacement(lm, transcoder, mean, windows, batch=3)
+    tokens = torch.from_numpy(np.stack([w.tokens for w in windows])).long()
+    keep = torch.from_numpy(np.stack([w.keep for w in windows]))
+    replaced = replaced_logits(lm, transcoder, tokens, keep)
+    ablated = run_with_mlps(lm, tokens, keep, lambda l, x: mean[l].float().expand_as(x))
+    n, top1, kl, original, replaced_ce, ablated_ce = naive_replacement(lm, windows, replaced, ablated)
+    assert result["replacement_tokens"] == n
+    assert n < tokens.numel()
+    assert result["top1_agreement"] == pytest.approx(top1)
+    assert result["kl"] == pytest.approx(kl, rel=1e-4, abs=1e-7)
+    assert result["ce_original"] == pytest.approx(original, rel=1e-5)
+    assert result["ce_replaced"] == pytest.approx(replaced_ce, rel=1e-5)
+    assert result["ce_mean_ablated"] == pytest.approx(ablated_ce, rel=1e-5)
+    recovered = (ablated_ce - replaced_ce) / (ablated_ce - original)
+    assert result["ce_recovered"] == pytest.approx(recovered, rel=1e-2)
+
+
+@torch.no_grad()
+def test_a_perfect_replacement_recovers_everything(base_config, lm, transcoder):
+    windows = heldout_windows(base_config, lm)[:4]
+
+    def perfect(lm, transcoder, tokens, keep):
+        return lm.model(input_ids=tokens).logits
+
+    result = evaluate_replacement(lm, transcoder, torch.zeros(3, 16), windows, run=perfect)
+    assert (result["top1_agreement"], result["kl"], result["ce_recovered"]) == (1.0, 0.0, 1.0)
+
+
+def test_dead_features():
+    last_fired = torch.tensor([[0, 1, 5, 6, 7, 10]])  # after 10 steps of 100 tokens
+    assert dead_features(last_fired, 10, 100, 400).tolist() == [[True, True, True, True, False, False]]
+    assert dead_features(last_fired, 10, 100, 401).tolist() == [[True, True, True, False, False, False]]
+    assert dead_features(last_fired, 10, 100, 10**9).tolist() == [[True] + [False] * 5], "a short run: since its start"

@@ -1,0 +1,228 @@
+"""Every configuration field changes something that a user can see; a field that is not listed here fails the suite."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clt.config import Config, load_config
+from clt.data.extract import extract
+from clt.data.store import DiscBuffer
+from clt.errors import UserError
+from clt.lm.load import load_language_model
+from clt.lm.text import read_documents
+from clt.train import checkpoint
+
+# Fields of which a short training run from the same store ends at other weights.
+WEIGHTS = {
+    "run.seed": 1,
+    "data.block_rows": 8,
+    "clt.d_features": 20,
+    "clt.activation": "relu",
+    "clt.cross_layer": False,
+    "clt.threshold": 0.2,
+    "clt.bandwidth": 0.1,
+    "clt.straight_through_pre": True,
+    "clt.normalization": "dim",
+    "loss.sparsity": 0.5,
+    "loss.sparsity_ramp": 0.0,
+    "loss.sparsity_scale": 3.0,
+    "loss.pre_activation": 0.2,
+    "loss.pre_activation_kind": "negative",
+    "loss.target_scale": "none",
+    "optim.lr": 0.01,
+    "optim.betas": [0.5, 0.9],
+    "optim.eps": 0.01,
+    "optim.warmup": 0.5,
+    "optim.decay": 0.5,
+    "optim.clip_norm": 0.001,
+    "train.steps": 7,
+    "train.batch_tokens": 50,
+    "train.precision": "bf16",
+}
+# Fields that change what a store holds.
+STORE = {
+    "lm.dtype": "bfloat16",
+    "lm.layers": [0, 2],
+    "lm.context": 20,
+    "text.heldout_documents": 30,
+    "data.train_tokens": 500,
+    "data.dtype": "float32",
+    "data.shard_rows": 128,
+    "data.open_shards": 2,
+    "data.seed": 5,
+}
+# Fields with a test of their own below, or in the file named.
+HERE = [
+    "run.dir", "lm.batch_windows", "lm.input_site", "lm.output_site", "lm.model", "text.source", "text.field",
+    "text.heldout", "data.store", "data.heldout_tokens", "data.prefetch", "train.accumulate", "eval.every",
+    "eval.replacement_tokens", "eval.dead_window", "checkpoint.every", "checkpoint.keep", "checkpoint.resume",
+    "log.every", "log.wandb", "log.wandb_project", "log.wandb_entity", "log.wandb_mode", "profile.enabled",
+    "profile.start", "profile.steps",
+]  # fmt: skip
+ELSEWHERE = {
+    "train.compile": "tests/distributed/test_torchrun.py",
+    "lm.revision": "tests/lm/test_load.py",
+    "text.subset": "tests/lm/test_documents.py",
+    "text.split": "tests/lm/test_documents.py",
+}
+
+
+def test_no_field_is_left_out():
+    every = {
+        f"{s.name}.{f.name}" for s in dataclasses.fields(Config) for f in dataclasses.fields(getattr(Config(), s.name))
+    }
+    assert every == {*WEIGHTS, *STORE, *HERE, *ELSEWHERE}
+
+
+@pytest.fixture(scope="module")
+def base_weights(train):
+    return train("loss.pre_activation=0.1").weights
+
+
+@pytest.mark.parametrize("key", WEIGHTS)
+def test_field_changes_the_weights(train, base_weights, key):
+    weights = train("loss.pre_activation=0.1", f"{key}={json.dumps(WEIGHTS[key])}").weights
+    shapes = {name: tuple(t.shape) for name, t in weights.items()}
+    if shapes == {name: tuple(t.shape) for name, t in base_weights.items()}:
+        assert not torch.equal(weights["W_enc"], base_weights["W_enc"])
+
+
+def test_the_same_config_gives_the_same_weights(train, base_weights):
+    weights = train("loss.pre_activation=0.1").weights
+    assert all(torch.equal(weights[name], base_weights[name]) for name in base_weights)
+
+
+@pytest.mark.parametrize("key", STORE)
+def test_field_changes_the_store(config, stores, key):
+    changed = config(f"{key}={json.dumps(STORE[key])}")
+    index = extract(changed, "train", progress=False)
+    rows, base = DiscBuffer(f"{changed.data.store}/train")[:], DiscBuffer(stores / "train")
+    same = index.shards == base.index.shards and rows.shape == base[:].shape and torch.equal(rows, base[:])
+    assert not same
+
+
+def test_run_dir_and_store(train, config, tmp_path):
+    assert (train(f"run.dir={tmp_path / 'here'}").dir) == tmp_path / "here"
+    assert (tmp_path / "here" / "summary.json").exists()
+    moved = config(f"data.store={tmp_path / 'moved'}", "data.heldout_tokens=60")
+    assert extract(moved, "heldout", progress=False).rows == 60
+    assert (tmp_path / "moved" / "heldout" / "index.json").exists()
+
+
+def test_lm_model_and_sites(config, lm_path):
+    with pytest.raises(UserError, match="no-such-directory"):
+        load_language_model(config("lm.model=./no-such-directory").lm)
+    names = ["lm.input_site=transformer.h.{layer}.ln_1", "lm.output_site=transformer.h.{layer}.attn"]
+    sites = load_language_model(config(*names).lm).sites
+    assert [(s.input_path, s.output_path) for s in sites][1] == ("transformer.h.1.ln_1", "transformer.h.1.attn")
+
+
+def test_batch_windows_is_the_forward_pass(config):
+    for size in (2, 5):
+        changed = config(f"lm.batch_windows={size}", "data.train_tokens=150")
+        lm = load_language_model(changed.lm)
+        seen = []
+        lm.model.register_forward_pre_hook(
+            lambda m, a, k, seen=seen: seen.append(len(k["input_ids"])), with_kwargs=True
+        )
+        extract(changed, "train", lm=lm, progress=False)
+        assert seen[0] == size
+
+
+def test_text_source_field_and_heldout(config, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n{"body": "three"}\n')
+    (tmp_path / "b.jsonl").write_text('{"body": "four"}\n')
+    keys = [f"text.source={tmp_path / 'a.jsonl'}", "text.field=body"]
+    text = config(*keys, "text.heldout_documents=1").text
+    assert (list(read_documents(text, "heldout")), list(read_documents(text, "train"))) == (["one"], ["two", "three"])
+    text = config(*keys, f"text.heldout={tmp_path / 'b.jsonl'}").text
+    assert list(read_documents(text, "heldout")) == ["four"]
+    assert list(read_documents(text, "train")) == ["one", "two", "three"]
+
+
+def test_prefetch_is_the_number_of_batches_read_ahead(stores):
+    from clt.data.loader import Loader
+    from clt.data.sampler import DistributedSampler
+
+    store = DiscBuffer(stores / "train")
+    for depth in (1, 3):
+        with Loader(store, DistributedSampler(len(store), 16, 40, 0), prefetch=depth) as loader:
+            next(loader)
+            assert loader._free.qsize() + loader._ready.qsize() <= depth
+
+
+def test_accumulation_splits_the_batch_and_nothing_else(train, base_weights):
+    rows: list[int] = []
+
+    def count(module, args, output):
+        if type(module).__name__ == "Objective":
+            rows.append(len(args[0]))
+
+    handle = torch.nn.modules.module.register_module_forward_hook(count)
+    try:
+        weights = train("loss.pre_activation=0.1", "train.accumulate=3").weights
+    finally:
+        handle.remove()
+    assert rows == [20, 20, 20] * 10
+    torch.testing.assert_close(weights["W_enc"], base_weights["W_enc"], rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_fields(train):
+    run = train("eval.every=4", "eval.replacement_tokens=64", "eval.dead_window=120")
+    assert [line["step"] for line in run.metrics if "eval_fve" in line] == [4, 8, 10]
+    assert 0 < run.summary["replacement_tokens"] < 64
+    assert run.summary["dead_window_tokens"] == 120
+    run = train("eval.every=0", "eval.replacement_tokens=0")
+    assert [line["step"] for line in run.metrics if "eval_fve" in line] == [10]
+    assert "top1_agreement" not in run.summary
+
+
+def test_checkpoint_fields(train):
+    run = train("checkpoint.every=3", "checkpoint.keep=3")
+    assert checkpoint.steps(run.dir / "checkpoints") == [6, 9, 10]
+    with pytest.raises(UserError, match=r"already holds this run and checkpoint\.resume is false"):
+        train("checkpoint.every=3", "checkpoint.resume=false", f"run.dir={run.dir}")
+    before = load_file(run.dir / "checkpoints" / "step_00000010" / "model.safetensors")
+    again = train("checkpoint.every=3", "checkpoint.keep=3", f"run.dir={run.dir}")
+    assert all(torch.equal(before[name], again.weights[name]) for name in before), "a finished run only reports again"
+
+
+def test_log_every(train):
+    assert [line["step"] for line in train("log.every=4").metrics if "train_loss" in line] == [4, 8, 10]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_wandb_fields(tmp_path, monkeypatch):
+    from clt.train.logger import _start_wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    keys = ["log.wandb=true", "log.wandb_mode=offline", "log.wandb_project=p1", "log.wandb_entity=e1"]
+    run = _start_wandb(load_config(None, [f"run.dir={tmp_path}", *keys]), "abc123")
+    assert (run.project, run.entity, run.id, run.offline) == ("p1", "e1", "abc123", True)
+    run.finish()
+    assert list((tmp_path / "wandb").glob("offline-run-*-abc123/*.wandb"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_wandb_id_is_logged_to_and_resumed(train, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = train("log.wandb=true", "log.wandb_mode=offline", "checkpoint.every=5")
+    state = checkpoint.read_state(run.dir / "checkpoints" / "step_00000010")
+    again = train("log.wandb=true", "log.wandb_mode=offline", "checkpoint.every=5", f"run.dir={run.dir}")
+    assert state["wandb_id"]
+    assert len(list((again.dir / "wandb").glob(f"offline-run-*-{state['wandb_id']}"))) >= 1
+    assert {p.name[-8:] for p in (again.dir / "wandb").glob("offline-run-*")} == {state["wandb_id"]}
+
+
+def test_profile_fields(train):
+    traces = {}
+    for start, steps in ((2, 1), (4, 3)):
+        run = train("profile.enabled=true", f"profile.start={start}", f"profile.steps={steps}")
+        (file,) = (run.dir / "profile").glob("*.pt.trace.json")
+        events = json.loads(file.read_text())["traceEvents"]
+        traces[start] = sorted({e["name"] for e in events if e["name"].startswith("ProfilerStep#")})
+    assert traces == {2: ["ProfilerStep#3"], 4: ["ProfilerStep#5", "ProfilerStep#6", "ProfilerStep#7"]}
+    assert not (train().dir / "profile").exists()
