@@ -38,6 +38,7 @@ def run_with_mlps(
     `replace` takes a layer index and that layer's x (N, T, D) in float32 and returns the MLP output (N, T, D). Layers
     are visited in order, and x comes from the stream that the earlier replacements already changed. Where `keep`
     (N, T) is False (position 0, special tokens) the model's own MLP output stays: a transcoder is never trained there.
+    `replace` must not call the hooked modules themselves. Raises UserError when a site's output runs before its input.
     """
     input_ids, mask = input_ids.to(lm.device), keep.to(lm.device)[..., None]
     entering: dict[int, Tensor] = {}
