@@ -1,0 +1,259 @@
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from clt.config import Config, to_yaml
+from clt.data.extract import check_store, extract
+from clt.data.store import DiscBuffer, read_index
+from clt.errors import UserError
+from clt.lm.capture import Capture
+from clt.lm.load import LanguageModel, load_language_model
+from clt.lm.text import windows
+
+MakeConfig = Callable[..., Config]
+GROUP = 3 * 64
+
+
+@pytest.fixture
+def lm(config: MakeConfig) -> LanguageModel:
+    return load_language_model(config().lm)
+
+
+def digests(path: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.iterdir())}
+
+
+def as_bytes(tensor: torch.Tensor, *columns: np.ndarray) -> list[bytes]:
+    """Each row with its columns as bytes."""
+    data = tensor.reshape(len(tensor), -1).view(torch.uint8).numpy()
+    return [row.tobytes() + repr([int(value) for value in rest]).encode() for row, *rest in zip(data, *columns)]
+
+
+def text_order(config: Config, lm: LanguageModel, part: str, rows: int) -> list[bytes]:
+    """The rows that a store should hold, computed directly."""
+    found: list[bytes] = []
+    stream = windows(config.text, part, lm, config.lm.context)
+    while len(found) < rows:
+        batch = list(islice(stream, config.lm.batch_windows))
+        activations = Capture(lm)(torch.from_numpy(np.stack([window.tokens for window in batch])).long())
+        for window, values in zip(batch, activations):
+            kept = values[torch.from_numpy(window.keep)].to(getattr(torch, config.data.dtype))
+            places = np.flatnonzero(window.keep)
+            found += as_bytes(kept, window.tokens[places], places, window.documents[places])
+    return found[:rows]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(("part", "rows"), [("train", 1000), ("heldout", 150)])
+def test_the_store_holds_the_rows_of_the_text_shuffled_in_groups(
+    config: MakeConfig, lm: LanguageModel, part: str, rows: int, dtype: str
+) -> None:
+    made = config(f"data.dtype={dtype}")
+    index = extract(made, part, lm, progress=False)
+    buffer = DiscBuffer(Path(made.data.store) / part)
+    assert buffer.index == index
+    assert (index.rows, index.dtype, index.n_layers, index.d_acts) == (rows, dtype, 3, 16)
+    assert [shard["rows"] for shard in index.shards] == [64] * (rows // 64) + [rows % 64]
+    everything = slice(None)
+    stored = as_bytes(buffer[:], *(read(everything) for read in (buffer.tokens, buffer.positions, buffer.documents)))
+    wanted = text_order(made, lm, part, rows)
+    for start in range(0, rows, GROUP):
+        assert sorted(stored[start : start + GROUP]) == sorted(wanted[start : start + GROUP])
+        assert stored[start : start + GROUP] != wanted[start : start + GROUP]
+    assert 0 not in buffer.positions(everything)
+    buffer.verify()
+    wide = buffer[:].double()
+    np.testing.assert_allclose(buffer.statistics.input_mean.numpy(), wide[:, 0].mean(0).numpy(), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(buffer.statistics.target_sd.numpy(), wide[:, 1].std(0, correction=0).numpy(), rtol=1e-9)
+    names = {file.name for file in buffer.path.iterdir()}
+    assert names == {"index.json", "stats.safetensors", *(shard["file"] for shard in index.shards)}
+
+
+def test_the_seed_changes_the_order_and_only_that(config: MakeConfig, lm: LanguageModel, tmp_path: Path) -> None:
+    stores = []
+    for seed, name in ((0, "a"), (0, "b"), (1, "c")):
+        made = config(f"data.seed={seed}", f"data.store={tmp_path / name}")
+        extract(made, "train", lm, progress=False)
+        stores.append(tmp_path / name / "train")
+    assert digests(stores[0]) == digests(stores[1])
+    same, other = DiscBuffer(stores[0])[:], DiscBuffer(stores[2])[:]
+    assert not torch.equal(same, other)
+    assert sorted(as_bytes(same)) == sorted(as_bytes(other))
+
+
+def test_a_finished_store_is_returned_as_it_is(config: MakeConfig, lm: LanguageModel) -> None:
+    first = extract(config(), "train", lm, progress=False)
+    path = Path(config().data.store) / "train"
+    before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+    assert extract(config(), "train", progress=False) == first == read_index(path)
+    assert {file.name: file.stat().st_mtime_ns for file in path.iterdir()} == before
+
+
+# A fork for every point at which the process is killed: just before the n-th time that a file gets its final name.
+KILLER = """
+import os, signal, sys
+from clt.config import load_config
+from clt.data.extract import extract
+import clt.lm.capture, clt.lm.text, transformers
+
+for store, *renames in (argument.split(",") for argument in sys.argv[2:]):
+    for rename in map(int, renames):
+        if (child := os.fork()) == 0:
+            left = rename
+            def count(event, arguments):
+                global left
+                if event == "os.rename":
+                    left -= 1
+                    if left < 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+            sys.addaudithook(count)
+            extract(load_config(sys.argv[1], [f"data.store={store}"]), "train", progress=False)
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.timeout(900)  # a second interpreter and six extractions: minutes where the machine is busy
+def test_a_killed_extraction_goes_on_to_the_same_bytes(config: MakeConfig, lm: LanguageModel, tmp_path: Path) -> None:
+    extract(config(), "train", lm, progress=False)
+    wanted = digests(Path(config().data.store) / "train")
+    (tmp_path / "config.yaml").write_text(to_yaml(config()))
+    # A group makes five names: three shards, the moments, the progress. The last two are the statistics and the index.
+    killed = [[3], [14], [29], [7, 0, 8]]
+    stores = [tmp_path / f"killed{number}" for number in range(len(killed))]
+    arguments = [",".join([str(store), *map(str, points)]) for store, points in zip(stores, killed)]
+    command = [sys.executable, "-c", KILLER, str(tmp_path / "config.yaml"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert [int(code) for code in run.stdout.split()] == [-signal.SIGKILL] * sum(map(len, killed)), run.stderr
+    for store, points in zip(stores, killed):
+        names = {file.name for file in (store / "train").iterdir()}
+        assert "index.json" not in names
+        assert any(name.endswith(".partial") for name in names)
+        assert ("progress.json" in names) == (sum(points) >= 5)
+        extract(config(f"data.store={store}"), "train", lm, progress=False)
+        assert digests(store / "train") == wanted, points
+
+
+def test_leftovers_of_another_config_are_refused(config: MakeConfig, lm: LanguageModel) -> None:
+    with pytest.raises(UserError):
+        extract(config("data.train_tokens=1000000"), "train", lm, progress=False)
+    before = digests(Path(config().data.store) / "train")
+    with pytest.raises(
+        UserError, match=r"something else: dtype found 'float16', wanted 'bfloat16'; data.shard_rows found"
+    ):
+        extract(config("data.dtype=bfloat16", "data.shard_rows=32"), "train", lm, progress=False)
+    with pytest.raises(UserError, match=r"rows done, wanted 300"):
+        extract(config("data.train_tokens=300"), "train", lm, progress=False)
+    assert digests(Path(config().data.store) / "train") == before
+    (Path(config().data.store) / "train" / "progress.json").write_text("{")
+    with pytest.raises(UserError, match=r"progress.json is damaged"):
+        extract(config(), "train", lm, progress=False)
+
+
+def test_text_that_is_too_short_says_how_far_it_went(config: MakeConfig, lm: LanguageModel, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"text of '.*text.jsonl' ends after \d+ rows, wanted 1000000: lower") as error:
+        extract(config("data.train_tokens=1000000"), "train", lm, progress=False)
+    store = Path(config().data.store) / "train"
+    found = int(str(error.value).rsplit("data.train_tokens=")[1].split(",")[0])
+    assert json.loads((store / "progress.json").read_text())["shards"][-1]["rows"] == 64
+    assert not list(store.glob("*.partial"))
+    extract(config(f"data.train_tokens={found}"), "train", lm, progress=False)  # the remedy of the message
+    extract(config(f"data.train_tokens={found}", f"data.store={tmp_path / 'fresh'}"), "train", lm, progress=False)
+    assert digests(store) == digests(tmp_path / "fresh" / "train")
+
+
+@pytest.mark.parametrize(
+    ("site", "value", "dtype", "message"),
+    [
+        ("mlp.c_proj", 1e5, "float16", r"target activation 1\d+ at layer 1 \(document 0\) overflows float16, .* 65504"),
+        ("attn.c_proj", -1e5, "float16", r"input activation -[19]\d+ at layer 1 \(document 0\) overflows float16"),
+        ("mlp.c_proj", float("inf"), "float32", "target activation inf at layer 1 .* not finite in the language model"),
+        ("mlp.c_proj", float("nan"), "bfloat16", "target activation nan at layer 1 .* set lm.dtype=bfloat16 or"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_stored_are_errors(
+    config: MakeConfig, lm: LanguageModel, site: str, value: float, dtype: str, message: str
+) -> None:
+    lm.model.get_submodule(f"transformer.h.1.{site}").bias[5] = value
+    with pytest.raises(UserError, match=message):
+        extract(config(f"data.dtype={dtype}"), "train", lm, progress=False)
+    assert list((Path(config().data.store) / "train").iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with 16 KB more than the rows themselves: too little for the shards' headers."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = 1000 * (2 * 3 * 16 * 2 + 16) + 16_000
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a file system is not permitted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up(config: MakeConfig, lm: LanguageModel, small_disk: Path) -> None:
+    made, path = config(f"data.store={small_disk}"), small_disk / "train"
+    with pytest.raises(
+        UserError, match=r"no more could be written to .*No space left on device.*goes on from the last"
+    ):
+        extract(made, "train", lm, progress=False)
+    assert json.loads((path / "progress.json").read_text())["shards"]
+    assert not list(path.glob("*.partial"))
+    with pytest.raises(UserError, match=r"has 0.0\d+ GB free, wanted 0.\d+ GB for the rows to come: free space"):
+        extract(config(f"data.store={small_disk}", "data.train_tokens=2000"), "train", lm, progress=False)
+    subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
+    extract(made, "train", lm, progress=False)
+    extract(config(), "train", lm, progress=False)
+    assert digests(path) == digests(Path(config().data.store) / "train")
+
+
+@pytest.mark.parametrize(
+    ("override", "found", "wanted"),
+    [
+        ("lm.model=gpt2", "'.*'", "'gpt2'"),
+        ("lm.layers=[0, 2]", r"\[0, 1, 2\]", r"\[0, 2\]"),
+        ("lm.context=32", "16", "32"),
+        ("lm.input_site=h.{layer}.x", r"\['transformer.h.0.ln_2', .*\]", r"\['h.0.x', 'h.1.x', 'h.2.x'\]"),
+        ("data.dtype=bfloat16", "'float16'", "'bfloat16'"),
+        ("data.heldout_tokens=149", "150", "149"),
+        ("data.seed=4", "0", "4"),
+        ("text.source=embedded", "'.*text.jsonl'", "'embedded'"),
+        ("text.heldout_documents=21", "20", "21"),
+        ("text.split=test", "'train'", "'test'"),
+    ],
+)
+def test_a_store_that_the_config_does_not_ask_for(
+    config: MakeConfig, lm: LanguageModel, override: str, found: str, wanted: str
+) -> None:
+    index = extract(config(), "heldout", lm, progress=False)
+    check_store(index, config("data.train_tokens=7", "data.shard_rows=3", "train.steps=5"))
+    other = config(override, *(["lm.output_site=h.{layer}.y"] if "input_site" in override else []))
+    with pytest.raises(
+        UserError, match=rf"{override.split('=')[0]}: found {found}, wanted {wanted}.*; set data.store to"
+    ):
+        check_store(index, other)
+    with pytest.raises(UserError, match=r"the heldout store in .* is not the one"):
+        extract(other, "heldout", lm, progress=False)
+
+
+def test_a_store_of_some_layers_is_not_one_of_all(config: MakeConfig) -> None:
+    index = extract(config("lm.layers=[0, 1]"), "heldout", progress=False)
+    assert (index.layers, index.n_layers, index.lm_layers) == ([0, 1], 2, 3)
+    check_store(index, config("lm.layers=[0, 1]"))
+    check_store(dataclasses.replace(index, lm_layers=None), config())
+    with pytest.raises(UserError, match=r"lm.layers: found \[0, 1\], wanted \[0, 1, 2\]"):
+        check_store(index, config())

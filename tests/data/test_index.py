@@ -1,0 +1,57 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clt.data.index import read_index, write_index
+from clt.errors import UserError
+
+
+def test_write_and_read(store: Path, tmp_path: Path) -> None:
+    index = read_index(store)
+    (tmp_path / "other").mkdir()
+    other = dataclasses.replace(index, model="gpt2", lm_layers=12)
+    write_index(tmp_path / "other", other)
+    assert read_index(tmp_path / "other") == other
+    assert [file.name for file in (tmp_path / "other").iterdir()] == ["index.json"]
+
+
+def test_missing_directory_and_missing_index(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist; run `clt extract CONFIG`"):
+        read_index(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no index.json: not a store or an unfinished extraction; run `clt extract"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 99}, "has format version 99, wanted 1"),
+        ({"rows": 54}, "do not add up to 54 rows"),
+        ({"surprise": 1}, "missing or unknown fields surprise"),
+    ],
+)
+def test_a_damaged_index_says_what_is_wrong(store: Path, change: dict[str, int], message: str) -> None:
+    file = store / "index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(UserError, match=message):
+        read_index(store)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1', b"\xff\xfe"])
+def test_damaged_json(store: Path, content: bytes) -> None:
+    (store / "index.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"index.json is damaged .*; copy it again"):
+        read_index(store)
+
+
+def test_reading_an_index_loads_neither_torch_nor_h5py(store: Path) -> None:
+    code = (
+        "import sys; from clt.data.index import read_index; read_index(sys.argv[1])\n"
+        "print('torch' in sys.modules, 'h5py' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(store)], capture_output=True, text=True, check=True)
+    assert run.stdout == "False False\n"

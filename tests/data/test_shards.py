@@ -1,0 +1,99 @@
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from clt.data import shards
+from clt.errors import UserError
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("float16", "f2"), ("bfloat16", "u2"), ("float32", "f4")])
+def test_rows_written_at_random_places_are_what_h5py_reads(tmp_path: Path, dtype: str, stored: str) -> None:
+    path = tmp_path / "shard.h5"
+    layout = shards.create_shard(path, 9, 2, 3, dtype)
+    wanted = np.random.default_rng(0).standard_normal((9, 2, 2, 3)).astype("f4").astype(stored)
+    fd = os.open(path, os.O_WRONLY)
+    for row in np.random.default_rng(1).permutation(9):
+        shards.write_at(fd, wanted[row].reshape(-1).view("u1").data, layout.offsets["tensor"] + row * wanted[0].nbytes)
+    for name, column in shards.COLUMN_DTYPES.items():
+        shards.write_at(fd, np.arange(9, dtype=column).view("u1").data, layout.offsets[name])
+    os.close(fd)
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(file["tensor"][:], wanted)
+        assert file["tensor"].attrs["dtype"] == dtype.encode()
+        assert file["tensor"].chunks is None
+        for name, column in shards.COLUMN_DTYPES.items():
+            assert file[name].dtype == column
+            np.testing.assert_array_equal(file[name][:], np.arange(9))
+    assert shards.read_layout(path, 9, 2, 3, dtype) == layout
+
+
+def test_a_new_shard_has_the_same_bytes_every_time(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shards.create_shard(tmp_path / name, 5, 2, 3, "float16")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("missing", [1, 1000])
+def test_a_truncated_shard_is_named_with_its_sizes(tmp_path: Path, missing: int) -> None:
+    path = tmp_path / "shard.h5"
+    shards.create_shard(path, 50, 2, 3, "float32")
+    size = path.stat().st_size
+    os.truncate(path, size - missing)
+    with pytest.raises(UserError, match=rf"shard.h5 is truncated: found {size - missing} bytes, wanted {size}"):
+        shards.read_layout(path, 50, 2, 3, "float32")
+
+
+def test_what_is_no_shard_or_another_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "shard.h5"
+    with pytest.raises(UserError, match="is missing"):
+        shards.read_layout(path, 5, 2, 3, "float16")
+    path.write_bytes(b"not HDF5" * 1000)
+    with pytest.raises(UserError, match="not readable as a shard"):
+        shards.read_layout(path, 5, 2, 3, "float16")
+    shards.create_shard(path, 5, 2, 3, "float16")
+    with pytest.raises(UserError, match=r"holds \(5, 2, 2, 3\) float16 where index.json says \(4, 2, 2, 3\) bfloat16"):
+        shards.read_layout(path, 4, 2, 3, "bfloat16")
+    with h5py.File(path, "w") as file:
+        file.create_dataset("tensor", data=np.zeros((5, 2, 2, 3), "f2"), chunks=True).attrs["dtype"] = np.bytes_(
+            "float16"
+        )
+        for name, column in shards.COLUMN_DTYPES.items():
+            file[name] = np.zeros(5, column)
+    with pytest.raises(UserError, match="chunked or compressed"):
+        shards.read_layout(path, 5, 2, 3, "float16")
+
+
+def test_a_file_that_ends_early_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "short"
+    path.write_bytes(b"x" * 10)
+    fd = os.open(path, os.O_RDONLY)
+    with pytest.raises(UserError, match="truncated: found 10 bytes, wanted 12"):
+        shards.read_at(fd, memoryview(bytearray(8)), 4, path)
+    os.close(fd)
+
+
+def test_the_checksum_is_the_one_of_sha256sum(tmp_path: Path) -> None:
+    path = tmp_path / "bytes"
+    path.write_bytes(os.urandom(5 << 20))
+    wanted = subprocess.run(["sha256sum", str(path)], capture_output=True, text=True, check=True).stdout.split()[0]
+    assert shards.checksum(path) == f"sha256:{wanted}"
+
+
+@pytest.mark.parametrize("kib", [0, 1, 3, 8])
+def test_creating_a_shard_where_it_does_not_fit_says_so(tmp_path: Path, kib: int) -> None:
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from clt.data import shards\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({kib << 10}, resource.RLIM_INFINITY))\n"
+        "try: shards.create_shard(Path(sys.argv[1]), 1000, 2, 3, 'float16')\n"
+        "except OSError as error: print(shards.is_full_disk(error), error.errno)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "s.h5")], capture_output=True, text=True, check=False
+    )
+    assert run.stdout.split() == ["True", str(errno.EFBIG)], run.stderr
