@@ -6,10 +6,11 @@
     python clt/assets/reproduce.py train
     python clt/assets/reproduce.py evaluate
 
-Everything runs in float32 on a two-core CPU; `train` is the only slow stage.
+Everything runs in float32 on two CPU cores; `train` is the only slow stage (half an hour).
 """
 
 import argparse
+import copy
 import gzip
 import hashlib
 import json
@@ -18,6 +19,7 @@ import random
 import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +125,50 @@ def epoch_batches(stream: torch.Tensor, rows: int, rng: torch.Generator) -> Iter
             yield windows[i : i + rows]
 
 
-def lr_at(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 100 steps, then a cosine to zero."""
-    if step < 100:
-        return peak * (step + 1) / 100
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - 100) / (steps - 100)))
+def lr_factor(step: int, steps: int) -> float:
+    """Linear warm-up over 50 steps, flat for the first 40%, then straight down to zero."""
+    return min((step + 1) / 50, (steps - step) / (0.6 * steps), 1.0)
 
 
-def train(steps: int, rows: int, peak_lr: float) -> None:
+@torch.no_grad()
+def muon_step(params: list[torch.nn.Parameter], means: list[torch.Tensor], lr: float, momentum: float = 0.95) -> None:
+    """Momentum whose update is brought near an orthogonal matrix, for the matrices of the blocks.
+
+    Here it came to a training loss of 4.23 in 500 steps, AdamW in 850. torch.optim.Muon does the same but iterates in
+    bfloat16, which is very slow on a CPU without it.
+    """
+    for p, mean in zip(params, means):
+        assert p.grad is not None
+        mean.lerp_(p.grad, 1 - momentum)
+        update = p.grad.lerp(mean, momentum)
+        # c_attn holds three square matrices (q, k, v) side by side: each gets its own update.
+        parts = update.split(p.shape[0], dim=1) if p.shape[1] == 3 * p.shape[0] else (update,)
+        # A matrix that widens the stream must move further for the same size of change in each output.
+        scale = max(1.0, parts[0].shape[1] / p.shape[0]) ** 0.5
+        p.sub_(torch.cat([orthogonal(x) for x in parts], dim=1), alpha=lr * scale)
+
+
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """Five Newton-Schulz steps towards the nearest (semi-)orthogonal matrix."""
+    if x.shape[0] > x.shape[1]:
+        return orthogonal(x.T).T
+    y = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        a = y @ y.T
+        y = 3.4445 * y + (2.0315 * a @ a - 4.7750 * a) @ y
+    return y
+
+
+def forward_backward(model: Any, batch: torch.Tensor) -> float:
+    torch.set_num_threads(1)  # a setting of each thread
+    model.zero_grad(set_to_none=True)
+    logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+    loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    loss.backward()
+    return loss.item()
+
+
+def train(steps: int, rows: int, muon_lr: float, adam_lr: float) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(SEED)
@@ -139,35 +177,44 @@ def train(steps: int, rows: int, peak_lr: float) -> None:
         embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     model = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]  # biases and norms: no weight decay
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    opt = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98), fused=True)
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    inside = set(matrices)
+    rest = [p for p in model.parameters() if p not in inside]  # embeddings, norms, biases
+    # Less than four epochs of a model of a million parameters: weight decay would have nothing to hold back.
+    adam = torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    means = [torch.zeros_like(p) for p in matrices]
     stream = torch.from_numpy(token_stream("train"))
     params = sum(p.numel() for p in model.parameters())
     print(f"{params} parameters, {len(stream)} training tokens, {steps * rows * (WINDOW - 1)} to train on", flush=True)
+    # Half a batch on each core, by two threads that share the weights. Splitting every operation over both cores
+    # instead would wait for the slower one hundreds of times a step, and crawl as soon as anything else runs.
+    torch.set_num_threads(1)
+    pool, twin = ThreadPoolExecutor(2), copy.deepcopy(model)
+    for p, q in zip(model.parameters(), twin.parameters()):
+        q.data = p.data
     batches = epoch_batches(stream, rows, torch.Generator().manual_seed(SEED))
     start, running = time.time(), 0.0
     for step in range(steps):
-        for group in opt.param_groups:
-            group["lr"] = lr_at(step, steps, peak_lr)
-        batch = next(batches)
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
+        losses = list(pool.map(forward_backward, (model, twin), next(batches).chunk(2)))
+        for p, q in zip(model.parameters(), twin.parameters()):
+            assert p.grad is not None
+            assert q.grad is not None
+            p.grad = (p.grad + q.grad) / 2
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        running += loss.item()
+        factor = lr_factor(step, steps)
+        adam.param_groups[0]["lr"] = adam_lr * factor
+        adam.step()
+        muon_step(matrices, means, muon_lr * factor)
+        running += sum(losses) / 2
         if (step + 1) % 25 == 0:
             seconds = time.time() - start
             rate = (step + 1) * rows * (WINDOW - 1) / seconds
             print(f"step {step + 1} loss {running / 25:.4f} tokens/s {rate:.0f} s {seconds:.0f}", flush=True)
             running = 0.0
-        if (step + 1) % 250 == 0 or step + 1 == steps:
+        if (step + 1) % 500 == 0 or step + 1 == steps:
             model.save_pretrained(MODEL)
     facts = {"train_tokens": steps * rows * (WINDOW - 1), "stream_tokens": len(stream), "parameters": params}
-    facts |= {"steps": steps, "batch_windows": rows, "peak_lr": peak_lr, "seed": SEED}
+    facts |= {"steps": steps, "batch_windows": rows, "muon_lr": muon_lr, "adam_lr": adam_lr, "seed": SEED}
     facts |= {"train_seconds": round(time.time() - start), "torch": torch.__version__.split("+")[0]}
     write_card(facts)
 
@@ -242,12 +289,12 @@ def window_nats(model: Any, windows: torch.Tensor) -> torch.Tensor:
 def evaluate() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(MODEL).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL).eval()
     nats = window_nats(model, heldout_windows()).double()
     train, heldout = token_stream("train"), token_stream("heldout")
     assert len(nats) == len(heldout) - 1
     # The trigram's discounts are tuned on the last twentieth of the training stream, then counted on all of it.
-    grid = [(a / 20, b / 20) for a in range(14, 25) for b in range(14, 25)]
+    grid = [(a / 10, b / 10) for a in range(7, 13) for b in range(7, 13)]
     cut = len(train) * 19 // 20
     tuning = trigram_nats(train[:cut], train[cut:], grid)
     best = grid[int(np.argmin(tuning))]
@@ -285,7 +332,8 @@ def main() -> None:
     lm = stages.add_parser("train", help="train the language model")
     lm.add_argument("--steps", type=int, default=3000)
     lm.add_argument("--rows", type=int, default=16, help="windows in a batch")
-    lm.add_argument("--lr", type=float, default=3e-3)
+    lm.add_argument("--muon-lr", type=float, default=0.03, help="for the matrices of the blocks")
+    lm.add_argument("--adam-lr", type=float, default=0.01, help="for everything else")
     stages.add_parser("evaluate", help="measure the model and a trigram on the held-out text; print samples")
     args = parser.parse_args()
     torch.set_num_threads(2)
@@ -294,7 +342,7 @@ def main() -> None:
     elif args.stage == "tokenizer":
         make_tokenizer()
     elif args.stage == "train":
-        train(args.steps, args.rows, args.lr)
+        train(args.steps, args.rows, args.muon_lr, args.adam_lr)
     else:
         evaluate()
 
