@@ -62,15 +62,15 @@ class Objective(nn.Module):
         else:
             pre_activation = penalty.new_zeros(())
         mse = mse_per_layer.mean()
-        on = features.detach() > 0
+        on = features.detach().clone().gt_(0)  # floats, as in `is_on`
         return Terms(
             loss=mse + sparsity * penalty + self.pre_activation * pre_activation,
             mse=mse.detach(),
             sparsity=penalty.detach(),
             pre_activation=pre_activation.detach(),
             mse_per_layer=mse_per_layer.detach(),
-            l0_per_layer=on.sum(-1).float().mean(1),
-            fired=on.any(1),
+            l0_per_layer=on.sum((1, 2), dtype=torch.float32) / on.shape[1],
+            fired=on.amax(1) > 0,
         )
 
 
