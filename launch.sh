@@ -50,6 +50,9 @@ if [[ -z ${MASTER_ADDR:-} ]]; then
 fi
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
+# A step frees and takes the same large blocks again: glibc would return them to the system and fault them back in.
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824}
+export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
 
 if ((NNODES == 1)); then
     # Mistakes in the config end here with one message and status 2, before torchrun adds its own report.

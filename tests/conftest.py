@@ -11,6 +11,12 @@ import torch
 from clt.config import Config, load_config
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Threads of models this small only wait for each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def lm_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a random GPT-2 of three layers, a BPE tokenizer, and `text.jsonl` of 120 documents."""
