@@ -19,6 +19,9 @@ fi
 
 # Installed again only when what is wanted has changed; the tests' environment serves the job as well.
 versions=$(cat pyproject.toml constraints.txt | sha256sum | cut -c 1-16)
+mkdir -p "$VENV"
+exec 9>"$VENV/lock"
+flock 9 # several nodes may share this directory: one installs, the others find it done
 if ! grep -qsxE "($what|test) $versions" "$VENV/installed"; then
     [[ -x $VENV/bin/python ]] || "${PYTHON:-python3}" -m venv "$VENV"
     extras=""
@@ -32,6 +35,7 @@ if ! grep -qsxE "($what|test) $versions" "$VENV/installed"; then
     fi
     echo "$what $versions" >>"$VENV/installed"
 fi
+exec 9>&-
 export PATH="$PWD/$VENV/bin:$PATH"
 [[ $VENV == /* ]] && export PATH="$VENV/bin:$PATH"
 
@@ -46,7 +50,7 @@ NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 MASTER_PORT=${MASTER_PORT:-29500}
 if [[ -z ${MASTER_ADDR:-} ]]; then
     MASTER_ADDR=127.0.0.1
-    ((NNODES > 1)) && MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    ((NNODES > 1)) && MASTER_ADDR=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?set MASTER_ADDR for several nodes}" | head -n 1)
 fi
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}

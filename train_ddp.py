@@ -10,8 +10,8 @@ that has a checkpoint is resumed.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,7 +26,8 @@ def main(config: Config, prepare: bool) -> None:
     import torch
     from torch import nn
 
-    from clt.data.extract import extract
+    from clt.data.extract import check_model, extract
+    from clt.data.index import write_json
     from clt.data.loader import Loader
     from clt.data.sampler import DistributedSampler
     from clt.lm.load import load_language_model
@@ -35,7 +36,7 @@ def main(config: Config, prepare: bool) -> None:
     from clt.train.evaluation import dead_features
     from clt.train.logger import Logger
     from clt.train.optim import autocast_dtype, learning_rate, sparsity_coefficient
-    from clt.train.run import build, check_run_dir, claim_run_dir, evaluate, open_stores
+    from clt.train.run import build, check_run_dir, claim_run_dir, evaluate, heldout_windows, open_stores
 
     began = time.perf_counter()
     world = dist.setup()
@@ -47,12 +48,12 @@ def main(config: Config, prepare: bool) -> None:
     # Data: one process extracts, with all cores; the others wait and find the stores whole.
     def prepare_stores() -> None:
         threads = torch.get_num_threads()
-        torch.set_num_threads(max(threads, torch.multiprocessing.cpu_count()))
+        torch.set_num_threads(max(threads, len(os.sched_getaffinity(0))))
         for part in ("train", "heldout"):
             extract(config, part, progress=rank_zero)
         torch.set_num_threads(threads)
 
-    dist.rank_zero_first(world, prepare_stores)
+    dist.on_rank_zero(world, prepare_stores)
     store, heldout = open_stores(config)
     steps, batch_tokens = config.train.steps, config.train.batch_tokens
     order = (len(store), config.data.block_rows, batch_tokens, config.run.seed, world.rank, world.size)
@@ -71,8 +72,9 @@ def main(config: Config, prepare: bool) -> None:
 
     # Resume.
     start, busy, wandb_id = 0, 0.0, None
-    if saved := checkpoint.steps(run_dir / "checkpoints"):
-        state = checkpoint.restore(run_dir / "checkpoints" / f"step_{saved[-1]:08d}", transcoder, optimizer)
+    saved = dist.same_everywhere(max(checkpoint.steps(run_dir / "checkpoints"), default=-1), "newest checkpoint")
+    if saved >= 0:
+        state = checkpoint.restore(run_dir / "checkpoints" / f"step_{saved:08d}", transcoder, optimizer)
         start, busy, wandb_id = state["step"], state["busy_seconds"], state["wandb_id"]
         last_fired.copy_(state["last_fired"])
         scaler.load_state_dict(state["scaler"])
@@ -89,16 +91,20 @@ def main(config: Config, prepare: bool) -> None:
         DDP._set_params_and_buffers_to_ignore_for_model(model, [name for name, _ in model.named_buffers()])
         model = DDP(model, gradient_as_bucket_view=True)
 
-    lm = load_language_model(config.lm, device) if config.eval.replacement_tokens else None
+    lm, windows = None, []
+    if config.eval.replacement_tokens:
+        lm = load_language_model(config.lm, device)
+        check_model(store.index, lm)
+        windows = heldout_windows(config, lm)
     logger = Logger(config, world.rank, start, wandb_id)
 
     def evaluation():  # of the weights as they are, over all ranks
         numbers, tensors = evaluate(
-            config,
             transcoder,
             heldout,
             store.statistics.target_mean,
             lm,
+            windows,
             autocast=dtype,
             rank=world.rank,
             world=world.size,
@@ -120,7 +126,7 @@ def main(config: Config, prepare: bool) -> None:
     if config.profile.enabled:
         profiler = torch.profiler.profile(
             schedule=torch.profiler.schedule(
-                wait=config.profile.start, warmup=1, active=config.profile.steps, repeat=1
+                wait=config.profile.start - 1, warmup=1, active=config.profile.steps, repeat=1
             ),
             on_trace_ready=torch.profiler.tensorboard_trace_handler(str(run_dir / "profile"), f"rank{world.rank}"),
         )
@@ -139,7 +145,7 @@ def main(config: Config, prepare: bool) -> None:
             sparsity.fill_(sparsity_coefficient(step, steps, config.loss))
             metrics = torch.zeros(len(names), device=device)
 
-            parts = batch.chunk(config.train.accumulate)
+            parts = batch.tensor_split(config.train.accumulate)
             for part in parts:
                 share = len(part) / batch_tokens
                 last = part is parts[-1]
@@ -162,7 +168,9 @@ def main(config: Config, prepare: bool) -> None:
             if config.profile.enabled:
                 profiler.step()  # type: ignore[union-attr]
 
-            if step % config.log.every == 0 or step == steps:
+            due_evaluation = (config.eval.every and step % config.eval.every == 0) or step == steps
+            due_checkpoint = (config.checkpoint.every and step % config.checkpoint.every == 0) or step == steps
+            if step % config.log.every == 0 or due_evaluation or due_checkpoint:
                 values = dict(zip(names, dist.all_sum(metrics).tolist()))
                 values |= {"L0": sum(values[f"L0/layer_{l}"] for l in range(L)), "grad_norm": float(grad_norm)}
                 values |= {"learning_rate": lr, "sparsity_coefficient": sparsity.item()}
@@ -172,7 +180,9 @@ def main(config: Config, prepare: bool) -> None:
                     "data_wait_share": (loader.stalled - stalled) / (now - clock),
                 }
                 busy, clock, logged, stalled = busy + now - clock, now, step, loader.stalled
-                for name in names[:4]:
+                # A scaled fp16 gradient may overflow: the scaler skips that step and lowers its scale.
+                finite = names[:4] if scaler.is_enabled() else [*names[:4], "grad_norm"]
+                for name in finite:
                     if not math.isfinite(values[name]):
                         raise UserError(
                             f"{name} is {values[name]} at step {step}; look for bad rows with `clt inspect --verify "
@@ -181,16 +191,11 @@ def main(config: Config, prepare: bool) -> None:
                 logger.log(step, values)
                 logger.log(step, speed, "speed")
 
-            due_evaluation = (config.eval.every and step % config.eval.every == 0) or step == steps
-            due_checkpoint = (config.checkpoint.every and step % config.checkpoint.every == 0) or step == steps
             if due_evaluation or due_checkpoint:
                 busy += time.perf_counter() - clock
                 if due_evaluation:
                     results = evaluation()
-                    line = {f"eval_{key}": value for key, value in results[0].items() if not isinstance(value, list)}
-                    if lm is not None:
-                        line["replacement_model_accuracy"] = line["eval_top1_agreement"]
-                    logger.log(step, line)
+                    logger.log_evaluation(step, results[0])
                 if due_checkpoint:
                     save_checkpoint()
                 clock, logged = time.perf_counter(), step
@@ -212,7 +217,7 @@ def main(config: Config, prepare: bool) -> None:
             "torch_version": torch.__version__,
             "config_hash": config_hash(config),
         }
-        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(run_dir / "summary.json", summary)
         report.write_plots(run_dir, tensors)
         print(f"\n{report.table(summary)}\n\nThe run lies in {run_dir} (summary.json, report/, checkpoints/).")
     dist.cleanup()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +22,9 @@ def exit_on_user_error(work: Callable[..., Any], *arguments: Any) -> Any:
     except UserError as error:
         message = str(error)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        from clt.data.shards import is_full_disk
+
+        if not is_full_disk(error):
             raise
         message = f"the disk is full: {error}; free space and run the same command again, finished work is kept"
     rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
@@ -37,7 +37,7 @@ def run_arguments(doc: str | None) -> tuple[Config, bool]:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_config(parser)
     parser.add_argument("--prepare", action="store_true", help="check the config, extract the stores, and stop")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     return exit_on_user_error(_config, arguments), arguments.prepare
 
 
@@ -108,11 +108,13 @@ def _eval(arguments: argparse.Namespace) -> None:
     config = load_config(run_dir / "config.yaml")
     import torch
 
+    from clt.data.index import write_json
     from clt.lm.load import load_language_model
     from clt.train import checkpoint
+    from clt.train.evaluation import dead_features
     from clt.train.optim import autocast_dtype
     from clt.train.report import table
-    from clt.train.run import evaluate, open_stores
+    from clt.train.run import evaluate, heldout_windows, open_stores
 
     steps = checkpoint.steps(run_dir / "checkpoints")
     step = arguments.step if arguments.step is not None else (steps or [None])[-1]
@@ -122,6 +124,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     transcoder = checkpoint.load_transcoder(run_dir / "checkpoints" / f"step_{step:08d}").to(device)
     store, heldout = open_stores(config)
     lm = load_language_model(config.lm, device) if config.eval.replacement_tokens else None
+    windows = [] if lm is None else heldout_windows(config, lm)
     run = None
     if arguments.nnsight:
         from clt.lm.replacement import ReplacementModel
@@ -131,9 +134,12 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     dtype = autocast_dtype(config.train.precision, device)
     mean_output = store.statistics.target_mean
-    numbers, _ = evaluate(config, transcoder, heldout, mean_output, lm, autocast=dtype, run=run)
+    numbers, _ = evaluate(transcoder, heldout, mean_output, lm, windows, autocast=dtype, run=run)
+    last_fired = checkpoint.read_tensor(run_dir / "checkpoints" / f"step_{step:08d}", "last_fired")
+    dead = dead_features(last_fired, step, config.train.batch_tokens, config.eval.dead_window)
+    numbers["dead_fraction"] = dead.double().mean().item()
     path = run_dir / f"eval_step_{step:08d}.json"
-    path.write_text(json.dumps(numbers, indent=2) + "\n")
+    write_json(path, numbers)
     print(f"{table(numbers)}\n\nwritten to {path}")
 
 

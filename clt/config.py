@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -192,7 +193,7 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints that are kept; older ones are deleted."""
     resume: bool = True
-    """Continue from the newest checkpoint of the run directory; false refuses to start in a directory that has one."""
+    """Continue from the newest checkpoint of the run directory; false refuses to start in one that holds a run."""
 
 
 @dataclass
@@ -218,7 +219,7 @@ class ProfileConfig:
     enabled: bool = False
     """Record a trace of a few steps into `<run>/profile`."""
     start: int = 10
-    """First step recorded, counted from the start of this process."""
+    """First step recorded, counted from 0 at the start of this process."""
     steps: int = 3
     """Steps recorded."""
 
@@ -263,8 +264,9 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
         if not Path(path).is_file():
             raise UserError(f"config {path} does not exist; the shipped ones are configs/*.yaml")
         try:
-            tree = yaml.safe_load(Path(path).read_text()) or {}
-        except yaml.YAMLError as error:
+            tree = yaml.safe_load(Path(path).read_text("utf-8"))
+            tree = {} if tree is None else tree
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"config {path} is not valid YAML: {error}") from error
     where = str(path or "the defaults")
     config = _build(Config, tree, where, "")
@@ -324,7 +326,9 @@ def _build(cls: type, tree: Any, where: str, prefix: str) -> Any:
         key = f"{prefix}{name}"
         _check_known(node, str(name), where, key)
         if dataclasses.is_dataclass(hints[name]):
-            setattr(node, name, _build(typing.cast(type, hints[name]), value or {}, where, f"{key}."))
+            setattr(
+                node, name, _build(typing.cast(type, hints[name]), {} if value is None else value, where, f"{key}.")
+            )
         else:
             setattr(node, name, _coerce(hints[name], value, where, key))
     return node
@@ -342,9 +346,11 @@ def _coerce(hint: Any, value: Any, where: str, key: str) -> Any:
             return [_coerce(get_args(option)[0], item, where, key) for item in value]
         if option is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
             try:
-                return float(value)
+                number = float(value)
             except ValueError:
                 continue
+            if math.isfinite(number):
+                return number
         if option is int and isinstance(value, float) and value.is_integer():
             return int(value)
         if option in (int, bool, str) and type(value) is option:
@@ -365,12 +371,11 @@ def _describe(options: tuple[Any, ...]) -> str:
 POSITIVE = (
     "lm.context lm.batch_windows data.train_tokens data.heldout_tokens data.shard_rows data.open_shards "
     "data.block_rows data.prefetch clt.d_features clt.bandwidth optim.lr train.steps train.batch_tokens "
-    "train.accumulate checkpoint.keep log.every profile.steps text.heldout_documents loss.sparsity_scale "
+    "train.accumulate checkpoint.keep log.every profile.start profile.steps text.heldout_documents loss.sparsity_scale "
     "eval.dead_window"
 ).split()
 NOT_NEGATIVE = (
-    "loss.sparsity loss.pre_activation eval.every eval.replacement_tokens checkpoint.every profile.start "
-    "clt.threshold optim.eps"
+    "loss.sparsity loss.pre_activation eval.every eval.replacement_tokens checkpoint.every clt.threshold optim.eps"
 ).split()
 SHARES = "loss.sparsity_ramp optim.warmup optim.decay".split()
 

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,9 +24,8 @@ from clt.data.writer import Plan, Rows, Writer
 from clt.errors import UserError
 
 if TYPE_CHECKING:
+    from clt.lm.documents import Part
     from clt.lm.load import LanguageModel
-
-Part = Literal["train", "heldout"]
 
 
 def extract(config: Config, part: Part, lm: LanguageModel | None = None, progress: bool = True) -> StoreIndex:
@@ -40,7 +39,8 @@ def extract(config: Config, part: Part, lm: LanguageModel | None = None, progres
     if (path / INDEX).exists():
         index = read_index(path)
         check_store(index, config)
-        record.finish(path)
+        if (path / record.PROGRESS).exists():
+            record.finish(path)
         return index
     if lm is None:
         from clt.lm.load import load_language_model
@@ -75,6 +75,7 @@ def check_store(index: StoreIndex, config: Config) -> None:
     rows = "train_tokens" if part == "train" else "heldout_tokens"
     pairs = {
         "lm.model": (index.model, lm.model),
+        "lm.dtype": (index.lm_dtype, lm.dtype),
         "lm.layers": (index.layers, layers),
         "lm.context": (index.context, lm.context),
         "data.dtype": (index.dtype, config.data.dtype),
@@ -94,6 +95,28 @@ def check_store(index: StoreIndex, config: Config) -> None:
         )
 
 
+def check_model(index: StoreIndex, lm: LanguageModel) -> None:
+    """Check that a store's activations are those of this language model; raises UserError that says what differs."""
+    pairs = {
+        "width D": (index.d_acts, lm.d_model),
+        "layers": (index.layers, list(lm.layers)),
+        "input sites": (index.input_sites, [site.input_path for site in lm.sites]),
+        "output sites": (index.output_sites, [site.output_path for site in lm.sites]),
+        "revision": (index.revision, lm.revision),
+        "tokenizer": (index.tokenizer_hash, lm.tokenizer_hash),
+    }
+    odd = [
+        f"{what}: the store has {found!r}, the model {wanted!r}"
+        for what, (found, wanted) in pairs.items()
+        if found != wanted
+    ]
+    if odd:
+        raise UserError(
+            f"the store was not extracted from the model that {lm.name!r} is now: {'; '.join(odd)}; "
+            "set lm.model or lm.revision to the one it was, or set data.store to another directory and extract again"
+        )
+
+
 def _blank_index(config: Config, part: Part, lm: LanguageModel) -> StoreIndex:
     """The index of the store to be, but for its shards."""
     return StoreIndex(
@@ -102,7 +125,8 @@ def _blank_index(config: Config, part: Part, lm: LanguageModel) -> StoreIndex:
         revision=lm.revision,
         tokenizer_hash=lm.tokenizer_hash,
         layers=list(lm.layers),
-        lm_layers=lm.model.config.num_hidden_layers,
+        lm_layers=lm.model.config.get_text_config().num_hidden_layers,
+        lm_dtype=config.lm.dtype,
         input_sites=[site.input_path for site in lm.sites],
         output_sites=[site.output_path for site in lm.sites],
         text={"part": part, **dataclasses.asdict(config.text)},

@@ -53,6 +53,8 @@ class StoreIndex:
     shards: list[ShardEntry]
     lm_layers: int | None = None
     """Layers that the language model has, chosen or not; None when that is not known."""
+    lm_dtype: str = "float32"
+    """Dtype that the language model computed in."""
 
 
 def read_index(path: str | Path) -> StoreIndex:

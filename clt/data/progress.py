@@ -74,7 +74,7 @@ def finish(path: Path) -> None:
 def _clean(path: Path, keep: str | None) -> None:
     for leftover in [*path.glob(f"*{PARTIAL}"), *path.glob("moments_*.safetensors")]:
         if leftover.name != keep:
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
 
 
 def start(n_layers: int, d_acts: int) -> Progress:

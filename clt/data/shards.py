@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
+import h5py  # noqa: TID251
 import numpy as np
-from h5py import h5d, h5p, h5s, h5t  # pyright: ignore[reportAttributeAccessIssue] - compiled, without stubs
+from h5py import h5d, h5p, h5s, h5t  # noqa: TID251  # pyright: ignore[reportAttributeAccessIssue] - compiled, without stubs
 
 from clt.errors import UserError
 

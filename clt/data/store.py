@@ -158,7 +158,8 @@ def _allow_descriptors(count: int) -> None:
 
 def describe(path: str | Path) -> str:
     """What a person wants to know about a store, as lines of text. UserError when it is unfinished or damaged."""
-    index, statistics = read_index(path), Statistics.load(Path(path) / STATISTICS)
+    buffer = DiscBuffer(path)
+    index, statistics = buffer.index, buffer.statistics
     text = {key: value for key, value in index.text.items() if value is not None}
     size = sum((Path(path) / shard["file"]).stat().st_size for shard in index.shards) / 1e9
     lines = [

@@ -133,11 +133,13 @@ def _hub_documents(config: TextConfig, source: str, split: str) -> Iterator[str]
         ) from error
     try:
         rows = datasets.load_dataset(source, config.subset, split=split, streaming=True)
+        for number, row in enumerate(rows):
+            yield _field_text(row, config.field, f"row {number} of {source} (split {split})")
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(
-            f"dataset {source!r} (subset {config.subset!r}, split {split!r}) could not be loaded: "
+            f"dataset {source!r} (subset {config.subset!r}, split {split!r}) could not be read: "
             f"{first_line(error)} Check the spelling and the network; a gated dataset needs `hf auth login`; without "
             "network give a local file, a folder or `embedded`"
         ) from error
-    for number, row in enumerate(rows):
-        yield _field_text(row, config.field, f"row {number} of {source} (split {split})")

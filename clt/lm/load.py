@@ -60,13 +60,14 @@ def load_language_model(config: LMConfig, device: torch.device | str = "cpu") ->
         options["gguf_file"] = gguf
     model, tokenizer = _load_pretrained(config, source, options)
     model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
-    layers = _choose_layers(config, model.config.num_hidden_layers)
+    text_config = model.config.get_text_config()  # a multimodal model's language part
+    layers = _choose_layers(config, text_config.num_hidden_layers)
     return LanguageModel(
         model=model,
         tokenizer=tokenizer,
         sites=find_sites(model, layers, config.input_site, config.output_site),
         layers=layers,
-        d_model=model.config.hidden_size,
+        d_model=text_config.hidden_size,
         name=config.model,
         revision=getattr(model.config, "_commit_hash", None),
         tokenizer_hash=hash_tokenizer(tokenizer),

@@ -115,7 +115,7 @@ class ReplacementModel:
     def __init__(self, lm: LanguageModel, transcoder: Transcoder) -> None:
         """Raises UserError when nnsight is not installed."""
         try:
-            from nnsight import NNsight
+            from nnsight import NNsight  # noqa: TID251
         except ImportError as error:
             raise UserError("ReplacementModel needs nnsight: pip install 'clt-trainer[nnsight]'") from error
         self.lm = lm

@@ -36,6 +36,10 @@ ARCHITECTURES: dict[str, tuple[str, str]] = {
     "qwen3": _PRE_NORM,
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
+    "gemma3": (
+        _SANDWICH[0].replace("model.", "model.language_model.", 1),
+        _SANDWICH[1].replace("model.", "model.language_model.", 1),
+    ),
 }
 
 

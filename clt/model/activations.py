@@ -10,7 +10,7 @@ class JumpReLU(torch.autograd.Function):
     """a = pre * 1[pre > theta and pre > 0], differentiable in theta by a straight-through estimate.
 
     pre (L, B, F) and theta (L, 1, F) give a (L, B, F). The step's derivative is replaced by a rectangle of width bw
-    around the threshold (Rajamanoharan et al. 2024, arXiv 2407.14435, eq. 11 and 12):
+    around the threshold (Rajamanoharan et al. 2024, arXiv 2407.14435):
 
         d/dtheta = -(theta / bw) * 1[|pre - theta| < bw / 2] * g, summed over the batch
         d/dpre   = 1[on] * g   (+ (theta / bw) * 1[|pre - theta| < bw / 2] * g with `through_pre`)

@@ -26,8 +26,8 @@ class Objective(nn.Module):
     """loss = MSE + lambda * sum_{l,f} tanh(c * ||W_dec,(l,f)|| * a) + lambda_P * sum_{l,f} relu(theta - pre)
 
     MSE is over tokens, layers and dimensions, in normalised target units (`target_scale="layer"`) or in the model's
-    (`"none"`). The tanh penalty and the norm of the whole write vector are Anthropic's ("Circuit Tracing", 2025, app.
-    D); the pre-activation loss (Anthropic, January 2025) is relu(-pre) with `pre_activation_kind="negative"`.
+    (`"none"`). The tanh penalty on the norm of the whole write vector is that of Anthropic's "Circuit Tracing" (2025);
+    the pre-activation loss is relu(-pre) with `pre_activation_kind="negative"`.
     """
 
     def __init__(

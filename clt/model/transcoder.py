@@ -166,9 +166,9 @@ class CrossLayerTranscoder(nn.Module):
         for name in ("config.json", "model.safetensors"):
             if not (directory / name).is_file():
                 raise ValueError(f"{directory} has no {name}; wanted a directory written by save_pretrained")
-        model = cls(**json.loads((directory / "config.json").read_text()))
         try:
+            model = cls(**json.loads((directory / "config.json").read_text()))
             model.load_state_dict(load_file(directory / "model.safetensors"))
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{directory}/model.safetensors is damaged or not of its config.json: {error}") from error
+        except (SafetensorError, RuntimeError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{directory} is damaged, or its files do not belong together: {error}") from error
         return model

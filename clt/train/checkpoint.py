@@ -9,18 +9,19 @@ checkpoints/step_00001000/
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import clt
+from clt.data.index import sync
+from clt.data.shards import is_full_disk
 from clt.errors import UserError
 from clt.model.transcoder import CrossLayerTranscoder
 
@@ -56,13 +57,15 @@ def save(
         transcoder.save_pretrained(partial)
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps(plain, indent=2) + "\n")
-        for file in partial.iterdir():
-            _fsync(file)
+        for file in [*partial.iterdir(), partial]:
+            sync(file)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _fsync(directory)
+        sync(directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and not is_full_disk(error):
+            raise
         raise UserError(_full(directory, str(error))) from error
     for old in steps(directory)[:-keep]:
         shutil.rmtree(directory / f"step_{old:08d}")
@@ -72,14 +75,6 @@ def save(
 def _full(directory: Path, cause: str) -> str:
     kept = f"step {steps(directory)[-1]} is kept" if steps(directory) else "there is no earlier one"
     return f"no checkpoint could be written to {directory}: {cause}; {kept}. Free disk space and run again to go on."
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def steps(directory: Path) -> list[int]:
@@ -114,6 +109,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def read_tensor(checkpoint: Path, name: str) -> Tensor:
+    """One tensor of the training state, e.g. "last_fired" (L, F). Raises UserError when it is missing or damaged."""
+    try:
+        with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
+            return file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"checkpoint {checkpoint} is damaged ({error})") from error
+
+
 def load_transcoder(checkpoint: Path) -> CrossLayerTranscoder:
     """The trained transcoder alone. Raises UserError when its files are missing or damaged."""
     try:
@@ -140,6 +144,8 @@ def restore(checkpoint: Path, transcoder: CrossLayerTranscoder, optimizer: torch
         torch.cuda.set_rng_state(tensors.pop("rng.cuda"))
     for name, parameter in transcoder.named_parameters():
         keys = [key for key in tensors if key.rpartition(".")[0] == name]
+        if parameter.requires_grad and not keys:
+            raise UserError(f"checkpoint {checkpoint} has no optimizer state of {name}; delete it to go on without it")
         # Adam's own step counter stays where the optimizer keeps it; everything else lives beside the parameter.
         optimizer.state[parameter] = {key.rpartition(".")[2]: tensors.pop(key).to(parameter.device) for key in keys}
     return state | tensors

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
+import torch.distributed as dist  # noqa: TID251
 from torch import Tensor
 
-T = TypeVar("T")
+from clt.errors import UserError
 
 
 class World(NamedTuple):
@@ -41,23 +41,30 @@ def cleanup() -> None:
         dist.destroy_process_group()
 
 
-def rank_zero_first(world: World, work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 alone, then on the others, which find it done.
+def on_rank_zero(world: World, work: Callable[[], None]) -> None:
+    """Run `work` on rank 0 while the others wait for it.
 
     The others wait in a gloo barrier of their own with a timeout of a month: extraction takes as long as it takes,
     and a rank 0 that dies is noticed by torchrun, not by a timeout.
     """
-    if world.size == 1:
-        return work()
-    waiting_room = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    waiting_room = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world.size > 1 else None
     if world.rank == 0:
-        result = work()
+        work()
+    if waiting_room is not None:
         dist.barrier(waiting_room)
-    else:
-        dist.barrier(waiting_room)
-        result = work()
-    dist.destroy_process_group(waiting_room)
-    return result
+        dist.destroy_process_group(waiting_room)
+
+
+def same_everywhere(value: int, what: str) -> int:
+    """The value, when every rank has the same. Raises UserError on all of them when they differ."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    highest, lowest = all_max(torch.tensor([value, -value], device=device)).tolist()
+    if highest != -lowest:
+        raise UserError(
+            f"the {what} is {-lowest} on one rank and {highest} on another: "
+            "run.dir must lie on a file system that all nodes share"
+        )
+    return value
 
 
 def all_sum(tensor: Tensor) -> Tensor:

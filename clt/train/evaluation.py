@@ -40,11 +40,11 @@ def evaluate_activations(
 ) -> dict[str, Tensor]:
     """Reconstruction and sparsity on the rows of a held-out store.
 
-    With z the targets and zhat the reconstruction in normalised units (each layer divided by its training sd):
+    With y the targets and yhat the reconstruction, both in the model's units:
 
-        SSE_l = sum over rows and dims of (z - zhat)^2      SST_l = the same of (z - mean of z over these rows)^2
+        SSE_l = sum over rows and dims of (y - yhat)^2      SST_l = the same of (y - mean of y over these rows)^2
         nmse_per_layer = SSE_l / SST_l                      fve_per_layer = 1 - nmse_per_layer
-        nmse = sum_l SSE_l / sum_l SST_l                    fve = 1 - nmse: every layer weighs the same
+        nmse = mean over layers of nmse_per_layer           fve = 1 - nmse: every layer weighs the same
 
     Returns float64 tensors: fve, nmse, l0_total (); fve_per_layer, nmse_per_layer, l0_per_layer (L,); density (L, F),
     the share of rows on which each feature fires.
@@ -60,17 +60,18 @@ def evaluate_activations(
         with torch.autocast(device.type, autocast, enabled=autocast != torch.float32):
             features = transcoder.activate(transcoder.preactivations(norm.input(rows[:, 0])))  # (L, B, F)
             reconstruction = transcoder.reconstruct(features)
-        target = norm.target(rows[:, 1])
-        sse += (target - reconstruction).double().square().sum((0, 2))
-        square += target.double().square().sum((0, 2))
-        total += target.double().sum(0)
+        # Sums of squares about the training mean, which is near this one: nothing cancels in SST.
+        target = rows[:, 1].double() - norm.target_mean
+        sse += (rows[:, 1].double() - norm.output(reconstruction)).square().sum((0, 2))
+        square += target.square().sum((0, 2))
+        total += target.sum(0)
         fired += (features > 0).sum(1)
     sums = all_sum(torch.cat([sse, square, total.flatten(), fired.flatten()]))
     sse, square, total, fired = sums.split([L, L, L * D, L * F])
     rows = len(buffer)
     sst = square - total.view(L, D).square().sum(1) / rows
     density = fired.view(L, F) / rows
-    nmse = sse.sum() / sst.sum()
+    nmse = (sse / sst).mean()
     return {
         "fve": 1 - nmse,
         "nmse": nmse,
@@ -128,7 +129,7 @@ def evaluate_replacement(
             [
                 counted.sum().double(),
                 (original.argmax(1) == replaced.argmax(1)).sum().double(),
-                (original.exp() * (original - replaced)).double().sum(),
+                (original.exp() * (original - replaced)).sum(-1).double().sum(),
                 cross_entropy(original),
                 cross_entropy(replaced),
                 cross_entropy(ablated),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from clt.config import Config, to_yaml
+from clt.config import Config
+from clt.data.index import write_whole
 from clt.errors import UserError
 
 
@@ -23,6 +25,7 @@ class Logger:
         self.active = rank == 0
         self.wandb_id = wandb_id
         self.wandb = None
+        self.status: dict[str, str] = {}
         if not self.active:
             return
         directory = Path(config.run.dir)
@@ -44,16 +47,22 @@ class Logger:
         self.files[name].write(json.dumps({"step": step, **metrics}) + "\n")
         self.files[name].flush()
         if self.wandb is not None:
-            self.wandb.log(metrics, step=step)
+            self.wandb.log({"step": step, **metrics})
         shown = {k: f"{metrics[k]:.4g}" for k in ("train_loss", "L0", "tokens_per_second") if k in metrics}
         if shown:
-            self.status = {**getattr(self, "status", {}), **shown}
+            self.status |= shown
             self.bar.set_postfix(self.status, refresh=False)
 
-    def print(self, text: str) -> None:
-        """Print without tearing the progress bar."""
-        if self.active:
-            self.bar.write(text)
+    def log_evaluation(self, step: int, numbers: dict[str, Any]) -> None:
+        """Write an evaluation as `eval_fve`, .., `eval_fve/layer_0`, .. and `replacement_model_accuracy`."""
+        line = {f"eval_{key}": value for key, value in numbers.items() if not isinstance(value, list)}
+        for key, values in numbers.items():
+            if isinstance(values, list):
+                name = f"eval_{key.removesuffix('_per_layer')}"
+                line |= {f"{name}/layer_{layer}": value for layer, value in enumerate(values)}
+        if "top1_agreement" in numbers:
+            line["replacement_model_accuracy"] = numbers["top1_agreement"]
+        self.log(step, line)
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -73,7 +82,8 @@ def _open_at_step(path: Path, start: int) -> Any:
         if not line.endswith("}") or json.loads(line)["step"] > start:
             break
         kept.append(line + "\n")
-    path.write_text("".join(kept))
+    if path.exists():
+        write_whole(path, "".join(kept).encode())
     return path.open("a")
 
 
@@ -84,10 +94,10 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
 
 def _start_wandb(config: Config, run_id: str | None) -> Any:
     try:
-        import wandb
+        import wandb  # noqa: TID251
     except ImportError as error:
         raise UserError("log.wandb is true but wandb is not installed: pip install 'clt-trainer[wandb]'") from error
-    return wandb.init(
+    run = wandb.init(
         project=config.log.wandb_project,
         entity=config.log.wandb_entity,
         mode=config.log.wandb_mode,
@@ -95,5 +105,7 @@ def _start_wandb(config: Config, run_id: str | None) -> Any:
         resume="allow",
         dir=config.run.dir,
         name=Path(config.run.dir).name,
-        config={"yaml": to_yaml(config)},
+        config=dataclasses.asdict(config),
     )
+    run.define_metric("*", step_metric="step")  # a resumed run logs some steps again: W&B's own counter would refuse
+    return run

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from clt.config import Config, identity, load_config, to_yaml
 from clt.data.extract import check_store
+from clt.data.index import write_whole
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
 from clt.model.loss import Objective
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train.evaluation import Reduce, alone, evaluate_activations, evaluate_replacement
+
+if TYPE_CHECKING:
+    from clt.lm.load import LanguageModel
+    from clt.lm.text import Window
 
 
 def open_stores(config: Config) -> tuple[DiscBuffer, DiscBuffer]:
@@ -75,15 +81,15 @@ def claim_run_dir(config: Config) -> None:
     """Create `run.dir` with its resolved config.yaml, the mark that `check_run_dir` reads."""
     directory = Path(config.run.dir)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(to_yaml(config))
+    write_whole(directory / "config.yaml", to_yaml(config).encode())
 
 
 def evaluate(
-    config: Config,
     transcoder: CrossLayerTranscoder,
     heldout: DiscBuffer,
     mean_output: Tensor,
-    lm: Any,
+    lm: LanguageModel | None,
+    windows: Sequence[Window],
     *,
     autocast: torch.dtype,
     run: Any = None,
@@ -93,20 +99,17 @@ def evaluate(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Quality as plain numbers for logs and summary.json, and the tensors of `evaluate_activations` for plots.
 
-    lm: the loaded LanguageModel, or None to leave the replacement model out. mean_output: (L, D).
+    mean_output: (L, D), what mean ablation writes; lm: None leaves the replacement model out; windows: held-out text.
     """
     share: dict[str, Any] = {"rank": rank, "world": world, "all_sum": all_sum}
     tensors = evaluate_activations(transcoder, heldout, autocast=autocast, **share)
-    numbers: dict[str, Any] = {
-        key: tensors[key].tolist() for key in ("fve", "nmse", "l0_total", "fve_per_layer", "l0_per_layer")
-    }
+    numbers: dict[str, Any] = {key: value.tolist() for key, value in tensors.items() if key != "density"}
     if lm is not None:
-        windows = heldout_windows(config, lm)
         numbers |= evaluate_replacement(lm, transcoder, mean_output.to(lm.device), windows, run=run, **share)
     return numbers, tensors
 
 
-def heldout_windows(config: Config, lm: Any) -> list[Any]:
+def heldout_windows(config: Config, lm: LanguageModel) -> list[Window]:
     """The first windows of held-out text, `eval.replacement_tokens` in all (rounded up to whole windows)."""
     from itertools import islice
 

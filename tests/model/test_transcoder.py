@@ -250,7 +250,7 @@ def test_save_and_load(tmp_path):
         CrossLayerTranscoder.from_pretrained(tmp_path)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     save_file({**tensors, "W_enc": tensors["W_enc"][1:].clone()}, tmp_path / "out" / "model.safetensors")
-    with pytest.raises(ValueError, match="damaged or not of its config"):
+    with pytest.raises(ValueError, match="is damaged, or its files do not belong together"):
         CrossLayerTranscoder.from_pretrained(tmp_path / "out")
 
 

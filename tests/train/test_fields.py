@@ -224,5 +224,5 @@ def test_profile_fields(train):
         (file,) = (run.dir / "profile").glob("*.pt.trace.json")
         events = json.loads(file.read_text())["traceEvents"]
         traces[start] = sorted({e["name"] for e in events if e["name"].startswith("ProfilerStep#")})
-    assert traces == {2: ["ProfilerStep#3"], 4: ["ProfilerStep#5", "ProfilerStep#6", "ProfilerStep#7"]}
+    assert traces == {2: ["ProfilerStep#2"], 4: ["ProfilerStep#4", "ProfilerStep#5", "ProfilerStep#6"]}
     assert not (train().dir / "profile").exists()

