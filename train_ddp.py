@@ -137,7 +137,7 @@ def main(config: Config, prepare: bool) -> None:
     names += [f"mse/layer_{l}" for l in range(L)] + [f"L0/layer_{l}" for l in range(L)]
     loader = Loader(store, DistributedSampler(*order, start, steps), device, config.data.prefetch)
     clock, logged, stalled, results = time.perf_counter(), start, 0.0, ({}, {})
-    with loader, profiler:
+    with logger, loader, profiler:
         for batch in loader:  # (b, 2, L, D): this rank's rows of the global batch
             lr = learning_rate(step, steps, config.optim)
             for group in optimizer.param_groups:
@@ -202,7 +202,6 @@ def main(config: Config, prepare: bool) -> None:
 
     # The end: report and tear down. A run that was already finished is evaluated again, and only reported.
     numbers, tensors = evaluation() if start == steps else results
-    logger.close()
     if rank_zero:
         summary = {
             **numbers,

@@ -125,16 +125,16 @@ def _eval(arguments: argparse.Namespace) -> None:
     store, heldout = open_stores(config)
     lm = load_language_model(config.lm, device) if config.eval.replacement_tokens else None
     windows = [] if lm is None else heldout_windows(config, lm)
-    run = None
-    if arguments.nnsight:
+    replace = None
+    if arguments.nnsight and lm is not None:
         from clt.lm.replacement import ReplacementModel
 
-        def run(lm: Any, transcoder: Any, tokens: Any, keep: Any) -> Any:
-            return ReplacementModel(lm, transcoder).logits(tokens, keep)
+        model = ReplacementModel(lm, transcoder)
+        replace = lambda lm, transcoder, tokens, keep: model.logits(tokens, keep)  # noqa: E731
 
     dtype = autocast_dtype(config.train.precision, device)
     mean_output = store.statistics.target_mean
-    numbers, _ = evaluate(transcoder, heldout, mean_output, lm, windows, autocast=dtype, run=run)
+    numbers, _ = evaluate(transcoder, heldout, mean_output, lm, windows, autocast=dtype, run=replace)
     last_fired = checkpoint.read_tensor(run_dir / "checkpoints" / f"step_{step:08d}", "last_fired")
     dead = dead_features(last_fired, step, config.train.batch_tokens, config.eval.dead_window)
     numbers["dead_fraction"] = dead.double().mean().item()

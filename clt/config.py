@@ -383,7 +383,7 @@ SHARES = "loss.sparsity_ramp optim.warmup optim.decay".split()
 def _validate(config: Config, where: typing.Callable[[str], str]) -> None:
     """Check ranges; `where` says which file or command line a key's value came from."""
 
-    def check(keys: list[str], holds: typing.Callable[[Any], bool], wanted: str) -> None:
+    def check(keys: typing.Sequence[str], holds: typing.Callable[[Any], bool], wanted: str) -> None:
         for key in keys:
             section, name = key.split(".")
             value = getattr(getattr(config, section), name)

@@ -77,9 +77,11 @@ def stores(lm_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def train_overrides(lm_overrides: list[str], stores: Path) -> list[str]:
-    """Overrides for ten short steps on those stores; `run.dir` is left to the test."""
+    """An empty config file and overrides for ten short steps on those stores; `run.dir` is left to the test."""
+    defaults = stores / "defaults.yaml"
+    defaults.touch()
     return [
-        *lm_overrides, f"data.store={stores}", "clt.d_features=24", "train.steps=10", "train.batch_tokens=60",
+        str(defaults), *lm_overrides, f"data.store={stores}", "clt.d_features=24", "train.steps=10", "train.batch_tokens=60",
         "train.compile=false", "eval.replacement_tokens=64", "log.every=5",
     ]  # fmt: skip
 
@@ -106,8 +108,8 @@ def train(train_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) 
     import train_ddp
 
     def run(*overrides: str) -> Run:
-        defaults = [*train_overrides, f"run.dir={tmp_path_factory.mktemp('run')}"]
-        config = load_config(None, [*defaults, *overrides])
+        directory = tmp_path_factory.mktemp("run")
+        config = load_config(train_overrides[0], [*train_overrides[1:], f"run.dir={directory}", *overrides])
         train_ddp.main(config, prepare=False)
         return Run(config)
 

@@ -135,7 +135,7 @@ class CrossLayerTranscoder(nn.Module):
         norm = self.normalization
         if norm.kind == "token":
             raise ValueError("normalization 'token' is not affine and cannot be folded; train with 'layer' or 'dim'")
-        folded = CrossLayerTranscoder(**(self.config | {"normalization": "none"})).to(self.b_dec.device)
+        folded = CrossLayerTranscoder(**{**self.config, "normalization": "none"}).to(self.b_dec.device)
         mean_in, sd_in = norm.input_mean.double(), norm.input_sd.double()
         mean_out, sd_out = norm.target_mean.double(), norm.target_sd.double()
         W_enc = self.W_enc.double() / sd_in.expand_as(mean_in).unsqueeze(-1)

@@ -85,11 +85,10 @@ def steps(directory: Path) -> list[int]:
 
 def optimizer_tensors(transcoder: CrossLayerTranscoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer state by name: `W_dec.0.exp_avg`, .."""
-    names = {parameter: name for name, parameter in transcoder.named_parameters()}
     return {
-        f"{names[parameter]}.{key}": value
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
+        f"{name}.{key}": value
+        for name, parameter in transcoder.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 

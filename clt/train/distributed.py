@@ -47,12 +47,14 @@ def on_rank_zero(world: World, work: Callable[[], None]) -> None:
     The others wait in a gloo barrier of their own with a timeout of a month: extraction takes as long as it takes,
     and a rank 0 that dies is noticed by torchrun, not by a timeout.
     """
-    waiting_room = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world.size > 1 else None
+    if world.size == 1:
+        return work()
+    waiting_room = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    assert isinstance(waiting_room, dist.ProcessGroup)  # every rank is a member
     if world.rank == 0:
         work()
-    if waiting_room is not None:
-        dist.barrier(waiting_room)
-        dist.destroy_process_group(waiting_room)
+    dist.barrier(waiting_room)
+    dist.destroy_process_group(waiting_room)
 
 
 def same_everywhere(value: int, what: str) -> int:

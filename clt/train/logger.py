@@ -64,15 +64,18 @@ class Logger:
             line["replacement_model_accuracy"] = numbers["top1_agreement"]
         self.log(step, line)
 
-    def close(self) -> None:
-        """Flush and close everything."""
+    def __enter__(self) -> Logger:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close everything; an exception marks the W&B run as failed."""
         if not self.active:
             return
         self.bar.close()
         for file in self.files.values():
             file.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            self.wandb.finish(exit_code=int(kind is not None))
 
 
 def _open_at_step(path: Path, start: int) -> Any:

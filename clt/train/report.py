@@ -32,20 +32,20 @@ def write_plots(run_dir: str | Path, evaluation: dict[str, Any]) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     layers = range(len(evaluation["fve_per_layer"]))
-    left.bar(layers, evaluation["fve_per_layer"])
+    left.bar(layers, evaluation["fve_per_layer"].tolist())
     left.axhline(
         float(evaluation["fve"]), color="black", linewidth=1, label=f"all layers {float(evaluation['fve']):.3f}"
     )
     left.set(xlabel="layer", ylim=(0, 1), title="Fraction of variance explained, held out", xticks=layers)
     left.legend(loc="lower right")
-    right.bar(layers, evaluation["l0_per_layer"], color="C2")
+    right.bar(layers, evaluation["l0_per_layer"].tolist(), color="C2")
     right.set(xlabel="layer", title="L0 per layer, held out", xticks=layers)
     figure.savefig(directory / "layers.png", dpi=120)
     plt.close(figure)
 
     density = evaluation["density"].flatten().cpu()
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    axes.hist(density[density > 0].log10(), bins=60)
+    axes.hist(density[density > 0].log10().tolist(), bins=60)
     never = int((density == 0).sum())
     axes.set(
         xlabel="log10 of the share of held-out tokens a feature fires on",

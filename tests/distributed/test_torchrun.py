@@ -44,7 +44,9 @@ def test_any_number_of_ranks_gives_the_run_of_one(train, train_overrides, tmp_pa
     for ours, theirs in zip(read_metrics(tmp_path), alone.metrics, strict=True):
         assert ours.keys() == theirs.keys()
         for key in ours:
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), key
+            # A random model's cross-entropies differ by little: the share recovered is a ratio of tiny differences.
+            rel = 1e-2 if key == "eval_ce_recovered" else 1e-5
+            assert ours[key] == pytest.approx(theirs[key], rel=rel, abs=1e-6), key
     for name, tensor in weights(tmp_path).items():
         torch.testing.assert_close(tensor, alone.weights[name], rtol=1e-5, atol=1e-6)
     summary = json.loads((tmp_path / "summary.json").read_text())
