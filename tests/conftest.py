@@ -81,8 +81,8 @@ def train_overrides(lm_overrides: list[str], stores: Path) -> list[str]:
     defaults = stores / "defaults.yaml"
     defaults.touch()
     return [
-        str(defaults), *lm_overrides, f"data.store={stores}", "clt.d_features=24", "train.steps=10", "train.batch_tokens=60",
-        "train.compile=false", "eval.replacement_tokens=64", "log.every=5",
+        str(defaults), *lm_overrides, f"data.store={stores}", "clt.d_features=24", "train.steps=10",
+        "train.batch_tokens=60", "train.compile=false", "eval.replacement_tokens=64", "log.every=5",
     ]  # fmt: skip
 
 
