@@ -69,11 +69,21 @@ def load_language_model(config: LMConfig, device: torch.device | str = "cpu") ->
         layers=layers,
         d_model=text_config.hidden_size,
         name=config.model,
-        revision=getattr(model.config, "_commit_hash", None),
+        revision=_commit(source, config.revision),
         tokenizer_hash=hash_tokenizer(tokenizer),
         special_ids=frozenset(tokenizer.all_special_ids),
         bos_id=bos_token(tokenizer),
     )
+
+
+def _commit(source: str, revision: str | None) -> str | None:
+    """The commit that a hub model was loaded at, from the cache that it now lies in; None for local files."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).exists():
+        return None
+    file = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def locate(name: str) -> tuple[str, str | None]:

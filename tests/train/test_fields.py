@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -56,6 +60,7 @@ STORE = {
 }
 # Fields with a test of their own below, or in the file named.
 HERE = [
+    "lm.revision",
     "run.dir", "lm.batch_windows", "lm.input_site", "lm.output_site", "lm.model", "text.source", "text.field",
     "text.heldout", "data.store", "data.heldout_tokens", "data.prefetch", "train.accumulate", "eval.every",
     "eval.replacement_tokens", "eval.dead_window", "checkpoint.every", "checkpoint.keep", "checkpoint.resume",
@@ -64,7 +69,6 @@ HERE = [
 ]  # fmt: skip
 ELSEWHERE = {
     "train.compile": "tests/distributed/test_torchrun.py",
-    "lm.revision": "tests/lm/test_load.py",
     "text.subset": "tests/lm/test_documents.py",
     "text.split": "tests/lm/test_documents.py",
 }
@@ -119,6 +123,30 @@ def test_lm_model_and_sites(config, lm_path):
     names = ["lm.input_site=transformer.h.{layer}.ln_1", "lm.output_site=transformer.h.{layer}.attn"]
     sites = load_language_model(config(*names).lm).sites
     assert [(s.input_path, s.output_path) for s in sites][1] == ("transformer.h.1.ln_1", "transformer.h.1.attn")
+
+
+def test_revision_chooses_among_those_of_the_hub(lm_path, tmp_path):
+    """The hub's own cache layout, read offline: two revisions of one model that differ in a weight."""
+    from safetensors.torch import save_file
+
+    repository = tmp_path / "hub" / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    for number, revision in enumerate(("main", "v2")):
+        commit = str(number) * 40
+        (repository / "refs" / revision).write_text(commit)
+        snapshot = shutil.copytree(lm_path, repository / "snapshots" / commit)
+        weights = load_file(snapshot / "model.safetensors")
+        weights["transformer.ln_f.bias"].fill_(number)
+        save_file(weights, snapshot / "model.safetensors", metadata={"format": "pt"})
+    code = (
+        "import sys; from clt.config import LMConfig; from clt.lm.load import load_language_model\n"
+        "for revision in (None, 'v2'):\n"
+        "    lm = load_language_model(LMConfig(model='org/tiny', revision=revision))\n"
+        "    print(lm.revision[0], lm.model.transformer.ln_f.bias[0].item())\n"
+    )
+    env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert result.stdout.splitlines() == ["0 0.0", "1 1.0"], result.stderr
 
 
 def test_batch_windows_is_the_forward_pass(config, tmp_path):
@@ -203,6 +231,7 @@ def test_wandb_fields(tmp_path, monkeypatch):
     keys = ["log.wandb=true", "log.wandb_mode=offline", "log.wandb_project=p1", "log.wandb_entity=e1"]
     run = _start_wandb(load_config(None, [f"run.dir={tmp_path}", *keys]), "abc123")
     assert (run.project, run.entity, run.id, run.offline) == ("p1", "e1", "abc123", True)
+    assert run.config["optim"]["lr"] == 1e-3
     run.finish()
     assert list((tmp_path / "wandb").glob("offline-run-*-abc123/*.wandb"))
 
@@ -212,6 +241,9 @@ def test_wandb_id_is_logged_to_and_resumed(train, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = train("log.wandb=true", "log.wandb_mode=offline", "checkpoint.every=5")
     state = checkpoint.read_state(run.dir / "checkpoints" / "step_00000010")
+    logged = b"".join(file.read_bytes() for file in (run.dir / "wandb").glob("offline-run-*/*.wandb"))
+    for key in ("train_loss", "train_mse", "train_sparsity", "L0", "mse/layer_2", "replacement_model_accuracy"):
+        assert f'"{key}"'.encode() in logged or key.encode() in logged, key
     again = train("log.wandb=true", "log.wandb_mode=offline", "checkpoint.every=5", f"run.dir={run.dir}")
     assert state["wandb_id"]
     assert len(list((again.dir / "wandb").glob(f"offline-run-*-{state['wandb_id']}"))) >= 1

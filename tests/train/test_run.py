@@ -1,0 +1,59 @@
+"""A store, a model and a run directory that do not belong together are refused before anything is trained."""
+
+import dataclasses
+
+import pytest
+
+from clt.config import load_config
+from clt.data.extract import check_model
+from clt.data.index import read_index
+from clt.errors import UserError
+from clt.lm.load import load_language_model
+from clt.train.run import check_run_dir, claim_run_dir, heldout_windows, open_stores
+
+
+@pytest.fixture
+def base(train_overrides, tmp_path):
+    return load_config(train_overrides[0], [*train_overrides[1:], f"run.dir={tmp_path / 'run'}"])
+
+
+def test_a_store_of_another_width_is_refused(base, stores):
+    index, lm = read_index(stores / "train"), load_language_model(base.lm)
+    check_model(index, lm)
+    with pytest.raises(UserError, match=r"width D: the store has 16, the model 20; set lm\.model"):
+        check_model(index, dataclasses.replace(lm, d_model=20))
+    with pytest.raises(UserError, match=r"tokenizer: the store has '.*', the model 'other'"):
+        check_model(index, dataclasses.replace(lm, tokenizer_hash="other"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lm.layers=[0, 2]", r"lm\.layers: found \[0, 1, 2\], wanted \[0, 2\]"),
+        ("lm.context=20", r"lm\.context: found 16, wanted 20"),
+        ("lm.dtype=bfloat16", r"lm\.dtype: found 'float32', wanted 'bfloat16'"),
+        ("data.train_tokens=900", r"data\.train_tokens: found 1000, wanted 900"),
+    ],
+)
+def test_a_store_of_another_config_is_refused(train_overrides, change, message):
+    config = load_config(train_overrides[0], [*train_overrides[1:], change])
+    with pytest.raises(UserError, match=message + ".*set data.store to another directory"):
+        open_stores(config)
+
+
+def test_a_run_directory_is_claimed_and_recognised(base):
+    check_run_dir(base)
+    claim_run_dir(base)
+    check_run_dir(base)
+    other = dataclasses.replace(base, optim=dataclasses.replace(base.optim, lr=0.5))
+    with pytest.raises(UserError, match=r"another config \(optim\.lr: found 0\.001, wanted 0\.5\)"):
+        check_run_dir(other)
+    free = dataclasses.replace(base, log=dataclasses.replace(base.log, every=99))
+    check_run_dir(free)
+
+
+def test_heldout_text_shorter_than_a_window(base, tmp_path):
+    (tmp_path / "short.jsonl").write_text('{"text": "a"}\n')
+    text = dataclasses.replace(base.text, heldout=str(tmp_path / "short.jsonl"))
+    with pytest.raises(UserError, match="window"):
+        heldout_windows(dataclasses.replace(base, text=text), load_language_model(base.lm))
