@@ -140,7 +140,7 @@ def test_a_dataset_with_a_heldout_file(parquet: Path, tmp_path_factory: pytest.T
 
 def test_datasets_that_cannot_be_loaded(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     message = error(TextConfig(source=str(parquet), split="test"))
-    assert "split 'test') could not be loaded" in message
+    assert "split 'test') could not be read" in message
     assert "train" in message
     assert "subset 'nope'" in error(TextConfig(source=str(parquet), subset="nope"))
     assert "row 0 of" in error(TextConfig(source=str(parquet), field="body"), "heldout")

@@ -31,6 +31,6 @@ def test_a_wrong_path_names_the_nearest_module(tiny: Callable[..., LanguageModel
 def test_an_unknown_architecture_says_what_is_known_and_what_to_do(tiny: Callable[..., LanguageModel]) -> None:
     model = tiny("gpt2").model
     model.config.model_type = "mamba"
-    with pytest.raises(UserError, match=r"'mamba' \(known: gpt2, .*gemma3_text\); set lm\.input_site"):
+    with pytest.raises(UserError, match=r"'mamba' \(known: gpt2, .*gemma3_text, gemma3\); set lm\.input_site"):
         find_sites(model, [0])
     assert len(find_sites(model, [0], "transformer.h.{layer}.ln_2", "transformer.h.{layer}.mlp")) == 1
