@@ -6,22 +6,15 @@ differs. Sizes that another file knows (layers, width, rows) are never configure
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import difflib
 import hashlib
-import inspect
 import json
-import math
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
-
-import yaml
+from typing import Any, Literal
 
 from clt.errors import UserError
+from clt.parsing import merge, names, override
 
 StorageDtype = Literal["float16", "bfloat16", "float32"]
 
@@ -259,113 +252,14 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
 
     Raises UserError for a missing file, an unknown key (naming the nearest), a value of the wrong type or out of range.
     """
-    tree: dict[str, Any] = {}
+    config = Config()
     if path is not None:
         if not Path(path).is_file():
             raise UserError(f"config {path} does not exist; the shipped ones are configs/*.yaml")
-        try:
-            tree = yaml.safe_load(Path(path).read_text("utf-8"))
-            tree = {} if tree is None else tree
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"config {path} is not valid YAML: {error}") from error
-    where = str(path or "the defaults")
-    config = _build(Config, tree, where, "")
-    origin: dict[str, str] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(f"override {override!r} is not of the form section.key=value, e.g. train.steps=100")
-        _set(config, key, _parse_value(text, override))
-        origin[key] = "the command line"
-    _validate(config, lambda key: origin.get(key, where))
+        merge(config, path)
+    given = {override(config, text) for text in overrides}
+    _validate(config, lambda key: "the command line" if key in given else str(path or "the defaults"))
     return config
-
-
-def _parse_value(text: str, override: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"the value of override {override!r} is not valid YAML: {error}") from error
-
-
-def _set(config: Config, key: str, value: Any) -> None:
-    """Set one dotted key."""
-    *sections, name = key.split(".")
-    node: Any = config
-    for section in sections:
-        _check_known(node, section, "the command line", key)
-        node = getattr(node, section)
-        if not dataclasses.is_dataclass(node):
-            raise UserError(f"{key!r} goes too deep: {section} is a single value, not a section")
-    _check_known(node, name, "the command line", key)
-    hint = typing.get_type_hints(type(node))[name]
-    if dataclasses.is_dataclass(hint):
-        raise UserError(f"{key!r} is a section; set one of its keys: {', '.join(f'{key}.{f}' for f in _names(hint))}")
-    setattr(node, name, _coerce(hint, value, "the command line", key))
-
-
-def _names(node: Any) -> list[str]:
-    return [f.name for f in dataclasses.fields(node)]
-
-
-def _check_known(node: Any, name: str, where: str, key: str) -> None:
-    if name in _names(node):
-        return
-    everywhere = [f"{section}.{f}" for section in _names(Config) for f in _names(getattr(Config(), section))]
-    candidates = _names(node) if difflib.get_close_matches(name, _names(node)) else everywhere
-    near = difflib.get_close_matches(name, candidates, 1) or [f for f in everywhere if f.endswith(f".{name}")]
-    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(_names(node))}"
-    raise UserError(f"unknown key {key!r} in {where}: {hint}")
-
-
-def _build(cls: type, tree: Any, where: str, prefix: str) -> Any:
-    if not isinstance(tree, dict):
-        raise UserError(f"{prefix or 'the top level'} of {where} must be a mapping of keys, found {tree!r}")
-    hints, node = typing.get_type_hints(cls), cls()
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        _check_known(node, str(name), where, key)
-        if dataclasses.is_dataclass(hints[name]):
-            setattr(
-                node, name, _build(typing.cast(type, hints[name]), {} if value is None else value, where, f"{key}.")
-            )
-        else:
-            setattr(node, name, _coerce(hints[name], value, where, key))
-    return node
-
-
-def _coerce(hint: Any, value: Any, where: str, key: str) -> Any:
-    """The value as the field's type, or UserError. YAML reads 1e-3 as a string and 1 as an int: both may be floats."""
-    options = get_args(hint) if get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    for option in options:
-        if get_origin(option) is Literal and value in get_args(option):
-            return value
-        if get_origin(option) is list and isinstance(value, list):
-            return [_coerce(get_args(option)[0], item, where, key) for item in value]
-        if option is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            try:
-                number = float(value)
-            except ValueError:
-                continue
-            if math.isfinite(number):
-                return number
-        if option is int and isinstance(value, float) and value.is_integer():
-            return int(value)
-        if option in (int, bool, str) and type(value) is option:
-            return value
-    raise UserError(f"{key} in {where} is {value!r}; wanted {_describe(options)}")
-
-
-def _describe(options: tuple[Any, ...]) -> str:
-    words = []
-    for option in options:
-        if get_origin(option) is Literal:
-            words += [str(choice) for choice in get_args(option)]
-        else:
-            words.append("null" if option is type(None) else getattr(option, "__name__", str(option)))
-    return " or ".join(words)
 
 
 POSITIVE = (
@@ -402,32 +296,6 @@ def _validate(config: Config, where: typing.Callable[[str], str]) -> None:
         raise UserError("lm.input_site and lm.output_site go together: set both, or neither")
 
 
-def to_yaml(config: Config, docs: bool = False) -> str:
-    """The resolved configuration as YAML that `load_config` reads back; `docs` adds what each field is."""
-    if not docs:
-        return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-    lines = []
-    for section in _names(config):
-        node = getattr(config, section)
-        lines.append(f"{section}:  # {field_docs(Config)[section]}")
-        for name in _names(node):
-            value = yaml.safe_dump(getattr(node, name), default_flow_style=True).removesuffix("...\n").strip()
-            lines.append(f"  {f'{name}: {value}':<36} # {field_docs(type(node))[name]}")
-    return "\n".join(lines) + "\n"
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """The string below each field of a dataclass, by field name."""
-    body = ast.parse(inspect.getsource(cls)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    docs = {}
-    for node, after in zip(body.body, body.body[1:]):
-        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            assert isinstance(node.target, ast.Name)
-            docs[node.target.id] = str(after.value.value)
-    return docs
-
-
 # What may differ when a run goes on: none of these changes the numbers that the run computes.
 _FREE = {"run.dir", "log", "profile", "checkpoint", "eval", "data.prefetch", "data.store"}
 
@@ -436,8 +304,8 @@ def identity(config: Config) -> dict[str, Any]:
     """The flat {key: value} of every field that determines the trained weights."""
     flat = {
         f"{section}.{name}": getattr(getattr(config, section), name)
-        for section in _names(config)
-        for name in _names(getattr(config, section))
+        for section in names(config)
+        for name in names(getattr(config, section))
     }
     return {key: value for key, value in flat.items() if key not in _FREE and key.split(".")[0] not in _FREE}
 

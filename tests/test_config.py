@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clt.config import Config, config_hash, field_docs, identity, load_config, to_yaml
+from clt.config import Config, config_hash, identity, load_config
 from clt.errors import UserError
+from clt.parsing import field_docs, to_yaml
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 

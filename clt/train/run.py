@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from clt.config import Config, identity, load_config, to_yaml
+from clt.config import Config, identity, load_config
 from clt.data.extract import check_store
 from clt.data.index import write_whole
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
 from clt.model.loss import Objective
 from clt.model.transcoder import CrossLayerTranscoder
+from clt.parsing import to_yaml
 from clt.train.evaluation import Reduce, alone, evaluate_activations, evaluate_replacement
 
 if TYPE_CHECKING:

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from clt.config import Config, to_yaml
+from clt.config import Config
 from clt.data.extract import check_store, extract
 from clt.data.store import DiscBuffer, read_index
 from clt.errors import UserError
 from clt.lm.capture import Capture
 from clt.lm.load import LanguageModel, load_language_model
 from clt.lm.text import windows
+from clt.parsing import to_yaml
 
 MakeConfig = Callable[..., Config]
 GROUP = 3 * 64
