@@ -5,42 +5,51 @@
     python train_ddp.py --prepare CONFIG                               # check everything, extract, and stop
 
 CONFIG defaults to configs/quickstart.yaml. Activations are extracted first if the store is missing; a run directory
-that has a checkpoint is resumed.
+that has a checkpoint is resumed. SIGTERM and SIGUSR1 end the run with a checkpoint and status 75: the same command goes
+on from it.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 import os
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clt.cli import exit_on_user_error, run_arguments
 from clt.config import Config, config_hash
 from clt.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def main(config: Config, prepare: bool) -> None:
+
+def main(config: Config, prepare: bool) -> int:
     # Heavy imports wait until the command line and the config are known to be right.
     import torch
     from torch import nn
 
     from clt.data.extract import check_model, extract
-    from clt.data.index import write_json
+    from clt.data.index import content_hash, write_json
     from clt.data.loader import Loader
     from clt.data.sampler import DistributedSampler
     from clt.lm.load import load_language_model
+    from clt.model.transcoder import feature_dim
     from clt.train import checkpoint, report
     from clt.train import distributed as dist
     from clt.train.evaluation import dead_features
     from clt.train.logger import Logger
-    from clt.train.optim import autocast_dtype, learning_rate, sparsity_coefficient
+    from clt.train.optim import NEVER, TERMS, Update, autocast_dtype, learning_rate, sparsity_coefficient
     from clt.train.run import build, check_run_dir, claim_run_dir, evaluate, heldout_windows, open_stores
+    from clt.train.watch import PREEMPTED, Watch
 
     began = time.perf_counter()
-    world = dist.setup()
-    rank_zero, device = world.rank == 0, world.device
+    # The watch names a rank that hangs; should it fail, the collectives themselves time out a little later.
+    world = dist.setup(config.parallel.feature_shards, config.parallel.timeout_seconds + 60)
+    rank_zero, device, data, feature = world.rank == 0, world.device, world.data, world.feature
     dtype = autocast_dtype(config.train.precision, device)
     run_dir = Path(config.run.dir)
     check_run_dir(config)
@@ -56,40 +65,57 @@ def main(config: Config, prepare: bool) -> None:
     dist.on_rank_zero(world, prepare_stores)
     store, heldout = open_stores(config)
     steps, batch_tokens = config.train.steps, config.train.batch_tokens
-    order = (len(store), config.data.block_rows, batch_tokens, config.run.seed, world.rank, world.size)
+    order = (len(store), config.data.block_rows, batch_tokens, config.run.seed, data.rank, data.size)
     DistributedSampler(*order)  # refuses a batch that cannot be made
     if prepare:
-        return
+        return 0
 
-    # Model, objective, optimizer. Weights are drawn on the CPU: the same on every device and rank.
-    objective = build(config, store).to(device)
+    # Model, objective, optimizer. Weights are drawn on the CPU: the same on every device and in every layout.
+    objective = build(config, store, (feature.rank, feature.size), feature.sum_with_gradient).to(device)
     transcoder = objective.transcoder
-    parameters = [p for p in transcoder.parameters() if p.requires_grad]
+    named = {name: p for name, p in transcoder.named_parameters() if p.requires_grad}
     beta1, beta2 = config.optim.betas
-    optimizer = torch.optim.Adam(parameters, config.optim.lr, (beta1, beta2), config.optim.eps, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    optimizer = torch.optim.Adam(named.values(), config.optim.lr, (beta1, beta2), config.optim.eps, fused=True)
+    update = Update(
+        optimizer,
+        sharded=[p for name, p in named.items() if feature_dim(name) is not None],
+        replicated=[p for name, p in named.items() if feature_dim(name) is None],
+        sum_shards=feature.sum,
+        clip_norm=config.optim.clip_norm,
+        fp16=dtype == torch.float16,
+        stop=config.train.nonfinite == "stop",
+    )
     last_fired = torch.zeros(transcoder.n_layers, transcoder.d_features, dtype=torch.int64, device=device)
 
     # Resume.
     start, busy, wandb_id = 0, 0.0, None
-    saved = dist.same_everywhere(max(checkpoint.steps(run_dir / "checkpoints"), default=-1), "newest checkpoint")
-    if saved >= 0:
-        state = checkpoint.restore(run_dir / "checkpoints" / f"step_{saved:08d}", transcoder, optimizer)
+    checkpoints = checkpoint.Checkpoints(
+        run_dir / "checkpoints",
+        config.checkpoint.keep,
+        config.checkpoint.keep_every,
+        rank_zero,
+        functools.partial(dist.barrier, world),
+    )
+    identity = {"config_hash": config_hash(config), "data_hash": content_hash(store.index)}
+    identity |= {"precision": str(dtype), "device": device.type, **checkpoint.versions()}
+    newest = max(checkpoint.steps(checkpoints.directory), default=-1)
+    if dist.same_everywhere(world, newest, "newest checkpoint") >= 0:
+        tensors = update.tensors() | {"last_fired": last_fired}
+        path = checkpoints.directory / f"step_{newest:08d}"
+        state = checkpoint.restore(path, transcoder, optimizer, tensors, identity)
         start, busy, wandb_id = state["step"], state["busy_seconds"], state["wandb_id"]
-        last_fired.copy_(state["last_fired"])
-        scaler.load_state_dict(state["scaler"])
     if rank_zero:
         claim_run_dir(config)
-    dist.barrier()
+    dist.barrier(world)
 
     model: nn.Module = objective
     if config.train.compile:
         model = torch.compile(model)  # type: ignore[assignment]
-    if world.size > 1:
+    if data.size > 1:
         DDP = nn.parallel.DistributedDataParallel
         # The statistics are the same everywhere: do not broadcast them each step (the public switch's name varies).
         DDP._set_params_and_buffers_to_ignore_for_model(model, [name for name, _ in model.named_buffers()])
-        model = DDP(model, gradient_as_bucket_view=True)
+        model = DDP(model, process_group=data.group, gradient_as_bucket_view=True)
 
     lm, windows = None, []
     if config.eval.replacement_tokens:
@@ -99,28 +125,38 @@ def main(config: Config, prepare: bool) -> None:
     logger = Logger(config, world.rank, start, wandb_id)
 
     def evaluation():  # of the weights as they are, over all ranks
-        numbers, tensors = evaluate(
-            transcoder,
-            heldout,
-            store.statistics.target_mean,
-            lm,
-            windows,
-            autocast=dtype,
-            rank=world.rank,
-            world=world.size,
-            all_sum=dist.all_sum,
-        )
-        dead = dead_features(dist.all_max(last_fired.clone()), step, batch_tokens, config.eval.dead_window)
-        numbers["dead_fraction"] = dead.double().mean().item()
+        share = {"rank": data.rank, "world": data.size, "all_sum": data.sum}
+        mean_output = store.statistics.target_mean
+        numbers, tensors = evaluate(transcoder, heldout, mean_output, lm, windows, autocast=dtype, **share)
+        dead = dead_features(data.max(last_fired.clone()), step, batch_tokens, config.eval.dead_window)
+        numbers["dead_fraction"] = feature.sum(dead.double().mean()).item() / feature.size
         return numbers, tensors
 
-    def save_checkpoint() -> None:
-        fired = dist.all_max(last_fired.clone())
-        state = {"step": step, "busy_seconds": busy, "wandb_id": logger.wandb_id, "config_hash": config_hash(config)}
-        state |= {"scaler": scaler.state_dict(), "last_fired": fired}
-        if rank_zero:
-            checkpoint.save(run_dir / "checkpoints", transcoder, optimizer, state, config.checkpoint.keep)
-        dist.barrier()
+    def begin_checkpoint() -> None:
+        tensors = update.tensors() | {"last_fired": data.max(last_fired.clone())}
+        parts = checkpoint.parts(transcoder, optimizer, tensors, (data.rank, data.size))
+        state = {"step": step, "busy_seconds": busy, "wandb_id": logger.wandb_id, "world_size": world.size}
+        checkpoints.begin(parts, transcoder.config, state | identity)
+
+    def forward_backward(batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the mean over the global batch; this rank's addends of the metrics, and what fired."""
+        metrics = torch.zeros(len(names), device=device)
+        fired = torch.zeros_like(last_fired, dtype=torch.bool)
+        parts = batch.tensor_split(config.train.accumulate)
+        for part in parts:
+            share = len(part) / batch_tokens  # ranks and micro-batches may differ by a row
+            with nullcontext() if part is parts[-1] or data.size == 1 else model.no_sync():  # type: ignore[operator]
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    terms = model(part, sparsity)
+                # DDP averages over its ranks: undo that. A loss that is not finite makes every gradient nan, on all
+                # ranks, so that they agree to leave the step out.
+                factor = share * data.size * update.scale + 0 * terms.loss.detach()
+                (terms.loss * factor).backward()
+            fired |= terms.fired
+            # Every shard has the whole error, and its own part of everything else.
+            own = torch.stack([terms.mse / feature.size, terms.sparsity, terms.pre_activation])
+            metrics += share * torch.cat([own, terms.mse_per_layer / feature.size, terms.l0_per_layer])
+        return metrics, fired
 
     profiler = nullcontext()
     if config.profile.enabled:
@@ -133,46 +169,53 @@ def main(config: Config, prepare: bool) -> None:
 
     # The loop. Nothing in it waits for the device but logging, evaluation and checkpoints.
     L, step, sparsity = transcoder.n_layers, start, torch.zeros((), device=device)
-    names = ["train_loss", "train_mse", "train_sparsity", "train_pre_activation"]
-    names += [f"mse/layer_{l}" for l in range(L)] + [f"L0/layer_{l}" for l in range(L)]
-    loader = Loader(store, DistributedSampler(*order, start, steps), device, config.data.prefetch)
+    names = [*TERMS[:3], *(f"mse/layer_{l}" for l in range(L)), *(f"L0/layer_{l}" for l in range(L))]
+    sampler = DistributedSampler(*order, start, steps)
+    if data.size > 1 and start < steps:
+        # DDP orders its sums by the first backward pass. It is taken before the first step, so that a resumed run
+        # adds in the same order as one that was not interrupted.
+        forward_backward(store[sampler.rows_at(start)].to(device))
+        optimizer.zero_grad()
+    loader = Loader(store, sampler, device, config.data.prefetch)
+    watch = Watch(world, config.parallel.timeout_seconds, config.checkpoint.grace_seconds)
+    votes, stopped = dist.Votes(world, 2), False
     clock, logged, stalled, results = time.perf_counter(), start, 0.0, ({}, {})
-    with logger, loader, profiler:
+    with logger, loader, profiler, checkpoints, watch:
         for batch in loader:  # (b, 2, L, D): this rank's rows of the global batch
             lr = learning_rate(step, steps, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             sparsity.fill_(sparsity_coefficient(step, steps, config.loss))
-            metrics = torch.zeros(len(names), device=device)
-
-            parts = batch.tensor_split(config.train.accumulate)
-            for part in parts:
-                share = len(part) / batch_tokens
-                last = part is parts[-1]
-                with nullcontext() if last or world.size == 1 else model.no_sync():  # type: ignore[operator]
-                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        terms = model(part, sparsity)
-                    # Ranks and micro-batches may differ by a row. DDP averages over ranks: undo that, so that the
-                    # gradient is the mean over the global batch whatever its split.
-                    scaler.scale(terms.loss * (share * world.size)).backward()
-                last_fired = torch.where(terms.fired, step + 1, last_fired)
-                metrics += share * torch.cat([torch.stack(terms[:4]).detach(), terms.mse_per_layer, terms.l0_per_layer])
-
-            scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm or math.inf)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
+            metrics, fired = forward_backward(batch)
             step += 1
+            grad_norm = update(step, metrics[:3])
+            optimizer.zero_grad()
+            last_fired.masked_fill_(fired, step)
             logger.step(step)
+            watch.progress(step)
             if config.profile.enabled:
                 profiler.step()  # type: ignore[union-attr]
 
+            signals, written = votes.counted()
+            stopped = signals > 0  # on any rank: now all of them stop here
+            if written == world.size:
+                checkpoints.publish()
             due_evaluation = (config.eval.every and step % config.eval.every == 0) or step == steps
             due_checkpoint = (config.checkpoint.every and step % config.checkpoint.every == 0) or step == steps
+            due_checkpoint = due_checkpoint or stopped
             if step % config.log.every == 0 or due_evaluation or due_checkpoint:
                 values = dict(zip(names, dist.all_sum(metrics).tolist()))
-                values |= {"L0": sum(values[f"L0/layer_{l}"] for l in range(L)), "grad_norm": float(grad_norm)}
+                first = (-dist.all_max(-update.failed_at)).tolist()
+                if min(first) != NEVER and config.train.nonfinite == "stop":
+                    raise UserError(
+                        f"{TERMS[first.index(min(first))]} was not finite at step {min(first)}; no weights changed "
+                        f"since. Look for bad rows with `clt inspect --verify {store.path}`, lower optim.lr (now "
+                        f"{lr:.3g}), use train.precision=fp32, or leave such steps out with train.nonfinite=skip"
+                    )
+                loss = values["train_mse"] + sparsity.item() * values["train_sparsity"]
+                loss += config.loss.pre_activation * values["train_pre_activation"]
+                values = {"train_loss": loss, **values, "L0": sum(values[f"L0/layer_{l}"] for l in range(L))}
+                values |= {"grad_norm": grad_norm.item(), "skipped_steps": update.skipped.item()}
                 values |= {"learning_rate": lr, "sparsity_coefficient": sparsity.item()}
                 now = time.perf_counter()
                 speed = {
@@ -180,25 +223,27 @@ def main(config: Config, prepare: bool) -> None:
                     "data_wait_share": (loader.stalled - stalled) / (now - clock),
                 }
                 busy, clock, logged, stalled = busy + now - clock, now, step, loader.stalled
-                # A scaled fp16 gradient may overflow: the scaler skips that step and lowers its scale.
-                finite = names[:4] if scaler.is_enabled() else [*names[:4], "grad_norm"]
-                for name in finite:
-                    if not math.isfinite(values[name]):
-                        raise UserError(
-                            f"{name} is {values[name]} at step {step}; look for bad rows with `clt inspect --verify "
-                            f"{store.path}`, lower optim.lr (now {lr:.3g}) or use train.precision=fp32"
-                        )
-                logger.log(step, values)
-                logger.log(step, speed, "speed")
+                if step % config.log.every == 0 or due_evaluation:
+                    logger.log(step, values)
+                    logger.log(step, speed, "speed")
 
             if due_evaluation or due_checkpoint:
-                busy += time.perf_counter() - clock
                 if due_evaluation:
                     results = evaluation()
                     logger.log_evaluation(step, results[0])
                 if due_checkpoint:
-                    save_checkpoint()
+                    begin_checkpoint()
                 clock, logged = time.perf_counter(), step
+            if stopped and step < steps:
+                break
+            votes.cast(watch.stopping, checkpoints.written)
+        checkpoints.finish()
+
+    if stopped and step < steps:
+        if rank_zero:
+            print(f"stopped by a signal after step {step} of {steps}, with a checkpoint in {run_dir}", file=sys.stderr)
+        dist.cleanup()
+        return PREEMPTED
 
     # The end: report and tear down. A run that was already finished is evaluated again, and only reported.
     numbers, tensors = evaluation() if start == steps else results
@@ -220,8 +265,9 @@ def main(config: Config, prepare: bool) -> None:
         report.write_plots(run_dir, tensors)
         print(f"\n{report.table(summary)}\n\nThe run lies in {run_dir} (summary.json, report/, checkpoints/).")
     dist.cleanup()
+    return 0
 
 
 if __name__ == "__main__":
     arguments = run_arguments(__doc__)
-    exit_on_user_error(main, *arguments)
+    sys.exit(exit_on_user_error(main, *arguments))

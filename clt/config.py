@@ -163,6 +163,8 @@ class TrainConfig:
     """Autocast dtype; `auto` is bf16 where the hardware multiplies bf16 matrices natively, else fp32."""
     compile: bool = True
     """Run the transcoder under torch.compile."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """At a loss or gradient that is not finite: stop the run, or leave out that step and go on."""
 
 
 @dataclass
@@ -178,6 +180,16 @@ class EvalConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How the ranks share the work. Not part of what a run computes: a run may go on in another layout."""
+
+    feature_shards: int = 1
+    """Ranks that the features of one transcoder are split over; the other factor of the ranks splits the batch."""
+    timeout_seconds: float = 1800.0
+    """A rank that makes no progress for this long ends the job, with a message that names it."""
+
+
+@dataclass
 class CheckpointConfig:
     """Checkpoints and resumption."""
 
@@ -185,8 +197,12 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 writes only the last."""
     keep: int = 2
     """Newest checkpoints that are kept; older ones are deleted."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are kept for good; 0 keeps none."""
     resume: bool = True
     """Continue from the newest checkpoint of the run directory; false refuses to start in one that holds a run."""
+    grace_seconds: float = 25.0
+    """Time to write a checkpoint after SIGTERM or SIGUSR1; torchrun kills its ranks 30 s after a signal."""
 
 
 @dataclass
@@ -239,6 +255,8 @@ class Config:
     """Training loop."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Ranks."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     log: LogConfig = field(default_factory=LogConfig)
@@ -266,10 +284,11 @@ POSITIVE = (
     "lm.context lm.batch_windows data.train_tokens data.heldout_tokens data.shard_rows data.open_shards "
     "data.block_rows data.prefetch clt.d_features clt.bandwidth optim.lr train.steps train.batch_tokens "
     "train.accumulate checkpoint.keep log.every profile.start profile.steps text.heldout_documents loss.sparsity_scale "
-    "eval.dead_window"
+    "eval.dead_window parallel.feature_shards parallel.timeout_seconds checkpoint.grace_seconds"
 ).split()
 NOT_NEGATIVE = (
-    "loss.sparsity loss.pre_activation eval.every eval.replacement_tokens checkpoint.every clt.threshold optim.eps"
+    "loss.sparsity loss.pre_activation eval.every eval.replacement_tokens checkpoint.every "
+    "checkpoint.keep_every clt.threshold optim.eps"
 ).split()
 SHARES = "loss.sparsity_ramp optim.warmup optim.decay".split()
 
@@ -297,7 +316,7 @@ def _validate(config: Config, where: typing.Callable[[str], str]) -> None:
 
 
 # What may differ when a run goes on: none of these changes the numbers that the run computes.
-_FREE = {"run.dir", "log", "profile", "checkpoint", "eval", "data.prefetch", "data.store"}
+_FREE = {"run.dir", "log", "profile", "parallel", "checkpoint", "eval", "data.prefetch", "data.store"}
 
 
 def identity(config: Config) -> dict[str, Any]:

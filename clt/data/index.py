@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -55,6 +56,11 @@ class StoreIndex:
     """Layers that the language model has, chosen or not; None when that is not known."""
     lm_dtype: str = "float32"
     """Dtype that the language model computed in."""
+
+
+def content_hash(index: StoreIndex) -> str:
+    """Twelve hexadecimal digits that two stores share if and only if they hold the same rows in the same places."""
+    return hashlib.sha256("".join(shard["checksum"] for shard in index.shards).encode()).hexdigest()[:12]
 
 
 def read_index(path: str | Path) -> StoreIndex:

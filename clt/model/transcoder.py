@@ -8,7 +8,7 @@ and return (B, L, .).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,17 @@ from clt.model.decode import decode
 from clt.model.normalization import Normalization
 
 ACTIVATIONS = ("jumprelu", "relu")
+FEATURE_DIM = {"W_enc": 2, "b_enc": 1, "threshold": 2, "W_dec": 0}  # every other tensor is whole in each shard
+
+
+def feature_dim(name: str) -> int | None:
+    """The dimension of a parameter (`W_dec.3`) or buffer that counts features; None for one that has none."""
+    return FEATURE_DIM.get(name.partition(".")[0])
+
+
+def whole(partial: Tensor) -> Tensor:
+    """The sum over shards of a transcoder that is not sharded."""
+    return partial
 
 
 class CrossLayerTranscoder(nn.Module):
@@ -30,7 +41,12 @@ class CrossLayerTranscoder(nn.Module):
         y~[b, t] = sum_{s <= t} a[b, s] @ W_dec[s -> t] + b_dec[t]  W_dec.{s} (F, L - s, D), b_dec (L, D)
 
     With `cross_layer=False` W_dec.{s} is (F, 1, D): one independent transcoder per layer.
-    Raises ValueError for an unknown activation or normalisation.
+
+    A shard (i, n) holds the i-th of n equal parts of every layer's features: F is then its own number of features, and
+    `sum_shards` must return the sum over all shards of a partial reconstruction, with the identity as its gradient
+    (every shard computes the same loss from the sum). Its initial weights are that part of the whole transcoder's.
+
+    Raises ValueError for an unknown activation or normalisation, and when n does not divide the features.
     """
 
     def __init__(
@@ -45,8 +61,13 @@ class CrossLayerTranscoder(nn.Module):
         bandwidth: float = 1.0,
         straight_through_pre: bool = False,
         normalization: str = "none",
+        shard: tuple[int, int] = (0, 1),
+        sum_shards: Callable[[Tensor], Tensor] = whole,
     ) -> None:
         super().__init__()
+        part, parts = shard
+        if d_features % parts:
+            raise ValueError(f"{d_features} features cannot be split into {parts} equal shards; wanted a divisor")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation {activation!r} is unknown; wanted one of {', '.join(ACTIVATIONS)}")
         self.config: dict[str, Any] = {
@@ -60,15 +81,18 @@ class CrossLayerTranscoder(nn.Module):
             "straight_through_pre": straight_through_pre,
             "normalization": normalization,
         }
-        L, D, F = n_layers, d_acts, d_features
+        L, D, F = n_layers, d_acts, d_features // parts
         self.n_layers, self.d_acts, self.d_features = L, D, F
+        self.features = slice(part * F, (part + 1) * F)
+        self.sum_shards = sum_shards
         self.activation, self.bandwidth, self.straight_through_pre = activation, bandwidth, straight_through_pre
-        self.W_enc = nn.Parameter(torch.empty(L, D, F).uniform_(-(F**-0.5), F**-0.5))
+        # The whole of each tensor is drawn and this shard's part kept: the same weights however they are sharded.
+        bound_enc, bound_dec = d_features**-0.5, (L * D) ** -0.5
+        self.W_enc = nn.Parameter(uniform(bound_enc, L, D, d_features)[:, :, self.features].clone())
         self.b_enc = nn.Parameter(torch.zeros(L, F))
         self.threshold = nn.Parameter(torch.full((1, L, F), threshold), requires_grad=activation == "jumprelu")
         self.W_dec = nn.ParameterList(
-            torch.empty(F, L - s if cross_layer else 1, D).uniform_(-((L * D) ** -0.5), (L * D) ** -0.5)
-            for s in range(L)
+            uniform(bound_dec, d_features, L - s if cross_layer else 1, D)[self.features].clone() for s in range(L)
         )
         self.b_dec = nn.Parameter(torch.zeros(L, D))
         self.normalization = Normalization(L, D, normalization)
@@ -85,7 +109,7 @@ class CrossLayerTranscoder(nn.Module):
 
     def reconstruct(self, features: Tensor) -> Tensor:
         """features (L, B, F) -> y~ (B, L, D) in normalised target units."""
-        return decode(features, list(self.W_dec)) + self.b_dec
+        return self.sum_shards(decode(features, list(self.W_dec))) + self.b_dec
 
     def encode(self, x: Tensor) -> Tensor:
         """Residual streams x (B, L, D) in model units -> features (B, L, F)."""
@@ -109,11 +133,11 @@ class CrossLayerTranscoder(nn.Module):
 
     def decode_layer(self, features: Sequence[Tensor], layer: int) -> Tensor:
         """features[s] (N, F) for s = 0 .. layer -> MLP output yhat (N, D) of `layer`, in model units."""
-        y = self.b_dec[layer]
-        for s in range(layer + 1):
+        y = features[layer] @ self.W_dec[layer][:, 0]
+        for s in range(layer):
             if layer - s < self.W_dec[s].shape[1]:
                 y = y + features[s] @ self.W_dec[s][:, layer - s]
-        return self.normalization.output_layer(y, layer)
+        return self.normalization.output_layer(self.sum_shards(y) + self.b_dec[layer], layer)
 
     def decoder_norms(self) -> Tensor:
         """||W_dec,(l,f)|| over all target layers together, (L, F): a feature's whole write vector."""
@@ -172,3 +196,8 @@ class CrossLayerTranscoder(nn.Module):
         except (SafetensorError, RuntimeError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{directory} is damaged, or its files do not belong together: {error}") from error
         return model
+
+
+def uniform(bound: float, *shape: int) -> Tensor:
+    """A tensor drawn from U(-bound, bound)."""
+    return torch.empty(shape).uniform_(-bound, bound)

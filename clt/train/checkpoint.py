@@ -1,95 +1,213 @@
-"""Checkpoints: written whole or not at all, without pickle, and complete enough to go on from.
+"""Checkpoints: written whole or not at all, without pickle, while training goes on, and free of the ranks' layout.
 
 checkpoints/step_00001000/
     config.json, model.safetensors   the transcoder, as `CrossLayerTranscoder.from_pretrained` reads it
-    optimizer.safetensors            Adam's moments by parameter name, the step each feature last fired, RNG state
-    state.json                       step, config hash, W&B id, loss scale, versions
+    optimizer.safetensors            Adam's moments by parameter name, counters, loss scale, RNG state
+    state.json                       step, hashes of config and data, W&B id, versions
+
+Every rank writes its share into the same two files. They have the bytes that one process would have written, so a
+checkpoint of any layout loads into any other.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import clt
 from clt.data.index import sync
 from clt.data.shards import is_full_disk
 from clt.errors import UserError
-from clt.model.transcoder import CrossLayerTranscoder
+from clt.model.transcoder import CrossLayerTranscoder, feature_dim
+from clt.train import tensorfile
+from clt.train.tensorfile import Part
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+MODEL, TRAINING = "model.safetensors", "optimizer.safetensors"
+SHARDED_TRAINING = ("last_fired",)  # (L, F): its second dimension counts features
+
+Parts = dict[str, dict[str, Part]]
+"""What this process has of each file."""
 
 
-def save(
-    directory: Path,
+def parts(
     transcoder: CrossLayerTranscoder,
     optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write `directory`/step_XXXXXXXX atomically, then delete all but the `keep` newest. `state` needs "step".
+    tensors: dict[str, Tensor],
+    replica: tuple[int, int] = (0, 1),
+) -> Parts:
+    """The tensors of a checkpoint as views of this process's own; of a shard, `replica` (i, n) writes the i-th nth.
 
-    Its tensors ("last_fired") and RNG go with the optimizer's, the rest into state.json. Raises UserError, leaving the
-    earlier checkpoints as they are, when the disk has no room.
+    tensors: training state beside the optimizer's; "last_fired" (L, F) is sharded like the features.
     """
-    final = directory / f"step_{state['step']:08d}"
-    partial = final.with_suffix(".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    tensors = optimizer_tensors(transcoder, optimizer) | {"rng.cpu": torch.get_rng_state()}
+    i, n = replica
+    F, first = transcoder.d_features, transcoder.features.start
+    a, b = F * i // n, F * (i + 1) // n
+    whole = transcoder.config["d_features"]
+
+    def part(tensor: Tensor, dim: int | None) -> Part:
+        if dim is None:
+            return Part(tensor, tuple(tensor.shape), writes=first == 0 and i == 0)
+        shape = tuple(whole if d == dim else size for d, size in enumerate(tensor.shape))
+        return Part(tensor.narrow(dim, a, b - a), shape, dim, first + a)
+
+    model = {name: part(tensor, feature_dim(name)) for name, tensor in transcoder.state_dict().items()}
+    training = {
+        f"{name}.{key}": part(value, feature_dim(name) if value.dim() else None)
+        for name, parameter in transcoder.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    for name, tensor in (rng_states() | tensors).items():
+        training[name] = part(tensor, 1 if name in SHARDED_TRAINING else None)
+    return {MODEL: model, TRAINING: training}
+
+
+class Checkpoints:
+    """The checkpoints in a directory, as one rank sees them: at most one is being written, by a thread.
+
+    Every rank calls `begin`; later, when every rank has `written`, rank 0 calls `publish` (or all call `finish`). Only
+    then does the checkpoint have its name: a crash before leaves a `.tmp` behind, which the next one clears away.
+    """
+
+    def __init__(
+        self, directory: Path, keep: int, keep_every: int, first: bool, barrier: Callable[[], None] = lambda: None
+    ) -> None:
+        """keep: how many of the newest stay; keep_every: steps whose multiples stay for good, or 0; first: rank 0."""
+        self.directory, self.keep, self.keep_every, self.first, self.barrier = (
+            directory,
+            keep,
+            keep_every,
+            first,
+            barrier,
+        )
+        self.thread: threading.Thread | None = None
+        self.error: OSError | None = None
+
+    def begin(self, parts: Parts, config: dict[str, Any], state: dict[str, Any]) -> None:
+        """Start to write a checkpoint of `state["step"]`; the tensors may change as soon as this returns.
+
+        parts: what `parts` returned; config: the transcoder's; state: goes into state.json. Raises UserError, leaving
+        the earlier checkpoints as they are, when the disk has no room.
+        """
+        self.finish()
+        self.final = self.directory / f"step_{state['step']:08d}"
+        self.partial = self.final.with_suffix(".tmp")
+        if self.first:
+            try:
+                self._create(parts, config, state)
+            except OSError as error:
+                raise self._failure(error) from error
+        copies = {name: tensorfile.snapshot(file) for name, file in parts.items()}
+        self.barrier()  # the files are there
+        self.thread = threading.Thread(target=self._write, args=(copies,), name="clt-checkpoint")
+        self.thread.start()
+
+    def _create(self, parts: Parts, config: dict[str, Any], state: dict[str, Any]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self.directory.glob("step_*.tmp"):
+            shutil.rmtree(leftover)
+        wanted = sum(math.prod(p.shape) * p.tensor.element_size() for file in parts.values() for p in file.values())
+        if (free := shutil.disk_usage(self.directory).free) < wanted * 1.01:
+            raise UserError(self._message(f"found {free / 1e9:.3f} GB free, wanted {wanted / 1e9:.3f} GB"))
+        self.partial.mkdir()
+        for name, file in parts.items():
+            tensorfile.create(self.partial / name, file)
+        (self.partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        state = {**state, "format_version": FORMAT_VERSION, **versions()}
+        (self.partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        for name in ("config.json", "state.json"):
+            sync(self.partial / name)
+
+    def _write(self, copies: Parts) -> None:
+        try:
+            for name, file in copies.items():
+                tensorfile.write(self.partial / name, file)
+        except OSError as error:  # raised again in the main thread, by `written`
+            self.error = error
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's share of the checkpoint begun last is on the disk. Raises UserError on a full disk."""
+        if self.thread is None or self.thread.is_alive():
+            return False
+        if self.error is not None:
+            raise self._failure(self.error)
+        return True
+
+    def publish(self) -> None:
+        """Give the checkpoint its name, and delete the old ones. Every rank must have `written`."""
+        assert self.written
+        self.thread = None
+        if not self.first:
+            return
+        sync(self.partial)
+        self.partial.rename(self.final)
+        sync(self.directory)
+        for step in steps(self.directory)[: -self.keep]:
+            if not (self.keep_every and step % self.keep_every == 0):
+                shutil.rmtree(self.directory / f"step_{step:08d}")
+
+    def finish(self) -> None:
+        """Wait until the checkpoint begun last, if any, is written by every rank, and publish it."""
+        if self.thread is None:
+            return
+        self.thread.join()
+        assert self.written
+        self.barrier()
+        self.publish()
+
+    def _failure(self, error: OSError) -> Exception:
+        if self.first:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        return UserError(self._message(str(error))) if is_full_disk(error) else error
+
+    def _message(self, cause: str) -> str:
+        found = steps(self.directory)
+        kept = f"step {found[-1]} is kept" if found else "there is no earlier one"
+        return (
+            f"no checkpoint could be written to {self.directory}: {cause}; {kept}. "
+            "Free disk space and run again to go on."
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Leave nothing half-written when the run ends by an error."""
+        if self.thread is not None:
+            self.thread.join()
+            if self.first:
+                shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def rng_states() -> dict[str, Tensor]:
+    """The state of torch's generators. They are the same on every rank: nothing draws from them rank by rank."""
+    states = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    tensors |= {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    plain = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
-    plain |= {"format_version": FORMAT_VERSION, "clt_version": clt.__version__, "torch_version": torch.__version__}
-    wanted = sum(t.nbytes for t in [*tensors.values(), *transcoder.state_dict().values()])
-    directory.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(directory).free) < wanted * 1.01:
-        raise UserError(_full(directory, f"found {free / 1e9:.3f} GB free, wanted {wanted / 1e9:.3f} GB"))
-    try:
-        transcoder.save_pretrained(partial)
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps(plain, indent=2) + "\n")
-        for file in [*partial.iterdir(), partial]:
-            sync(file)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        sync(directory)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and not is_full_disk(error):
-            raise
-        raise UserError(_full(directory, str(error))) from error
-    for old in steps(directory)[:-keep]:
-        shutil.rmtree(directory / f"step_{old:08d}")
-    return final
+        states["rng.cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
-def _full(directory: Path, cause: str) -> str:
-    kept = f"step {steps(directory)[-1]} is kept" if steps(directory) else "there is no earlier one"
-    return f"no checkpoint could be written to {directory}: {cause}; {kept}. Free disk space and run again to go on."
+def versions() -> dict[str, str]:
+    """What a checkpoint was written by."""
+    return {"clt_version": clt.__version__, "torch_version": torch.__version__}
 
 
 def steps(directory: Path) -> list[int]:
     """The steps that have a whole checkpoint, ascending."""
     names = (re.fullmatch(r"step_(\d{8})", path.name) for path in directory.glob("step_*"))
     return sorted(int(match[1]) for match in names if match)
-
-
-def optimizer_tensors(transcoder: CrossLayerTranscoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state by name: `W_dec.0.exp_avg`, .."""
-    return {
-        f"{name}.{key}": value
-        for name, parameter in transcoder.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -111,40 +229,53 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def read_tensor(checkpoint: Path, name: str) -> Tensor:
     """One tensor of the training state, e.g. "last_fired" (L, F). Raises UserError when it is missing or damaged."""
     try:
-        with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
+        with safe_open(checkpoint / TRAINING, "pt") as file:
             return file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"checkpoint {checkpoint} is damaged ({error})") from error
 
 
 def load_transcoder(checkpoint: Path) -> CrossLayerTranscoder:
-    """The trained transcoder alone. Raises UserError when its files are missing or damaged."""
+    """The trained transcoder alone, whole. Raises UserError when its files are missing or damaged."""
     try:
         return CrossLayerTranscoder.from_pretrained(checkpoint)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def restore(checkpoint: Path, transcoder: CrossLayerTranscoder, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load weights, optimizer and RNG in place; returns the state (its tensors included) that `save` was given."""
+def restore(
+    checkpoint: Path,
+    transcoder: CrossLayerTranscoder,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    expected: dict[str, Any],
+) -> dict[str, Any]:
+    """Load weights, optimizer, `tensors` and RNG in place, of a shard its own part; returns state.json.
+
+    expected: what state.json must hold for the run to go on. Raises UserError that says what differs.
+    """
     state = read_state(checkpoint)
-    saved = load_transcoder(checkpoint)
-    if saved.config != transcoder.config:
-        raise UserError(f"checkpoint {checkpoint} is of {saved.config}, this run of {transcoder.config}")
-    transcoder.load_state_dict(saved.state_dict())
     try:
-        tensors = load_file(checkpoint / "optimizer.safetensors")
-    except (OSError, SafetensorError) as error:
+        config = json.loads((checkpoint / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
         raise UserError(
             f"checkpoint {checkpoint} is damaged ({error}); delete it to go on from the one before"
         ) from error
-    torch.set_rng_state(tensors.pop("rng.cpu"))
-    if torch.cuda.is_available() and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors.pop("rng.cuda"))
-    for name, parameter in transcoder.named_parameters():
-        keys = [key for key in tensors if key.rpartition(".")[0] == name]
-        if parameter.requires_grad and not keys:
-            raise UserError(f"checkpoint {checkpoint} has no optimizer state of {name}; delete it to go on without it")
-        # Adam's own step counter stays where the optimizer keeps it; everything else lives beside the parameter.
-        optimizer.state[parameter] = {key.rpartition(".")[2]: tensors.pop(key).to(parameter.device) for key in keys}
-    return state | tensors
+    pairs = {f"the transcoder's {key}": (config.get(key), value) for key, value in transcoder.config.items()}
+    pairs |= {key: (state.get(key), value) for key, value in expected.items()}
+    odd = [f"{key}: found {found!r}, wanted {wanted!r}" for key, (found, wanted) in pairs.items() if found != wanted]
+    if odd:
+        raise UserError(
+            f"checkpoint {checkpoint} is not one that this run can go on from: {'; '.join(odd)}. Go back to the "
+            "versions and the data that it was written with, or start again in another run.dir"
+        )
+    for parameter in optimizer.param_groups[0]["params"]:
+        moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+    rng = rng_states()
+    for name, file in parts(transcoder, optimizer, tensors | rng).items():
+        tensorfile.read(checkpoint / name, file)
+    torch.set_rng_state(rng["rng.cpu"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["rng.cuda"])
+    return state

@@ -1,4 +1,9 @@
-"""Ranks: the process group, and the few collectives that a run needs. With one process all of them are no-ops."""
+"""Ranks: the (data, feature) mesh, and the few collectives that a run needs. With one process all are no-ops.
+
+The ranks of a feature axis hold the shards of one transcoder and read the same rows; the ranks of a data axis hold the
+same shard and read different rows. Rank r is (r // feature_shards, r % feature_shards): the shards of one transcoder
+lie on neighbouring ranks, which share a node's fast links.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +19,97 @@ from torch import Tensor
 from clt.errors import UserError
 
 
+class Axis(NamedTuple):
+    """This process along one axis of the mesh."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the axis, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.SUM, self.group)
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """Maximum over the axis, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, self.group)
+        return tensor
+
+    def sum_with_gradient(self, partial: Tensor) -> Tensor:
+        """Sum over the axis, whose gradient is the identity: every rank computes the same loss from the sum."""
+        if self.size == 1:
+            return partial
+        result = _SumOverShards.apply(partial, self)
+        assert isinstance(result, Tensor)
+        return result
+
+
+class _SumOverShards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, partial: Tensor, axis: Axis) -> Tensor:  # type: ignore[override]
+        ctx.mark_dirty(partial)
+        return axis.sum(partial)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return grad, None
+
+
 class World(NamedTuple):
     """This process among the others."""
 
     rank: int
     size: int
     device: torch.device
+    data: Axis = Axis()
+    feature: Axis = Axis()
+    control: dist.ProcessGroup | None = None
+    """A gloo group of all ranks for small messages between their CPUs, in no order with the training's collectives."""
 
 
-def setup() -> World:
-    """Join the process group that torchrun's environment describes: NCCL with one GPU a rank, or gloo on the CPU."""
+def setup(feature_shards: int, timeout_seconds: float) -> World:
+    """Join the process group that torchrun's environment describes: NCCL with one GPU a rank, or gloo on the CPU.
+
+    A collective that a rank does not join within `timeout_seconds` is an error on the others. Raises UserError when
+    the ranks cannot be split into feature_shards.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size % feature_shards:
+        raise UserError(
+            f"parallel.feature_shards={feature_shards} does not divide {size} processes: start a multiple of it with "
+            "--nproc_per_node (or NPROC), or set parallel.feature_shards=1"
+        )
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(rank, size, device)
+    if size == 1:
+        return World(rank, size, device)
+    timeout = timedelta(seconds=timeout_seconds)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    shape = (size // feature_shards, feature_shards)
+    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("data", "feature"))
+    data, feature = (Axis(mesh.get_local_rank(i), shape[i], mesh.get_group(i)) for i in range(2))
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(control, dist.ProcessGroup)  # every rank is a member
+    return World(rank, size, device, data, feature, control)
+
+
+def shared_store(world: World) -> dist.Store | None:
+    """A connection of its own to the key-value store that all ranks reach; None for a single process."""
+    if world.size == 1:
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(  # type: ignore[reportPrivateImportUsage]
+        address, port, timeout=timedelta(seconds=10), wait_for_workers=False
+    )
+    return dist.PrefixStore(  # type: ignore[reportPrivateImportUsage]
+        f"clt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+    )
 
 
 def cleanup() -> None:
@@ -57,10 +134,13 @@ def on_rank_zero(world: World, work: Callable[[], None]) -> None:
     dist.destroy_process_group(waiting_room)
 
 
-def same_everywhere(value: int, what: str) -> int:
+def same_everywhere(world: World, value: int, what: str) -> int:
     """The value, when every rank has the same. Raises UserError on all of them when they differ."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    highest, lowest = all_max(torch.tensor([value, -value], device=device)).tolist()
+    if world.size == 1:
+        return value
+    bounds = torch.tensor([value, -value])
+    dist.all_reduce(bounds, dist.ReduceOp.MAX, world.control)
+    highest, lowest = bounds.tolist()
     if highest != -lowest:
         raise UserError(
             f"the {what} is {-lowest} on one rank and {highest} on another: "
@@ -70,20 +150,39 @@ def same_everywhere(value: int, what: str) -> int:
 
 
 def all_sum(tensor: Tensor) -> Tensor:
-    """Sum over ranks, in place."""
+    """Sum over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor, dist.ReduceOp.SUM)
     return tensor
 
 
 def all_max(tensor: Tensor) -> Tensor:
-    """Maximum over ranks, in place."""
+    """Maximum over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
 
 
-def barrier() -> None:
+def barrier(world: World) -> None:
     """Wait for every rank."""
-    if dist.is_initialized():
-        dist.barrier()
+    if world.size > 1:
+        dist.barrier(world.control)
+
+
+class Votes:
+    """How many ranks raised each of a few flags. It is added up during the next step, so that nobody waits."""
+
+    def __init__(self, world: World, flags: int) -> None:
+        self.world, self.sums, self.pending = world, torch.zeros(flags, dtype=torch.int64), None
+
+    def cast(self, *flags: bool) -> None:
+        """Start to add up this step's flags."""
+        self.sums = torch.tensor(flags, dtype=torch.int64)
+        if self.world.size > 1:
+            self.pending = dist.all_reduce(self.sums, group=self.world.control, async_op=True)
+
+    def counted(self) -> list[int]:
+        """The sums of the flags cast last, the same on every rank; zeros before the first."""
+        if self.pending is not None:
+            self.pending.wait()
+        return self.sums.tolist()

@@ -1,6 +1,7 @@
 """How good a transcoder is: on held-out activations, and in the language model's place on held-out text.
 
-Both functions work on this rank's share and combine sums through `all_sum`, so every rank returns the global figures.
+Both functions work on this rank's share of the rows and combine sums through `all_sum`, so every rank returns the
+global figures. `rank` of `world`, and `all_sum`, are those of the ranks that hold the same shard of the transcoder.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ def evaluate_activations(
     Returns float64 tensors: fve, nmse, l0_total (); fve_per_layer, nmse_per_layer, l0_per_layer (L,); density (L, F),
     the share of rows on which each feature fires.
     """
-    L, D, F = transcoder.n_layers, transcoder.d_acts, transcoder.d_features
+    L, D = transcoder.n_layers, transcoder.d_acts
     device = transcoder.b_dec.device
     norm = transcoder.normalization
     sse, square = (torch.zeros(L, dtype=torch.float64, device=device) for _ in range(2))
     total = torch.zeros(L, D, dtype=torch.float64, device=device)
-    fired = torch.zeros(L, F, dtype=torch.float64, device=device)
+    fired = torch.zeros(L, transcoder.config["d_features"], dtype=torch.float64, device=device)
     for start in range(rank * batch, len(buffer), world * batch):
         rows = buffer[start : start + batch].to(device)
         with torch.autocast(device.type, autocast, enabled=autocast != torch.float32):
@@ -65,12 +66,13 @@ def evaluate_activations(
         sse += (rows[:, 1].double() - norm.output(reconstruction)).square().sum((0, 2))
         square += target.square().sum((0, 2))
         total += target.sum(0)
-        fired += (features > 0).sum(1)
-    sums = all_sum(torch.cat([sse, square, total.flatten(), fired.flatten()]))
-    sse, square, total, fired = sums.split([L, L, L * D, L * F])
+        fired[:, transcoder.features] += (features > 0).sum(1)
+    sums = all_sum(torch.cat([sse, square, total.flatten()]))
+    sse, square, total = sums.split([L, L, L * D])
+    fired = transcoder.sum_shards(all_sum(fired))
     rows = len(buffer)
     sst = square - total.view(L, D).square().sum(1) / rows
-    density = fired.view(L, F) / rows
+    density = fired / rows
     nmse = (sse / sst).mean()
     return {
         "fve": 1 - nmse,

@@ -1,8 +1,11 @@
-"""The schedules, as pure functions of the step, and the precision that a device multiplies matrices in."""
+"""The schedules, as pure functions of the step; the precision; and the update of the weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from clt.config import LossConfig, OptimConfig
 
@@ -34,3 +37,75 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+TERMS = ("train_mse", "train_sparsity", "train_pre_activation", "grad_norm")
+NEVER = 2**62
+
+
+class Update:
+    """The optimizer's step with clipping, loss scale and the check for non-finite numbers, all on the device.
+
+    The fused Adam kernel divides gradients by a number and skips a step when told to, both read from device memory. So
+    clipping and unscaling cost no pass over the gradients, and nothing waits for the device.
+
+    A step whose gradient is not finite never changes the weights. With a loss scale above 1 (fp16) that is an
+    overflow, and the scale is halved; otherwise it is a failure, recorded in `failed_at`, and with `stop` no later
+    step changes the weights either.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Adam,
+        *,
+        sharded: list[Tensor],
+        replicated: list[Tensor],
+        sum_shards: Callable[[Tensor], Tensor],
+        clip_norm: float | None,
+        fp16: bool,
+        stop: bool,
+    ) -> None:
+        """sharded, replicated: the parameters of which each shard has a part, and those it has whole."""
+        self.optimizer, self.sharded, self.replicated, self.sum_shards = optimizer, sharded, replicated, sum_shards
+        self.clip_norm, self.fp16, self.stop = clip_norm, fp16, stop
+        device = sharded[0].device
+        self.scale = torch.tensor(2.0**16 if fp16 else 1.0, device=device)
+        self.good_steps = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.failed_at = torch.full((len(TERMS),), NEVER, device=device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state that a checkpoint must hold."""
+        return {"loss_scale": self.scale, "good_steps": self.good_steps, "skipped_steps": self.skipped}
+
+    @torch.no_grad()
+    def __call__(self, step: int, terms: Tensor) -> Tensor:
+        """Apply the gradients of step 1, 2, ..; returns their global norm () before clipping.
+
+        terms: this rank's mse, sparsity and pre-activation loss (3,), to tell where a failure came from.
+        """
+        squares = self.sum_shards(_square_norm(self.sharded)) + _square_norm(self.replicated)
+        scaled = squares.sqrt()
+        norm = scaled / self.scale
+        finite = scaled.isfinite()
+        failed = torch.cat([~terms.isfinite(), (~finite & (self.scale <= 1)).view(1)])
+        self.failed_at = torch.where(failed & (self.failed_at == NEVER), step, self.failed_at)
+        skip = ~finite
+        if self.stop:
+            skip = skip | (self.failed_at != NEVER).any()
+        clip = 1.0 if self.clip_norm is None else (norm / self.clip_norm).clamp_min(1)
+        # The two attributes through which torch's own GradScaler talks to a fused optimizer.
+        self.optimizer.grad_scale = torch.where(skip, 1.0, self.scale * clip)  # type: ignore[attr-defined]
+        self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.skipped += skip
+        if self.fp16:
+            self.good_steps = torch.where(finite, self.good_steps + 1, 0)
+            grown = torch.where(self.good_steps >= 2000, self.scale * 2, self.scale)
+            self.good_steps = self.good_steps % 2000
+            self.scale = torch.where(finite, grown, (self.scale / 2).clamp_min(1))
+        return norm
+
+
+def _square_norm(parameters: list[Tensor]) -> Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).square()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from clt.data.index import write_whole
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
 from clt.model.loss import Objective
-from clt.model.transcoder import CrossLayerTranscoder
+from clt.model.transcoder import CrossLayerTranscoder, whole
 from clt.parsing import to_yaml
 from clt.train.evaluation import Reduce, alone, evaluate_activations, evaluate_replacement
 
@@ -32,8 +32,18 @@ def open_stores(config: Config) -> tuple[DiscBuffer, DiscBuffer]:
     return stores
 
 
-def build(config: Config, store: DiscBuffer) -> Objective:
-    """The transcoder in its objective: weights drawn from `run.seed`, sizes and statistics from the store."""
+def build(
+    config: Config,
+    store: DiscBuffer,
+    shard: tuple[int, int] = (0, 1),
+    sum_shards: Callable[[Tensor], Tensor] = whole,
+) -> Objective:
+    """The transcoder, or a shard of it, in its objective: weights drawn from `run.seed`, the rest from the store."""
+    if config.clt.d_features % shard[1]:
+        raise UserError(
+            f"clt.d_features={config.clt.d_features} cannot be split into parallel.feature_shards={shard[1]} equal "
+            "shards: choose a multiple of it"
+        )
     torch.manual_seed(config.run.seed)
     index, statistics = store.index, store.statistics
     transcoder = CrossLayerTranscoder(
@@ -46,6 +56,8 @@ def build(config: Config, store: DiscBuffer) -> Objective:
         bandwidth=config.clt.bandwidth,
         straight_through_pre=config.clt.straight_through_pre,
         normalization=config.clt.normalization,
+        shard=shard,
+        sum_shards=sum_shards,
     )
     transcoder.normalization.set(
         statistics.input_mean, statistics.input_sd, statistics.target_mean, statistics.target_sd

@@ -135,7 +135,7 @@ def test_another_config_in_the_run_directory(train, tmp_path):
 
 
 def test_a_diverging_run_names_the_step_and_the_term(train):
-    with pytest.raises(ValueError, match=r"train_loss is (nan|inf) at step \d+; look for bad rows with `clt inspect"):
+    with pytest.raises(ValueError, match=r"train_mse was not finite at step 2; no weights changed since. Look for bad"):
         train("optim.lr=1e30", "optim.clip_norm=null", "log.every=1")
 
 

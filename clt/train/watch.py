@@ -1,0 +1,120 @@
+"""Looks after a running rank from a thread of its own: pre-emption signals, and ranks that hang.
+
+Exit statuses: PREEMPTED after a signal, with a checkpoint (run the same command again to go on); TOO_SLOW when the
+checkpoint was not written within the grace time; HUNG when a rank has made no progress for the timeout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from types import TracebackType
+
+from clt.train.distributed import World, shared_store
+
+PREEMPTED, TOO_SLOW, HUNG = 75, 76, 77
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+TICK = 1.0  # seconds between heartbeats
+
+
+class Watch(threading.Thread):
+    """While it is entered, SIGTERM and SIGUSR1 set `stopping` instead of ending the process.
+
+    The signal reaches the thread even while the main thread waits inside a collective, so the grace time is kept.
+    `progress(step)` must be called at least every `hang_seconds`; when it is not, the ranks that are behind are named
+    (through heartbeats in torchrun's store) and the process ends, which ends the job.
+    """
+
+    def __init__(self, world: World, hang_seconds: float, grace_seconds: float) -> None:
+        super().__init__(name="clt-watch", daemon=True)
+        self.world, self.hang_seconds, self.grace_seconds = world, hang_seconds, grace_seconds
+        self.stopping = False
+        self.step, self.since, self.beats = 0, time.monotonic(), 0
+        self.deadline: float | None = None
+        self.store = shared_store(world)
+
+    def progress(self, step: int) -> None:
+        """The main thread lives and is at this step."""
+        self.step, self.since = step, time.monotonic()
+
+    def __enter__(self) -> Watch:
+        self.read_end, self.write_end = os.pipe()
+        os.set_blocking(self.write_end, False)
+        self.old_fd = signal.set_wakeup_fd(self.write_end)
+        self.old_handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self.since = time.monotonic()
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self.old_fd)
+        os.close(self.write_end)  # ends the thread
+        self.join()
+        os.close(self.read_end)
+
+    def run(self) -> None:
+        while True:
+            ready, _, _ = select.select([self.read_end], [], [], TICK)
+            received = os.read(self.read_end, 64) if ready else b""
+            if ready and not received:
+                return
+            if any(number in received for number in SIGNALS) and not self.stopping:
+                self.stopping, self.deadline = True, time.monotonic() + self.grace_seconds
+            now = time.monotonic()
+            if self.deadline is not None and now > self.deadline:
+                self._exit(
+                    TOO_SLOW,
+                    f"no checkpoint could be written within checkpoint.grace_seconds={self.grace_seconds:g} of the "
+                    "signal; the run goes on from the one before",
+                )
+            if now - self.since > self.hang_seconds:
+                self._exit(HUNG, self._hang())
+            self._beat()
+
+    def _beat(self) -> None:
+        self.beats += 1
+        if self.store is not None:
+            try:
+                name = f"{socket.gethostname()}, pid {os.getpid()}"
+                self.store.set(str(self.world.rank), json.dumps([self.beats, self.step, name]))
+            except RuntimeError:
+                return  # the store's node is gone: the main thread's collectives fail, or `hang_seconds` pass
+
+    def _hang(self) -> str:
+        """Which ranks hold up the others, from two looks at the heartbeats."""
+        what = f"no progress since step {self.step} for parallel.timeout_seconds={self.hang_seconds:g}"
+        if self.store is None:
+            return what
+        try:
+            before = self._heartbeats()
+            time.sleep(3 * TICK)
+            after = self._heartbeats()
+        except RuntimeError as error:
+            return f"{what}; rank 0's node cannot be reached ({error})"
+        steps = {rank: beat[1] for rank, beat in after.items() if beat}
+        silent = [rank for rank, beat in after.items() if beat == before[rank] and rank != self.world.rank]
+        behind = [rank for rank, step in steps.items() if step < max(steps.values())]
+        named = [f"rank {rank} ({after[rank][2] if after[rank] else 'never seen'})" for rank in silent or behind]
+        if silent:
+            return f"{what}: {', '.join(named)} stopped answering (stopped, or cut off from the network)"
+        if behind:
+            return f"{what}: {', '.join(named)} did not get beyond step {min(steps.values())}, others did"
+        return f"{what}: all ranks answer and are at step {self.step}, so the hang is in a collective or on the device"
+
+    def _heartbeats(self) -> dict[int, list]:
+        self._beat()
+        store = self.store
+        assert store is not None
+        return {r: json.loads(store.get(str(r))) if store.check([str(r)]) else [] for r in range(self.world.size)}
+
+    def _exit(self, status: int, message: str) -> None:
+        print(f"[rank {self.world.rank}] error: {message}", file=sys.stderr, flush=True)
+        os._exit(status)
