@@ -71,7 +71,7 @@ def main(config: Config, prepare: bool) -> int:
         return 0
 
     # Model, objective, optimizer. Weights are drawn on the CPU: the same on every device and in every layout.
-    objective = build(config, store, (feature.rank, feature.size), feature.sum_with_gradient).to(device)
+    objective = build(config, store, (feature.rank, feature.size), feature.sum).to(device)
     transcoder = objective.transcoder
     named = {name: p for name, p in transcoder.named_parameters() if p.requires_grad}
     beta1, beta2 = config.optim.betas

@@ -8,7 +8,7 @@ and return (B, L, .).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clt.model.activations import jumprelu
-from clt.model.decode import decode
+from clt.model.decode import SumShards, decode, whole
 from clt.model.normalization import Normalization
 
 ACTIVATIONS = ("jumprelu", "relu")
@@ -26,11 +26,6 @@ FEATURE_DIM = {"W_enc": 2, "b_enc": 1, "threshold": 2, "W_dec": 0}  # every othe
 def feature_dim(name: str) -> int | None:
     """The dimension of a parameter (`W_dec.3`) or buffer that counts features; None for one that has none."""
     return FEATURE_DIM.get(name.partition(".")[0])
-
-
-def whole(partial: Tensor) -> Tensor:
-    """The sum over shards of a transcoder that is not sharded."""
-    return partial
 
 
 class CrossLayerTranscoder(nn.Module):
@@ -43,8 +38,8 @@ class CrossLayerTranscoder(nn.Module):
     With `cross_layer=False` W_dec.{s} is (F, 1, D): one independent transcoder per layer.
 
     A shard (i, n) holds the i-th of n equal parts of every layer's features: F is then its own number of features, and
-    `sum_shards` must return the sum over all shards of a partial reconstruction, with the identity as its gradient
-    (every shard computes the same loss from the sum). Its initial weights are that part of the whole transcoder's.
+    `sum_shards` must add up a partial reconstruction over all shards, in place. Its initial weights are that part of
+    the whole transcoder's.
 
     Raises ValueError for an unknown activation or normalisation, and when n does not divide the features.
     """
@@ -62,7 +57,7 @@ class CrossLayerTranscoder(nn.Module):
         straight_through_pre: bool = False,
         normalization: str = "none",
         shard: tuple[int, int] = (0, 1),
-        sum_shards: Callable[[Tensor], Tensor] = whole,
+        sum_shards: SumShards = whole,
     ) -> None:
         super().__init__()
         part, parts = shard
@@ -109,7 +104,7 @@ class CrossLayerTranscoder(nn.Module):
 
     def reconstruct(self, features: Tensor) -> Tensor:
         """features (L, B, F) -> y~ (B, L, D) in normalised target units."""
-        return self.sum_shards(decode(features, list(self.W_dec))) + self.b_dec
+        return decode(features, list(self.W_dec), self.sum_shards) + self.b_dec
 
     def encode(self, x: Tensor) -> Tensor:
         """Residual streams x (B, L, D) in model units -> features (B, L, F)."""

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist  # noqa: TID251
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch.distributed.device_mesh import init_device_mesh  # noqa: TID251
 
 from clt.errors import UserError
 
@@ -37,25 +39,6 @@ class Axis(NamedTuple):
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, self.group)
         return tensor
-
-    def sum_with_gradient(self, partial: Tensor) -> Tensor:
-        """Sum over the axis, whose gradient is the identity: every rank computes the same loss from the sum."""
-        if self.size == 1:
-            return partial
-        result = _SumOverShards.apply(partial, self)
-        assert isinstance(result, Tensor)
-        return result
-
-
-class _SumOverShards(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, partial: Tensor, axis: Axis) -> Tensor:  # type: ignore[override]
-        ctx.mark_dirty(partial)
-        return axis.sum(partial)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return grad, None
 
 
 class World(NamedTuple):
@@ -92,24 +75,20 @@ def setup(feature_shards: int, timeout_seconds: float) -> World:
     timeout = timedelta(seconds=timeout_seconds)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     shape = (size // feature_shards, feature_shards)
-    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("data", "feature"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "feature"))
     data, feature = (Axis(mesh.get_local_rank(i), shape[i], mesh.get_group(i)) for i in range(2))
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)  # every rank is a member
     return World(rank, size, device, data, feature, control)
 
 
-def shared_store(world: World) -> dist.Store | None:
+def shared_store(world: World) -> PrefixStore | None:
     """A connection of its own to the key-value store that all ranks reach; None for a single process."""
     if world.size == 1:
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(  # type: ignore[reportPrivateImportUsage]
-        address, port, timeout=timedelta(seconds=10), wait_for_workers=False
-    )
-    return dist.PrefixStore(  # type: ignore[reportPrivateImportUsage]
-        f"clt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
-    )
+    store = TCPStore(address, port, timeout=timedelta(seconds=10), wait_for_workers=False)
+    return PrefixStore(f"clt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def cleanup() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,9 @@ from clt.data.extract import check_store
 from clt.data.index import write_whole
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
+from clt.model.decode import SumShards, whole
 from clt.model.loss import Objective
-from clt.model.transcoder import CrossLayerTranscoder, whole
+from clt.model.transcoder import CrossLayerTranscoder
 from clt.parsing import to_yaml
 from clt.train.evaluation import Reduce, alone, evaluate_activations, evaluate_replacement
 
@@ -36,7 +37,7 @@ def build(
     config: Config,
     store: DiscBuffer,
     shard: tuple[int, int] = (0, 1),
-    sum_shards: Callable[[Tensor], Tensor] = whole,
+    sum_shards: SumShards = whole,
 ) -> Objective:
     """The transcoder, or a shard of it, in its objective: weights drawn from `run.seed`, the rest from the store."""
     if config.clt.d_features % shard[1]:

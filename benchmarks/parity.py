@@ -1,0 +1,172 @@
+"""The same numbers in every layout of the ranks: trains one job in each (data, feature) layout and compares.
+
+    python benchmarks/parity.py --json benchmarks/results/parity.json
+
+Every run is the real command under torchrun: 20 steps of fp32 on the embedded model's activations, with a global batch
+(127 tokens) that no number of ranks divides, and two micro-batches. Compared with one process: the loss and the clipped
+norm at every step, the gradients of the first step and the mean gradients of the run (Adam's first moment, which the
+checkpoints hold), the final weights, L0 per layer at every step and dead features at the end. A relative difference is
+the largest absolute difference within a tensor over that tensor's largest absolute value.
+
+What remains is float32 addition in another order, about 1e-7 a step. It has one amplifier: JumpReLU's gradients are cut
+off at the edges of a rectangle, and a pre-activation within 1e-7 of an edge may fall inside it in one layout and outside
+in another. Then a threshold's gradient differs by one token's part. With 256 features and 509 tokens, half a million
+pre-activations a step, this happened once or twice in 20 steps (5e-5 of the largest threshold gradient); the sizes here
+are small enough that it does not.
+
+Memory is what a rank keeps between steps (weights, gradients, optimizer state) as a share of one process's; bytes are
+those that the loopback device of a network namespace carried per step, against the formula (they need root).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.job import environment, small_job, torchrun, where
+
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4)]
+BAR = 1e-5
+TOKENS, FEATURES = 127, 64
+
+
+def run(job: list[str], directory: Path, data: int, feature: int, *overrides: str, netns: bool = False) -> str:
+    """Train in one layout into `directory`; returns stdout. With `netns` in a network namespace of its own."""
+    layout = [f"parallel.feature_shards={feature}", f"run.dir={directory}"]
+    command = torchrun(*job, *layout, *overrides, processes=data * feature)
+    if netns:
+        script = 'ip link set lo up && "$@" >/dev/null && sed -n "s/^ *lo: *//p" /proc/self/net/dev'
+        command = ["unshare", "--net", "bash", "-c", script, "-", *command]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"layout {data}x{feature} failed:\n{result.stdout}\n{result.stderr}")
+    return result.stdout
+
+
+def outcome(directory: Path) -> dict[str, Any]:
+    """What a run computed: metric lines, and the checkpoints of the first and the last step."""
+    from safetensors.torch import load_file
+
+    steps = sorted((directory / "checkpoints").glob("step_*"))
+    first, last = (load_file(step / "optimizer.safetensors") for step in (steps[0], steps[-1]))
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "train": [line for line in lines if "train_loss" in line],
+        "evaluation": [line for line in lines if "eval_fve" in line][-1],
+        "gradients": [{k: v for k, v in file.items() if k.endswith("exp_avg")} for file in (first, last)],
+        "weights": load_file(steps[-1] / "model.safetensors"),
+    }
+
+
+def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """Largest relative difference over a dictionary of tensors."""
+    assert ours.keys() == theirs.keys()
+    pairs = [(ours[key].double(), theirs[key].double()) for key in ours]
+    return max(((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item() for a, b in pairs)
+
+
+def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """The comparison's line for one layout."""
+    curves = [
+        abs(a[key] - b[key]) / abs(b[key])
+        for a, b in zip(ours["train"], theirs["train"], strict=True)
+        for key in ("train_loss", "train_mse", "train_sparsity", "grad_norm")
+        if b[key]
+    ]
+    layers = [key for key in theirs["train"][0] if key.startswith("L0")]
+    # A count over the tokens differs by at least 1 / TOKENS; the floats that carry it differ in their last digits.
+    equal = [
+        abs(a[key] - b[key]) < 1e-3 / TOKENS * max(1.0, b[key])
+        for a, b in zip(ours["train"], theirs["train"], strict=True)
+        for key in layers
+    ]
+    dead = "eval_dead_fraction"
+    return {
+        "max_rel_loss": max(curves),
+        "max_rel_grad": max(difference(a, b) for a, b in zip(ours["gradients"], theirs["gradients"])),
+        "max_rel_weight": difference(ours["weights"], theirs["weights"]),
+        "l0_equal": all(equal),
+        "dead_equal": ours["evaluation"][dead] == theirs["evaluation"][dead],
+        "dead_fraction": theirs["evaluation"][dead],
+    }
+
+
+def state_bytes(feature: int) -> int:
+    """Bytes of weights, gradients and Adam's moments of one shard, counted on the tensors of a real step."""
+    import torch
+
+    from clt.model.loss import Objective
+    from clt.model.transcoder import CrossLayerTranscoder
+
+    objective = Objective(CrossLayerTranscoder(4, 128, FEATURES, shard=(0, feature)))
+    optimizer = torch.optim.Adam(objective.parameters(), fused=True)
+    objective(torch.randn(8, 2, 4, 128), torch.tensor(0.1)).loss.backward()
+    optimizer.step()
+    tensors = [t for p in objective.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
+    return sum(t.nbytes for t in [*tensors, *objective.buffers()] if t is not None)
+
+
+def bytes_per_step(data: int, feature: int, tokens: int) -> int:
+    """The formula: what all ranks together send in a step, with ring all-reduces, in fp32.
+
+    n ranks that all-reduce b bytes send 2 (n - 1) b together. Gradients: F / feature features a rank, along data.
+    Partial reconstructions: (tokens / data, L, D) a rank, along feature.
+    """
+    L, D, F = 4, 128, 256 // feature
+    parameters = F * (L * D + 2 * L + D * L * (L + 1) // 2) + L * D
+    return 4 * (feature * 2 * (data - 1) * parameters + data * 2 * (feature - 1) * (tokens // data) * L * D)
+
+
+def measured_bytes(job: list[str], directory: Path, data: int, feature: int) -> float | None:
+    """Bytes on the wire in a step: the difference between two lengths of the same run, without evaluation."""
+    if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
+        return None
+    sent = []
+    for steps in (10, 40):
+        length = [f"train.steps={steps}", "train.batch_tokens=512", "train.accumulate=1", "clt.d_features=256"]
+        length += ["eval.replacement_tokens=0", "log.every=1000"]
+        out = run(job, directory / f"{data}x{feature}-{steps}", data, feature, *length, netns=True)
+        sent.append(int(out.split()[0]))
+    return (sent[1] - sent[0]) / 30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--no-bytes", action="store_true", help="leave out the bytes on the wire")
+    arguments = parser.parse_args()
+    rows, missed, reference = [], [], None
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        job = [*small_job(directory), "train.precision=fp32", "train.accumulate=2"]
+        job += [f"clt.d_features={FEATURES}", f"train.batch_tokens={TOKENS}", f"eval.dead_window={2 * TOKENS}"]
+        for data, feature in LAYOUTS:
+            every = ["checkpoint.every=1", "checkpoint.keep=100"]
+            run(job, directory / f"{data}x{feature}", data, feature, *every)
+            ours = outcome(directory / f"{data}x{feature}")
+            reference = reference or ours
+            share = state_bytes(feature) / state_bytes(1)
+            row = {"layout": f"{data}x{feature}", "world_size": data * feature, **compare(ours, reference)}
+            row |= {"memory_share": share, "memory_over_ideal": share * feature}
+            if data * feature > 1 and not arguments.no_bytes:
+                row |= {"bytes_per_step": measured_bytes(job, directory, data, feature)}
+                row |= {"bytes_formula": bytes_per_step(data, feature, 512)}
+            close = max(row["max_rel_loss"], row["max_rel_grad"], row["max_rel_weight"]) < BAR
+            if not (close and row["l0_equal"] and row["dead_equal"] and row["memory_over_ideal"] < 1.15):
+                missed.append(row["layout"])
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    arguments.json.write_text(json.dumps([row | where() for row in rows], indent=1) + "\n")
+    if missed:
+        raise SystemExit(f"a bar is missed in {', '.join(missed)}")
+
+
+if __name__ == "__main__":
+    main()
