@@ -4,8 +4,9 @@
 #   bash launch.sh [CONFIG] [section.key=value ...]    extract, train, evaluate, report (default configs/quickstart.yaml)
 #   bash launch.sh test [PYTEST ARGUMENTS]             the tests
 #
-# NPROC processes on each of NNODES nodes (this one is NODE_RANK, MASTER_ADDR:MASTER_PORT is node 0). Under SLURM start
-# it once per node, `srun --ntasks-per-node=1 bash launch.sh CONFIG`: what is not set is read from SLURM's variables.
+# NPROC processes on each of NNODES nodes (this one is NODE_RANK; node 0 listens at MASTER_ADDR:MASTER_PORT). Under SLURM
+# start it once per node, as configs/slurm.sbatch does: what is not set is read from SLURM's variables. When a rank dies,
+# or a node is cut off, all ranks start again from the last checkpoint, up to MAX_RESTARTS times (several nodes: 3).
 # The environment is made in VENV (default .venv) from pyproject.toml at the versions of constraints.txt.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -47,10 +48,10 @@ gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-$((gpus > 0 ? gpus : 2))}}
 NNODES=${NNODES:-${SLURM_NNODES:-1}}
 NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
-MASTER_PORT=${MASTER_PORT:-29500}
-if [[ -z ${MASTER_ADDR:-} ]]; then
-    MASTER_ADDR=127.0.0.1
-    ((NNODES > 1)) && MASTER_ADDR=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?set MASTER_ADDR for several nodes}" | head -n 1)
+MASTER_PORT=${MASTER_PORT:-$((29500 + ${SLURM_JOB_ID:-0} % 1000))} # jobs that share node 0 differ
+if [[ -z ${MASTER_ADDR:-} ]] && ((NNODES > 1)); then
+    hosts=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?set MASTER_ADDR for several nodes}")
+    MASTER_ADDR=${hosts%%$'\n'*}
 fi
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
@@ -58,10 +59,18 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
 
+# Restarted ranks would find the addresses of the dead ones in the store that torchrun shares with them.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# SLURM announces the end by SIGUSR1: torchrun hands it to the ranks, and waits while they write a checkpoint.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
+
 if ((NNODES == 1)); then
     # Mistakes in the config end here with one message and status 2, before torchrun adds its own report.
     env -u OMP_NUM_THREADS python train_ddp.py --prepare "$@"
-    exec torchrun --standalone --nproc_per_node="$NPROC" train_ddp.py "$@"
+    exec torchrun --standalone --nproc_per_node="$NPROC" --max-restarts="${MAX_RESTARTS:-0}" train_ddp.py "$@"
 fi
-exec torchrun --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="$NPROC" \
-    --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" train_ddp.py "$@"
+# Node 0 keeps the meeting point, whatever names its address has. The others wait half an hour for one that is missing.
+exec torchrun --nnodes="$NNODES" --nproc_per_node="$NPROC" --max-restarts="${MAX_RESTARTS:-3}" \
+    --rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv_id="${SLURM_JOB_ID:-clt}" \
+    --rdzv_conf="is_host=$((NODE_RANK == 0)),join_timeout=1800,read_timeout=1800" train_ddp.py "$@"

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -43,27 +44,74 @@ def recorded(tmp_path):
 def test_one_node(recorded):
     prepare, run = recorded("configs/x.yaml", "train.steps=3", NPROC="3")
     assert prepare.endswith("train_ddp.py --prepare configs/x.yaml train.steps=3")
-    assert run.endswith("--standalone --nproc_per_node=3 train_ddp.py configs/x.yaml train.steps=3")
+    assert run.endswith("--standalone --nproc_per_node=3 --max-restarts=0 train_ddp.py configs/x.yaml train.steps=3")
     assert "omp=1 " in run
 
 
 def test_the_default_is_two_processes_and_the_default_config(recorded):
-    assert recorded()[1].endswith("--standalone --nproc_per_node=2 train_ddp.py")
+    assert recorded()[1].endswith("--standalone --nproc_per_node=2 --max-restarts=0 train_ddp.py")
 
 
 def test_several_nodes(recorded):
-    (run,) = recorded("c.yaml", NPROC="8", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1", MASTER_PORT="777")
-    assert "--nnodes=2 --node_rank=1 --nproc_per_node=8 --master_addr=10.0.0.1 --master_port=777 train_ddp.py c" in run
+    nodes = {"NPROC": "8", "NNODES": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "777"}
+    (run,) = recorded("c.yaml", **nodes, NODE_RANK="1")
+    assert "--nnodes=2 --nproc_per_node=8 --max-restarts=3 --rdzv_backend=c10d --rdzv_endpoint=10.0.0.1:777" in run
+    assert "is_host=0," in run
+    assert run.endswith(" train_ddp.py c.yaml")
+    (run,) = recorded("c.yaml", **nodes, NODE_RANK="0", MAX_RESTARTS="7")
+    assert "--max-restarts=7" in run
+    assert "is_host=1," in run
+
+
+SLURM = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_GPUS_ON_NODE": "4"}
 
 
 def test_slurm_variables_fill_what_is_not_set(recorded):
-    path = "PATH"
-    scontrol = {path: f"{Path.cwd()}:{os.environ[path]}"}
-    slurm = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_GPUS_ON_NODE": "4"}
-    (run,) = recorded("c.yaml", **slurm, **scontrol)
-    assert "--nnodes=2 --node_rank=1 --nproc_per_node=4 --master_addr=node7 --master_port=29500" in run
-    (run,) = recorded("c.yaml", **slurm, **scontrol, NPROC="1", NODE_RANK="0", MASTER_ADDR="head")
-    assert "--nnodes=2 --node_rank=0 --nproc_per_node=1 --master_addr=head" in run
+    (run,) = recorded("c.yaml", **SLURM)
+    assert "--nnodes=2 --nproc_per_node=4 " in run
+    assert "--rdzv_endpoint=node7:29500 --rdzv_id=clt --rdzv_conf=is_host=0," in run
+    (run,) = recorded("c.yaml", **SLURM, SLURM_JOB_ID="123456")
+    assert "--rdzv_endpoint=node7:29956 --rdzv_id=123456 " in run
+    (run,) = recorded("c.yaml", **SLURM, NPROC="1", NODE_RANK="0", MASTER_ADDR="head", MASTER_PORT="1")
+    assert "--nproc_per_node=1 " in run
+    assert "--rdzv_endpoint=head:1 --rdzv_id=clt --rdzv_conf=is_host=1," in run
+
+
+@pytest.fixture
+def batch(tmp_path):
+    """batch(srun): start configs/slurm.sbatch with two arguments, where `srun` is that shell script."""
+
+    def start(srun: str) -> subprocess.Popen:
+        for name, body in {"srun": srun, "scontrol": 'echo "scontrol $*"'}.items():
+            (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+            (tmp_path / name).chmod(0o755)
+        env = CLEAN | {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "77",
+            "SLURM_SUBMIT_DIR": str(tmp_path),
+        }
+        command = ["bash", str(ROOT / "configs" / "slurm.sbatch"), "c.yaml", "train.steps=3"]
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+
+    return start
+
+
+def test_the_batch_script_starts_launch_sh_on_every_node_and_ends_as_it_does(batch):
+    job = batch('echo "srun $*"; exit 3')
+    assert job.communicate(timeout=20)[0] == "srun bash launch.sh c.yaml train.steps=3\n"
+    assert job.returncode == 3
+
+
+@pytest.mark.parametrize(("status", "then"), [(1, "scontrol requeue 77\n"), (0, "")])
+def test_the_batch_script_queues_again_when_its_time_is_up(batch, status, then):
+    """SIGUSR1 goes on to the job step, which gets the time it needs; a step that finished is not queued again."""
+    job = batch(
+        f"trap 'echo told; sleep 0.5; echo saved; exit {status}' USR1; echo ready; while :; do sleep 0.05; done"
+    )
+    assert job.stdout.readline() == "ready\n"
+    job.send_signal(signal.SIGUSR1)
+    assert job.communicate(timeout=20)[0] == "told\nsaved\n" + then
+    assert job.returncode == 0
 
 
 def test_the_environment_is_installed_once(recorded, tmp_path):

@@ -1,0 +1,143 @@
+"""The formulas of benchmarks/scale.py against what small steps and real jobs take."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import scale
+from benchmarks.scale import Job
+from clt.model.loss import Objective
+from clt.model.transcoder import CrossLayerTranscoder
+
+ROOT = Path(__file__).parent.parent
+SIZES = [Job(4, 16, 128, 1024), Job(6, 64, 256, 8)]  # most memory in activations; most in weights
+PRECISIONS = {4: torch.float32, 2: torch.bfloat16}
+
+
+def objective(job: Job) -> Objective:
+    return Objective(CrossLayerTranscoder(job.n_layers, job.d_acts, job.d_features, normalization="layer"))
+
+
+def loss(model: Objective, job: Job) -> torch.Tensor:
+    batch = torch.randn(job.batch_tokens, 2, job.n_layers, job.d_acts)
+    with torch.autocast("cpu", torch.bfloat16, enabled=job.width == 2):
+        return model(batch, torch.tensor(1e-3)).loss
+
+
+@pytest.mark.parametrize("job", SIZES)
+def test_parameters_and_optimizer_bytes(job):
+    model = objective(job)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    loss(model, Job(job.n_layers, job.d_acts, job.d_features, 4, width=4)).backward()
+    optimizer.step()
+    tensors = [*model.parameters(), *(p.grad for p in model.parameters())]
+    moments = [t for state in optimizer.state.values() for t in state.values()]
+    assert sum(p.numel() for p in model.parameters()) == scale.parameters(job)
+    assert sum(w.numel() for w in model.transcoder.W_dec) == scale.decoder_parameters(job)
+    assert sum(t.nbytes for t in moments) == scale.optimizer_bytes(job)
+    assert sum(t.nbytes for t in [*tensors, *moments]) == scale.state_bytes(job)
+
+
+@pytest.mark.parametrize("job", SIZES)
+@pytest.mark.parametrize("width", PRECISIONS)
+def test_bytes_saved_for_backward(job, width):
+    job = Job(job.n_layers, job.d_acts, job.d_features, job.batch_tokens, width=width)
+    model = objective(job)
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    saved = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tensor.dim():
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss(model, job)
+    assert sum(storage.nbytes() for storage in saved.values()) == scale.saved_bytes(job)
+
+
+@pytest.mark.parametrize("job", SIZES)
+@pytest.mark.parametrize("width", PRECISIONS)
+def test_the_most_memory_of_a_step(job, width):
+    """Every allocation of a step whose gradients exist already, as DDP's buckets do."""
+    job = Job(job.n_layers, job.d_acts, job.d_features, job.batch_tokens, width=width)
+    model = objective(job)
+    loss(model, job).backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss(model, job).backward()
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    assert peak == pytest.approx(scale.backward_bytes(job), rel=0.05)
+
+
+@pytest.mark.parametrize("job", SIZES)
+def test_flops(job):
+    """As torch counts them; it knows no addmm_, which the decoder's forward pass is."""
+
+    def addmm_(_, a: torch.Size, b: torch.Size, **__) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    job = Job(job.n_layers, job.d_acts, job.d_features, job.batch_tokens, width=4)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_}) as counter:
+        loss(objective(job), job).backward()
+    assert counter.get_total_flops() == scale.flops(job)
+
+
+def test_a_mesh_divides_the_costs():
+    job = Job(12, 768, 6144, 4096)
+    placed = Job(12, 768, 6144, 4096, data=4, feature=8)
+    biases = 12 * 768
+    assert 8 * (scale.parameters(placed) - biases) == scale.parameters(job) - biases
+    assert 32 * scale.flops(placed) == scale.flops(job)
+    assert scale.gradient_bytes(job) == scale.reconstruction_bytes(job) == 0
+
+
+PROBE = """
+import json, sys
+import train_ddp
+from clt.config import load_config
+from clt.train.logger import Logger
+
+sent = []
+step = Logger.step
+
+def probe(logger, finished):
+    step(logger, finished)
+    counters = dict(line.split(": ") for line in open("/proc/self/io"))
+    sent.append(int(counters["wchar"]))
+
+Logger.step = probe
+config = load_config(sys.argv[1], sys.argv[2:])
+train_ddp.main(config, prepare=False)
+import os
+open(f"{config.run.dir}/sent-{os.environ['RANK']}.json", "w").write(json.dumps(sent))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's counters of bytes written")
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_bytes_that_data_parallel_ranks_send(train_overrides, tmp_path, ranks):
+    """What each process hands to its sockets in a step of the real loop, as the kernel counts it."""
+    (tmp_path / "probe.py").write_text(PROBE)
+    options = ["clt.d_features=512", "log.every=100", "eval.every=0", "eval.replacement_tokens=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command += [str(tmp_path / "probe.py"), *train_overrides, *options, f"run.dir={tmp_path / 'run'}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    counts = [json.loads((tmp_path / "run" / f"sent-{rank}.json").read_text()) for rank in range(ranks)]
+    steps = [[after - before for before, after in pairwise(count)] for count in counts]
+    wanted = scale.gradient_bytes(Job(3, 16, 512, 60, data=ranks))
+    assert sum(map(median, steps)) / ranks == pytest.approx(wanted, rel=0.02)
