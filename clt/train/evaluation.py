@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from clt.data.store import DiscBuffer
+from clt.errors import UserError
 from clt.model.transcoder import CrossLayerTranscoder
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def evaluate_activations(
         nmse = mean over layers of nmse_per_layer           fve = 1 - nmse: every layer weighs the same
 
     Returns float64 tensors: fve, nmse, l0_total (); fve_per_layer, nmse_per_layer, l0_per_layer (L,); density (L, F),
-    the share of rows on which each feature fires.
+    the share of rows on which each feature fires. Raises UserError when a value is not finite.
     """
     L, D, F = transcoder.n_layers, transcoder.d_acts, transcoder.d_features
     device = transcoder.b_dec.device
@@ -67,6 +68,11 @@ def evaluate_activations(
         total += target.sum(0)
         fired += (features > 0).sum(1)
     sums = all_sum(torch.cat([sse, square, total.flatten(), fired.flatten()]))
+    if not sums.isfinite().all():
+        raise UserError(
+            f"an activation in {buffer.path}, or its reconstruction, is nan or inf; look for bad rows with "
+            f"`clt inspect --verify {buffer.path}`, or use train.precision=fp32"
+        )
     sse, square, total, fired = sums.split([L, L, L * D, L * F])
     rows = len(buffer)
     sst = square - total.view(L, D).square().sum(1) / rows
