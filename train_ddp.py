@@ -58,6 +58,11 @@ def main(config: Config, prepare: bool) -> None:
     steps, batch_tokens = config.train.steps, config.train.batch_tokens
     order = (len(store), config.data.block_rows, batch_tokens, config.run.seed, world.rank, world.size)
     DistributedSampler(*order)  # refuses a batch that cannot be made
+    lm, windows = None, []
+    if config.eval.replacement_tokens:
+        lm = load_language_model(config.lm, device)
+        check_model(store.index, lm)
+        windows = heldout_windows(config, lm)
     if prepare:
         return
 
@@ -91,11 +96,6 @@ def main(config: Config, prepare: bool) -> None:
         DDP._set_params_and_buffers_to_ignore_for_model(model, [name for name, _ in model.named_buffers()])
         model = DDP(model, gradient_as_bucket_view=True)
 
-    lm, windows = None, []
-    if config.eval.replacement_tokens:
-        lm = load_language_model(config.lm, device)
-        check_model(store.index, lm)
-        windows = heldout_windows(config, lm)
     logger = Logger(config, world.rank, start, wandb_id)
 
     def evaluation():  # of the weights as they are, over all ranks
