@@ -133,7 +133,8 @@ def restore(checkpoint: Path, transcoder: CrossLayerTranscoder, optimizer: torch
         raise UserError(f"checkpoint {checkpoint} is of {saved.config}, this run of {transcoder.config}")
     transcoder.load_state_dict(saved.state_dict())
     try:
-        tensors = load_file(checkpoint / "optimizer.safetensors")
+        # Copies: what is loaded is a map of the file, and a mapped file cannot be deleted from a network file system.
+        tensors = {name: tensor.clone() for name, tensor in load_file(checkpoint / "optimizer.safetensors").items()}
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"checkpoint {checkpoint} is damaged ({error}); delete it to go on from the one before"
