@@ -14,6 +14,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from clt.cli import exit_on_user_error, run_arguments
@@ -83,9 +84,7 @@ def main(config: Config, prepare: bool) -> None:
         start, busy, wandb_id = state["step"], state["busy_seconds"], state["wandb_id"]
         last_fired.copy_(state["last_fired"])
         scaler.load_state_dict(state["scaler"])
-    if rank_zero:
-        claim_run_dir(config)
-    dist.barrier()
+    dist.on_rank_zero(world, lambda: claim_run_dir(config))
 
     model: nn.Module = objective
     if config.train.compile:
@@ -118,9 +117,8 @@ def main(config: Config, prepare: bool) -> None:
         fired = dist.all_max(last_fired.clone())
         state = {"step": step, "busy_seconds": busy, "wandb_id": logger.wandb_id, "config_hash": config_hash(config)}
         state |= {"scaler": scaler.state_dict(), "last_fired": fired}
-        if rank_zero:
-            checkpoint.save(run_dir / "checkpoints", transcoder, optimizer, state, config.checkpoint.keep)
-        dist.barrier()
+        write = partial(checkpoint.save, run_dir / "checkpoints", transcoder, optimizer, state, config.checkpoint.keep)
+        dist.on_rank_zero(world, write)
 
     profiler = nullcontext()
     if config.profile.enabled:

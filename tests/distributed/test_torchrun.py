@@ -140,6 +140,16 @@ def test_a_user_error_is_one_message_and_status_2(train_overrides, tmp_path):
         assert not list(tmp_path.iterdir()), "something half-written is left"
 
 
+def test_an_error_of_rank_zero_alone_is_the_only_message(train_overrides, tmp_path):
+    keys = ["lm.model=./nowhere", f"data.store={tmp_path / 'store'}", f"run.dir={tmp_path / 'run'}"]
+    result = launch(*train_overrides, *keys, processes=2)
+    assert result.returncode == 1  # torchrun's
+    assert result.stderr.count("error: ") == 1, result.stderr
+    assert "[rank 0] error: the model of lm.model='./nowhere' could not be loaded" in result.stderr
+    assert 'train_ddp.py", line' not in result.stderr, "a traceback of the other rank"
+    assert not list(tmp_path.iterdir())
+
+
 def test_prepare_checks_and_stops(train_overrides, tmp_path):
     result = launch("--prepare", *train_overrides, f"run.dir={tmp_path / 'run'}")
     assert result.returncode == 0, result.stderr
