@@ -16,6 +16,7 @@ def test_only_logging_waits_for_the_device(train, precision, compiled):
     options += ["eval.every=0", "eval.replacement_tokens=0", "checkpoint.every=0"]
 
     def waits(steps: int, every: int) -> int:
+        torch._dynamo.reset()  # every run compiles anew, or none would after the eighth
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as seen:
