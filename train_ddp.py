@@ -11,7 +11,6 @@ on from it.
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import time
@@ -67,6 +66,11 @@ def main(config: Config, prepare: bool) -> int:
     steps, batch_tokens = config.train.steps, config.train.batch_tokens
     order = (len(store), config.data.block_rows, batch_tokens, config.run.seed, data.rank, data.size)
     DistributedSampler(*order)  # refuses a batch that cannot be made
+    lm, windows = None, []
+    if config.eval.replacement_tokens:
+        lm = load_language_model(config.lm, device)
+        check_model(store.index, lm)
+        windows = heldout_windows(config, lm)
     if prepare:
         return 0
 
@@ -90,11 +94,7 @@ def main(config: Config, prepare: bool) -> int:
     # Resume.
     start, busy, wandb_id = 0, 0.0, None
     checkpoints = checkpoint.Checkpoints(
-        run_dir / "checkpoints",
-        config.checkpoint.keep,
-        config.checkpoint.keep_every,
-        rank_zero,
-        functools.partial(dist.barrier, world),
+        run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every, world
     )
     identity = {"config_hash": config_hash(config), "data_hash": content_hash(store.index)}
     identity |= {"precision": str(dtype), "device": device.type, **checkpoint.versions()}
@@ -104,9 +104,7 @@ def main(config: Config, prepare: bool) -> int:
         path = checkpoints.directory / f"step_{newest:08d}"
         state = checkpoint.restore(path, transcoder, optimizer, tensors, identity)
         start, busy, wandb_id = state["step"], state["busy_seconds"], state["wandb_id"]
-    if rank_zero:
-        claim_run_dir(config)
-    dist.barrier(world)
+    dist.on_rank_zero(world, lambda: claim_run_dir(config))
 
     model: nn.Module = objective
     if config.train.compile:
@@ -117,11 +115,6 @@ def main(config: Config, prepare: bool) -> int:
         DDP._set_params_and_buffers_to_ignore_for_model(model, [name for name, _ in model.named_buffers()])
         model = DDP(model, process_group=data.group, gradient_as_bucket_view=True)
 
-    lm, windows = None, []
-    if config.eval.replacement_tokens:
-        lm = load_language_model(config.lm, device)
-        check_model(store.index, lm)
-        windows = heldout_windows(config, lm)
     logger = Logger(config, world.rank, start, wandb_id)
 
     def evaluation():  # of the weights as they are, over all ranks

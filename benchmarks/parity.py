@@ -9,11 +9,10 @@ checkpoints hold), the final weights, L0 per layer at every step and dead featur
 the largest absolute difference within a tensor over that tensor's largest absolute value.
 
 What remains is float32 addition in another order, about 1e-7 a step. It has two amplifiers. Adam divides a gradient by
-its own size, so that the few weights whose gradient is almost zero move by its rounding. And JumpReLU's gradients are cut
-off at the edges of a rectangle, and a pre-activation within 1e-7 of an edge may fall inside it in one layout and outside
-in another. Then a threshold's gradient differs by one token's part. With 256 features and 509 tokens, half a million
-pre-activations a step, this happened once or twice in 20 steps (5e-5 of the largest threshold gradient); the sizes here
-are small enough that it does not.
+its own size, so the few weights whose gradient is almost zero move by its rounding. And JumpReLU's gradients are cut off
+at the edges of a rectangle: a pre-activation within 1e-7 of an edge may fall inside it in one layout and outside it in
+another, and a threshold's gradient then differs by one token's part. With 256 features and 509 tokens, half a million
+pre-activations a step, this happened in 20 steps (5e-5 of the largest threshold gradient); here it should not.
 
 Memory is what a rank keeps between steps (weights, gradients, optimizer state) as a share of one process's; bytes are
 those that the loopback device of a network namespace carried per step, against the formula (they need root).

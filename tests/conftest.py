@@ -1,7 +1,8 @@
 """A small language model of random weights with text for it, and activation stores extracted from it."""
 
 import json
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,24 @@ def stores(lm_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     extract(config, "train", progress=False)
     extract(config, "heldout", progress=False)
     return path
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """small_disk(size) mounts a file system of that many bytes, or gives the one that is mounted that size."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(size: int) -> Path:
+        how = f"remount,size={size}" if disk.is_mount() else f"size={size}"
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", how, "none", str(disk)], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
+        return disk
+
+    yield mount
+    if disk.is_mount():
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # whatever a failed test still has open
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -74,11 +75,19 @@ def test_a_model_that_cannot_be_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("flag", [(), ("--nnsight",)])
-def test_eval_repeats_the_summary_from_the_checkpoint(train, flag):
+def test_eval_repeats_the_summary_from_the_checkpoint(train, stores, tmp_path, flag):
+    """Of the stores it needs the held-out one, and the training one's statistics."""
+    shutil.copytree(stores / "heldout", tmp_path / "heldout")
+    (tmp_path / "train").mkdir()
+    shutil.copy(stores / "train" / "stats.safetensors", tmp_path / "train")
     run = train()
+    resolved = (run.dir / "config.yaml").read_text()
+    (run.dir / "config.yaml").write_text(resolved.replace(str(stores), str(tmp_path)))
     result = clt("eval", run.dir, *flag)
     assert result.returncode == 0, result.stderr
-    again = json.loads((run.dir / "eval_step_00000010.json").read_text())
+    report = run.dir / "report_step_00000010"
+    assert {file.name for file in report.glob("*.png")} == {"training.png", "layers.png", "density.png"}
+    again = json.loads((report / "evaluation.json").read_text())
     for key in ("fve", "nmse", "l0_total", "top1_agreement", "kl", "ce_original", "ce_replaced", "ce_recovered"):
         assert again[key] == pytest.approx(run.summary[key], rel=1e-4, abs=1e-6), key
     assert "fraction of variance explained" in result.stdout

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from clt.config import Config
 from clt.data import progress as record
 from clt.data.index import FORMAT_VERSION, INDEX, StoreIndex, read_index, write_index
+from clt.data.lock import locked
 from clt.data.progress import Progress
 from clt.data.shards import is_full_disk, row_bytes
 from clt.data.statistics import STATISTICS
@@ -32,21 +33,32 @@ def extract(config: Config, part: Part, lm: LanguageModel | None = None, progres
     """Make the store `<data.store>/<part>`, or finish it, or return its index when it is already there.
 
     The bytes of the store depend on the config alone, not on how often the extraction was interrupted. Raises
-    UserError for another config's store or leftovers, too little text, a value that does not fit the storage dtype,
-    and a full disk.
+    UserError for another config's store or leftovers, another process at work on it, too little text, a value that does
+    not fit the storage dtype, and a full disk.
     """
     path = Path(config.data.store) / part
     if (path / INDEX).exists():
-        index = read_index(path)
-        check_store(index, config)
-        if (path / record.PROGRESS).exists():
-            record.finish(path)
-        return index
+        return _finished(path, config)
     if lm is None:
         from clt.lm.load import load_language_model
 
         lm = load_language_model(config.lm, "cuda" if torch.cuda.is_available() else "cpu")
     path.mkdir(parents=True, exist_ok=True)
+    with locked(path):
+        if (path / INDEX).exists():  # another process made it meanwhile
+            return _finished(path, config)
+        return _extract(path, config, part, lm, progress)
+
+
+def _finished(path: Path, config: Config) -> StoreIndex:
+    index = read_index(path)
+    check_store(index, config)
+    if (path / record.PROGRESS).exists():
+        record.finish(path)
+    return index
+
+
+def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress: bool) -> StoreIndex:
     plan = Plan(path, _blank_index(config, part, lm), config.data.shard_rows, config.data.open_shards)
     identity = _identity(plan, config)
     state = record.load_progress(path, identity, record.start(plan.index.n_layers, plan.index.d_acts))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clt.data.index import PARTIAL, ShardEntry, write_json
-from clt.data.statistics import Moments
+from clt.data.index import INDEX, PARTIAL, ShardEntry, write_json
+from clt.data.statistics import STATISTICS, Moments
 from clt.errors import UserError
 
 PROGRESS = "progress.json"
@@ -42,10 +42,16 @@ class Progress:
 def load_progress(path: Path, identity: dict[str, Any], start: Progress) -> Progress:
     """The progress recorded in `path`, or `start` where there is none; deletes what an interruption left half-written.
 
-    Raises UserError, naming the differences, when the progress is that of another extraction.
+    Raises UserError, naming the differences, when the progress is that of another extraction, and for a finished store
+    that has lost its index.
     """
     file = path / PROGRESS
     if not file.exists():
+        if (path / STATISTICS).exists():  # written when all shards are whole, and before this file is deleted
+            raise UserError(
+                f"{path} holds the shards of a finished store but no {INDEX}: copy its {INDEX} there again, "
+                "delete the directory to extract it again, or choose another data.store"
+            )
         _clean(path, keep=None)
         return start
     try:

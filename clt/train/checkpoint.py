@@ -16,7 +16,6 @@ import math
 import re
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,7 +29,9 @@ from clt.data.index import sync
 from clt.data.shards import is_full_disk
 from clt.errors import UserError
 from clt.model.transcoder import CrossLayerTranscoder, feature_dim
+from clt.train import distributed as dist
 from clt.train import tensorfile
+from clt.train.distributed import World
 from clt.train.tensorfile import Part
 
 FORMAT_VERSION = 2
@@ -80,17 +81,9 @@ class Checkpoints:
     then does the checkpoint have its name: a crash before leaves a `.tmp` behind, which the next one clears away.
     """
 
-    def __init__(
-        self, directory: Path, keep: int, keep_every: int, first: bool, barrier: Callable[[], None] = lambda: None
-    ) -> None:
-        """keep: how many of the newest stay; keep_every: steps whose multiples stay for good, or 0; first: rank 0."""
-        self.directory, self.keep, self.keep_every, self.first, self.barrier = (
-            directory,
-            keep,
-            keep_every,
-            first,
-            barrier,
-        )
+    def __init__(self, directory: Path, keep: int, keep_every: int, world: World) -> None:
+        """keep: how many of the newest stay; keep_every: steps whose multiples stay for good, or 0."""
+        self.directory, self.keep, self.keep_every, self.world = directory, keep, keep_every, world
         self.thread: threading.Thread | None = None
         self.error: OSError | None = None
 
@@ -103,13 +96,8 @@ class Checkpoints:
         self.finish()
         self.final = self.directory / f"step_{state['step']:08d}"
         self.partial = self.final.with_suffix(".tmp")
-        if self.first:
-            try:
-                self._create(parts, config, state)
-            except OSError as error:
-                raise self._failure(error) from error
+        dist.on_rank_zero(self.world, lambda: self._create(parts, config, state))
         copies = {name: tensorfile.snapshot(file) for name, file in parts.items()}
-        self.barrier()  # the files are there
         self.thread = threading.Thread(target=self._write, args=(copies,), name="clt-checkpoint")
         self.thread.start()
 
@@ -120,14 +108,17 @@ class Checkpoints:
         wanted = sum(math.prod(p.shape) * p.tensor.element_size() for file in parts.values() for p in file.values())
         if (free := shutil.disk_usage(self.directory).free) < wanted * 1.01:
             raise UserError(self._message(f"found {free / 1e9:.3f} GB free, wanted {wanted / 1e9:.3f} GB"))
-        self.partial.mkdir()
-        for name, file in parts.items():
-            tensorfile.create(self.partial / name, file)
-        (self.partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        state = {**state, "format_version": FORMAT_VERSION, **versions()}
-        (self.partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        for name in ("config.json", "state.json"):
-            sync(self.partial / name)
+        try:
+            self.partial.mkdir()
+            for name, file in parts.items():
+                tensorfile.create(self.partial / name, file)
+            (self.partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            state = {**state, "format_version": FORMAT_VERSION, **versions()}
+            (self.partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+            for name in ("config.json", "state.json"):
+                sync(self.partial / name)
+        except OSError as error:
+            raise self._failure(error) from error
 
     def _write(self, copies: Parts) -> None:
         try:
@@ -149,7 +140,7 @@ class Checkpoints:
         """Give the checkpoint its name, and delete the old ones. Every rank must have `written`."""
         assert self.written
         self.thread = None
-        if not self.first:
+        if self.world.rank != 0:
             return
         sync(self.partial)
         self.partial.rename(self.final)
@@ -164,11 +155,11 @@ class Checkpoints:
             return
         self.thread.join()
         assert self.written
-        self.barrier()
+        dist.barrier(self.world)
         self.publish()
 
     def _failure(self, error: OSError) -> Exception:
-        if self.first:
+        if self.world.rank == 0:
             shutil.rmtree(self.partial, ignore_errors=True)
         return UserError(self._message(str(error))) if is_full_disk(error) else error
 
@@ -187,7 +178,7 @@ class Checkpoints:
         """Leave nothing half-written when the run ends by an error."""
         if self.thread is not None:
             self.thread.join()
-            if self.first:
+            if self.world.rank == 0:
                 shutil.rmtree(self.partial, ignore_errors=True)
 
 

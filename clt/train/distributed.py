@@ -8,6 +8,7 @@ lie on neighbouring ranks, which share a node's fast links.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import NamedTuple
@@ -97,20 +98,31 @@ def cleanup() -> None:
         dist.destroy_process_group()
 
 
-def on_rank_zero(world: World, work: Callable[[], None]) -> None:
+def on_rank_zero(world: World, work: Callable[[], object]) -> None:
     """Run `work` on rank 0 while the others wait for it.
 
-    The others wait in a gloo barrier of their own with a timeout of a month: extraction takes as long as it takes,
-    and a rank 0 that dies is noticed by torchrun, not by a timeout.
+    The others wait in a gloo group of their own with a timeout of a month: work takes as long as it takes, and a rank 0
+    that dies is noticed by torchrun, not by a timeout. An error of `work` is raised on rank 0, and the others end with
+    status 2 and no word.
     """
     if world.size == 1:
-        return work()
+        work()
+        return
     waiting_room = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     assert isinstance(waiting_room, dist.ProcessGroup)  # every rank is a member
+    error = None
     if world.rank == 0:
-        work()
-    dist.barrier(waiting_room)
+        try:
+            work()
+        except Exception as caught:  # noqa: BLE001 - raised again below, when the others know of it
+            error = caught
+    failed = torch.tensor([error is not None], dtype=torch.int32)
+    dist.all_reduce(failed, group=waiting_room)
     dist.destroy_process_group(waiting_room)
+    if error is not None:
+        raise error
+    if failed.item():
+        sys.exit(2)
 
 
 def same_everywhere(world: World, value: int, what: str) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clt.data.store import DiscBuffer
+from clt.errors import UserError
 from clt.model.transcoder import CrossLayerTranscoder
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def evaluate_activations(
         nmse = mean over layers of nmse_per_layer           fve = 1 - nmse: every layer weighs the same
 
     Returns float64 tensors: fve, nmse, l0_total (); fve_per_layer, nmse_per_layer, l0_per_layer (L,); density (L, F),
-    the share of rows on which each feature fires.
+    the share of rows on which each feature fires. Raises UserError when a value is not finite.
     """
     L, D = transcoder.n_layers, transcoder.d_acts
     device = transcoder.b_dec.device
@@ -68,6 +69,11 @@ def evaluate_activations(
         total += target.sum(0)
         fired[:, transcoder.features] += (features > 0).sum(1)
     sums = all_sum(torch.cat([sse, square, total.flatten()]))
+    if not sums.isfinite().all():
+        raise UserError(
+            f"an activation in {buffer.path}, or its reconstruction, is nan or inf; look for bad rows with "
+            f"`clt inspect --verify {buffer.path}`, or use train.precision=fp32"
+        )
     sse, square, total = sums.split([L, L, L * D])
     fired = transcoder.sum_shards(all_sum(fired))
     rows = len(buffer)

@@ -8,14 +8,14 @@ from typing import Any
 from clt.train.logger import read_metrics
 
 
-def write_plots(run_dir: str | Path, evaluation: dict[str, Any]) -> None:
-    """Write report/{training,layers,density}.png from metrics.jsonl and the final `evaluate_activations`."""
+def write_plots(run_dir: str | Path, evaluation: dict[str, Any], name: str = "report") -> None:
+    """Write {training,layers,density}.png from metrics.jsonl and an `evaluate_activations` into `run_dir`/`name`."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    directory = Path(run_dir) / "report"
+    directory = Path(run_dir) / name
     directory.mkdir(exist_ok=True)
     lines = [line for line in read_metrics(run_dir) if "train_loss" in line]
 

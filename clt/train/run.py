@@ -21,16 +21,30 @@ from clt.parsing import to_yaml
 from clt.train.evaluation import Reduce, alone, evaluate_activations, evaluate_replacement
 
 if TYPE_CHECKING:
+    from clt.lm.documents import Part
     from clt.lm.load import LanguageModel
     from clt.lm.text import Window
 
 
 def open_stores(config: Config) -> tuple[DiscBuffer, DiscBuffer]:
-    """The training and the held-out store. Raises UserError when one is missing, damaged or of another config."""
-    stores = DiscBuffer(Path(config.data.store) / "train"), DiscBuffer(Path(config.data.store) / "heldout")
-    for store in stores:
-        check_store(store.index, config)
-    return stores
+    """The training and the held-out store. Raises UserError when they are not of one model, and as `open_store`."""
+    train, heldout = open_store(config, "train"), open_store(config, "heldout")
+    names = ("n_layers", "d_acts", "layers", "input_sites", "output_sites", "revision", "tokenizer_hash")
+    pairs = {name: (getattr(train.index, name), getattr(heldout.index, name)) for name in names}
+    odd = [f"{name} is {ours!r} and {theirs!r}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+    if odd:
+        raise UserError(
+            f"the stores {train.path} and {heldout.path} are not of one language model: {'; '.join(odd)}; "
+            "delete the wrong one to extract it again, or set data.store to another directory"
+        )
+    return train, heldout
+
+
+def open_store(config: Config, part: Part) -> DiscBuffer:
+    """The store of one part. Raises UserError when it is missing, damaged or of another config."""
+    store = DiscBuffer(Path(config.data.store) / part)
+    check_store(store.index, config)
+    return store
 
 
 def build(

@@ -104,6 +104,26 @@ def test_compiled_is_compiled_once_and_equals_eager(train):
         torch.testing.assert_close(tensor, eager.weights[name], rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_under_ddp_equals_eager_and_is_compiled_once_a_rank(train, train_overrides, tmp_path, monkeypatch):
+    extra = [
+        "train.batch_tokens=61",
+        "train.steps=6",
+        "log.every=1",
+        "eval.replacement_tokens=0",
+    ]  # 31 rows on one rank, 30 on the other
+    eager = train(*extra)
+    monkeypatch.setenv("TORCH_LOGS", "recompiles,graph_breaks,graph_code")
+    result = launch(*train_overrides, *extra, "train.compile=true", f"run.dir={tmp_path}", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("TRACED GRAPH") == 2, "each rank compiles the objective, whole and once"
+    assert "Recompiling" not in result.stderr
+    assert "Graph break" not in result.stderr
+    for ours, theirs in zip(read_metrics(tmp_path), eager.metrics, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    for name, tensor in weights(tmp_path).items():
+        torch.testing.assert_close(tensor, eager.weights[name], rtol=1e-4, atol=1e-5)
+
+
 def test_a_user_error_is_one_message_and_status_2(train_overrides, tmp_path):
     for arguments, message in [
         (["train.stepz=3"], "unknown key 'train.stepz'"),
@@ -118,6 +138,16 @@ def test_a_user_error_is_one_message_and_status_2(train_overrides, tmp_path):
         assert message in result.stderr
         assert "Traceback" not in result.stderr
         assert not list(tmp_path.iterdir()), "something half-written is left"
+
+
+def test_an_error_of_rank_zero_alone_is_the_only_message(train_overrides, tmp_path):
+    keys = ["lm.model=./nowhere", f"data.store={tmp_path / 'store'}", f"run.dir={tmp_path / 'run'}"]
+    result = launch(*train_overrides, *keys, processes=2)
+    assert result.returncode == 1  # torchrun's
+    assert result.stderr.count("error: ") == 1, result.stderr
+    assert "[rank 0] error: the model of lm.model='./nowhere' could not be loaded" in result.stderr
+    assert 'train_ddp.py", line' not in result.stderr, "a traceback of the other rank"
+    assert not list(tmp_path.iterdir())
 
 
 def test_prepare_checks_and_stops(train_overrides, tmp_path):

@@ -1,0 +1,263 @@
+"""What goes wrong at the command line: status 2, one message that says what to do, and nothing half-written.
+
+An interrupted extraction keeps its whole shards and the record of them, a run its metrics and its whole checkpoints:
+the same command goes on from there. Files and directories that are not finished (`.partial`, `.tmp`) must be gone.
+"""
+
+import hashlib
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from clt import cli
+from clt.data.shards import checksum, read_layout
+from clt.data.store import read_index
+from clt.data.writer import write_store
+from clt.train import checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+def message(status: int, stderr: str) -> str:
+    """The one message of a command that a user's mistake ended, after any progress bars."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert status == 2, stderr
+    assert "Traceback" not in stderr
+    assert [line for line in lines if "error" in line.lower()] == lines[-1:], stderr
+    assert lines[-1].startswith("error: ")
+    return lines[-1]
+
+
+def refused(*arguments: object) -> str:
+    """The message of `python ARGUMENTS`, a process of its own."""
+    command, env = [sys.executable, *map(str, arguments)], os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    return message(result.returncode, result.stderr)
+
+
+@pytest.fixture
+def clt(capfd):
+    """clt(*arguments) -> the message of the `clt` command, in this process: seconds sooner."""
+
+    def run(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(argument) for argument in arguments])
+        return message(end.value.code, capfd.readouterr().err)  # type: ignore[arg-type]
+
+    return run
+
+
+@pytest.fixture
+def script(capfd, monkeypatch):
+    """script(*arguments) -> the message of train_ddp.py, in this process; None when it did its work."""
+
+    def run(*arguments: object) -> str | None:
+        monkeypatch.setattr(sys, "argv", ["train_ddp.py", *map(str, arguments)])
+        try:
+            runpy.run_path(str(ROOT / "train_ddp.py"), run_name="__main__")
+        except SystemExit as end:
+            return message(end.code, capfd.readouterr().err)  # type: ignore[arg-type]
+        return None
+
+    return run
+
+
+@pytest.fixture
+def copied(stores, tmp_path):
+    """A copy of the stores, to be damaged."""
+    return shutil.copytree(stores, tmp_path / "copied")
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """Every file below a directory, by its bytes."""
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def half_written(directory: Path) -> list[str]:
+    return [p.name for p in directory.rglob("*") if p.suffix in (".partial", ".tmp") or p.name == "lock"]
+
+
+def write_nan(store: Path, shard: int) -> None:
+    """Every value of a shard becomes NaN, behind the back of its checksum."""
+    index = read_index(store)
+    entry = index.shards[shard]
+    layout = read_layout(store / entry["file"], entry["rows"], index.n_layers, index.d_acts, index.dtype)
+    with open(store / entry["file"], "r+b") as file:
+        file.seek(layout.offsets["tensor"])
+        file.write(b"\xff" * (layout.rows * layout.row_bytes["tensor"]))
+
+
+@pytest.fixture
+def sick(lm_path, lm_overrides, tmp_path):
+    """sick(value) -> overrides for a GPT-2 that embeds tokens with a j as `value`; its text begins without."""
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+
+    def make(value: float) -> list[str]:
+        path = shutil.copytree(lm_path, tmp_path / "sick")
+        model, tokenizer = GPT2LMHeadModel.from_pretrained(lm_path), AutoTokenizer.from_pretrained(lm_path)
+        with torch.no_grad():
+            model.transformer.wte.weight[[i for token, i in tokenizer.get_vocab().items() if "j" in token]] = value
+        model.save_pretrained(path)
+        documents = (lm_path / "text.jsonl").read_text().splitlines(keepends=True)
+        well = [document.replace("j", "") for document in documents[:30]]
+        (path / "text.jsonl").write_text("".join(well + documents[30:]))
+        keys = [f"lm.model={path}", f"text.source={path / 'text.jsonl'}", f"data.store={tmp_path / 'stores'}"]
+        return [*lm_overrides, *keys]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        (float("nan"), "not finite in the language model itself: set lm.dtype=bfloat16 or lm.dtype=float32"),
+        (float("inf"), "not finite in the language model itself: set lm.dtype=bfloat16 or lm.dtype=float32"),
+        (-1e5, "overflows float16, which ends at 65504: set data.dtype=bfloat16 or data.dtype=float32"),
+    ],
+)
+def test_activations_that_cannot_be_stored(sick, clt, tmp_path, value, wanted):
+    overrides = sick(value)
+    found = refused("-m", "clt.cli", "extract", *overrides) if np.isnan(value) else clt("extract", *overrides)
+    assert wanted in found
+    assert "input activation" in found
+    assert "at layer 0 (document " in found
+    store = tmp_path / "stores" / "train"
+    shards = json.loads((store / "progress.json").read_text())["shards"]
+    assert len(shards) >= 3, "what was whole before is kept"
+    assert all(checksum(store / shard["file"]) == shard["checksum"] for shard in shards)
+    names = {"progress.json", f"moments_{len(shards):05d}.safetensors", *(shard["file"] for shard in shards)}
+    assert set(digests(tmp_path / "stores")) == {f"train/{name}" for name in names}
+
+
+def test_a_disk_that_is_full_while_extracting(lm_overrides, clt, small_disk):
+    disk = small_disk(1000 * (2 * 3 * 16 * 2 + 16) + 16_000)  # the rows fit, their files' headers do not
+    found = clt("extract", *lm_overrides, f"data.store={disk}")
+    assert f"no more could be written to {disk / 'train'}" in found
+    assert "No space left on device" in found
+    assert "free space and run `clt extract CONFIG` again" in found
+    assert half_written(disk) == []
+    assert not (disk / "train" / "index.json").exists()
+    small_disk(1 << 20)
+    cli.main(["extract", *lm_overrides, f"data.store={disk}"])
+    assert half_written(disk) == []
+
+
+def test_a_disk_that_is_full_at_a_checkpoint(train_overrides, script, small_disk):
+    """The first checkpoint fits, the second does not; with more room the same command ends the run."""
+    disk = small_disk(128 << 10)
+    arguments = [*train_overrides, f"run.dir={disk / 'run'}", "checkpoint.every=5"]
+    found = refused("train_ddp.py", *arguments)
+    assert f"no checkpoint could be written to {disk / 'run' / 'checkpoints'}" in found
+    assert "step 5 is kept. Free disk space and run again to go on." in found
+    assert half_written(disk) == []
+    assert checkpoint.steps(disk / "run" / "checkpoints") == [5]
+    small_disk(4 << 20)
+    assert script(*arguments) is None
+    assert checkpoint.steps(disk / "run" / "checkpoints") == [5, 10]
+    assert (disk / "run" / "summary.json").exists()
+
+
+def test_a_store_of_another_model(train_overrides, lm_path, copied, script, tmp_path):
+    """The directory that the config names holds another model than when the store was extracted."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    path = shutil.copytree(lm_path, tmp_path / "lm")
+    config = GPT2Config.from_pretrained(lm_path, n_embd=20, n_layer=2)
+    GPT2LMHeadModel(config).save_pretrained(path)
+    for part in ("train", "heldout"):
+        index = copied / part / "index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"model": str(path)}))
+    before = digests(copied)
+    keys = [f"lm.model={path}", f"data.store={copied}", f"run.dir={tmp_path / 'run'}"]
+    found = script(*train_overrides, *keys)
+    assert "width D: the store has 16, the model 20" in found
+    assert "layers: the store has [0, 1, 2], the model [0, 1]" in found
+    assert "set data.store to another directory" in found
+    assert found == script("--prepare", *train_overrides, *keys)
+    assert not (tmp_path / "run").exists()
+    assert digests(copied) == before
+    found = script(*train_overrides, *keys, "lm.layers=[0, 1]")
+    assert "lm.layers: found [0, 1, 2], wanted [0, 1]; set data.store to another directory, or" in found
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_heldout_store_of_another_width(train_overrides, train, stores, copied, clt, script, tmp_path):
+    index = read_index(copied / "heldout")
+    fields = {name: getattr(index, name) for name in ("model", "tokenizer_hash", "layers", "text", "context")}
+    fields |= {name: getattr(index, name) for name in ("input_sites", "output_sites", "lm_layers")}
+    shutil.rmtree(copied / "heldout")
+    write_store(copied / "heldout", torch.randn(index.rows, 2, 3, 20).half(), **fields)
+    found = script(*train_overrides, f"data.store={copied}", f"run.dir={tmp_path / 'run'}")
+    assert "are not of one language model: d_acts is 16 and 20; delete the wrong one" in found
+    assert not (tmp_path / "run").exists()
+    run = train().dir
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(stores), str(copied)))
+    before = digests(run)
+    assert "holds activations of (L, D) = (3, 20), the checkpoint was trained on (3, 16)" in clt("eval", run)
+    assert digests(run) == before
+
+
+def test_a_run_directory_of_another_config(train_overrides, train, script):
+    run = train().dir
+    before = digests(run)
+    found = script(*train_overrides, f"run.dir={run}", "optim.lr=0.5")
+    assert "another config (optim.lr: found 0.001, wanted 0.5); choose another run.dir, or delete this one" in found
+    assert digests(run) == before
+
+
+def truncate(store: Path) -> None:
+    os.truncate(store / "shard_00002.h5", 2100)
+
+
+def lose_index(store: Path) -> None:
+    (store / "index.json").unlink()
+
+
+@pytest.mark.parametrize("part", ["train", "heldout"])
+@pytest.mark.parametrize(
+    ("damage", "wanted"),
+    [
+        (truncate, "shard_00002.h5 is truncated: found 2100 bytes, wanted {size}; copy this file again, or delete"),
+        (lose_index, "holds the shards of a finished store but no index.json: copy its index.json there again, delete"),
+    ],
+)
+def test_a_damaged_store_is_found_before_the_run_begins(
+    train_overrides, copied, script, tmp_path, part, damage, wanted
+):
+    size = (copied / part / "shard_00002.h5").stat().st_size
+    damage(copied / part)
+    before = digests(copied)
+    found = script(*train_overrides, f"data.store={copied}", f"run.dir={tmp_path / 'run'}")
+    assert str(copied / part) in found
+    assert wanted.format(size=size) in found
+    assert not (tmp_path / "run").exists()
+    assert digests(copied) == before
+
+
+def test_an_altered_shard_ends_the_run_that_reads_nan(train_overrides, copied, clt, script, tmp_path):
+    write_nan(copied / "train", shard=1)
+    found = script(*train_overrides, f"data.store={copied}", f"run.dir={tmp_path / 'run'}", "log.every=1")
+    assert "train_loss is nan at step " in found
+    remedy = f"clt inspect --verify {copied / 'train'}"
+    assert f"look for bad rows with `{remedy}`" in found
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert half_written(tmp_path / "run") == []
+    assert "altered shards: shard_00001.h5 do not have the checksums" in clt(*remedy.split()[1:])
+
+
+def test_an_altered_heldout_shard_ends_its_evaluation(train_overrides, copied, script, tmp_path):
+    write_nan(copied / "heldout", shard=2)
+    found = script(*train_overrides, f"data.store={copied}", f"run.dir={tmp_path / 'run'}")
+    assert f"is nan or inf; look for bad rows with `clt inspect --verify {copied / 'heldout'}`" in found
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert half_written(tmp_path / "run") == []
