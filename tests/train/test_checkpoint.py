@@ -1,22 +1,28 @@
-"""Checkpoints: complete, atomic, free of pickle."""
+"""Checkpoints: complete, atomic, free of pickle, and the same file from every layout of the ranks."""
 
+import itertools
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from clt.errors import UserError
 from clt.model.loss import Objective
 from clt.model.transcoder import CrossLayerTranscoder
-from clt.train import checkpoint
+from clt.train import checkpoint, tensorfile
+from clt.train.distributed import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+IDENTITY = {"config_hash": "abc", "data_hash": "def"}
 
 
-def trained(steps=3, seed=0):
+def trained(steps=3, seed=0, features=8):
     """A small transcoder and its optimizer after a few real steps, and a function that takes one more."""
     torch.manual_seed(seed)
-    objective = Objective(CrossLayerTranscoder(2, 4, 8))
+    objective = Objective(CrossLayerTranscoder(2, 4, features))
     optimizer = torch.optim.Adam(objective.parameters(), 1e-2, fused=True)
 
     def step(i):
@@ -30,68 +36,156 @@ def trained(steps=3, seed=0):
     return objective.transcoder, optimizer, step
 
 
-def state(step=3):
-    return {"step": step, "wandb_id": None, "scaler": {"scale": 2.0}, "last_fired": torch.arange(16).view(2, 8)}
+def counters(fill=None, features=8):
+    """Training state beside the optimizer's: what a run has, or an empty place to read it into."""
+    fired = torch.arange(2 * features).view(2, features)
+    return {"last_fired": fired if fill is None else torch.full_like(fired, fill), "loss_scale": torch.tensor(2.0)}
+
+
+def save(directory, transcoder, optimizer, step=3, keep=2, keep_every=0):
+    """One whole checkpoint; returns its path."""
+    with checkpoint.Checkpoints(directory, keep, keep_every, ALONE) as checkpoints:
+        parts = checkpoint.parts(transcoder, optimizer, counters())
+        checkpoints.begin(parts, transcoder.config, {"step": step, "wandb_id": None, **IDENTITY})
+        checkpoints.finish()
+    return directory / f"step_{step:08d}"
+
+
+def restore(path, transcoder, optimizer, expected=IDENTITY):
+    tensors = counters(fill=-1, features=transcoder.config["d_features"])
+    return checkpoint.restore(path, transcoder, optimizer, tensors, expected), tensors
 
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def moments(transcoder, optimizer):
+    return {
+        f"{name}.{key}": value
+        for name, parameter in transcoder.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
 def test_everything_comes_back_to_the_bit(tmp_path):
     transcoder, optimizer, step = trained()
-    path = checkpoint.save(tmp_path, transcoder, optimizer, state(), keep=2)
+    path = save(tmp_path, transcoder, optimizer)
     drawn = torch.rand(3)
-    assert path.name == "step_00000003"
     assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
 
     other, other_optimizer, other_step = trained(steps=1, seed=7)
-    restored = checkpoint.restore(path, other, other_optimizer)
+    state, tensors = restore(path, other, other_optimizer)
     assert torch.equal(torch.rand(3), drawn), "the RNG goes on from where it was"
-    assert (restored["step"], restored["wandb_id"], restored["scaler"]) == (3, None, {"scale": 2.0})
-    assert torch.equal(restored["last_fired"], state()["last_fired"])
+    assert (state["step"], state["wandb_id"], state["torch_version"]) == (3, None, torch.__version__)
+    assert equal(tensors, counters())
     assert equal(other.state_dict(), transcoder.state_dict())
     assert str(path) not in Path("/proc/self/maps").read_text(), "the files may be deleted while the run goes on"
-    tensors = checkpoint.optimizer_tensors
-    assert equal(tensors(other, other_optimizer), tensors(transcoder, optimizer))
+    assert equal(moments(other, other_optimizer), moments(transcoder, optimizer))
     step(9), other_step(9)
     assert equal(other.state_dict(), transcoder.state_dict())
 
 
+def shards_of(transcoder, optimizer, count):
+    """The transcoder and its optimizer state cut into shards, as feature ranks hold them."""
+    for i in range(count):
+        shard = CrossLayerTranscoder(2, 4, 8, shard=(i, count))
+        moved = torch.optim.Adam(shard.parameters(), fused=True)
+        for (name, ours), theirs in zip(shard.named_parameters(), transcoder.parameters(), strict=True):
+            dim = checkpoint.feature_dim(name)
+
+            def cut(tensor, dim=dim, shard=shard):
+                return (
+                    tensor
+                    if dim is None or not tensor.dim()
+                    else tensor.movedim(dim, 0)[shard.features].movedim(0, dim)
+                )
+
+            ours.data.copy_(cut(theirs.data))
+            moved.state[ours] = {key: cut(value).clone() for key, value in optimizer.state[theirs].items()}
+        fired = counters()["last_fired"][:, shard.features].clone()
+        yield shard, moved, counters() | {"last_fired": fired}
+
+
+@pytest.mark.parametrize(("shards", "replicas"), [(1, 2), (1, 3), (2, 1), (2, 2), (4, 1), (1, 4)])
+def test_every_layout_writes_and_reads_the_same_files(tmp_path, shards, replicas):
+    transcoder, optimizer, _ = trained()
+    whole = save(tmp_path / "whole", transcoder, optimizer)
+    rng = torch.get_rng_state()
+    cut = list(shards_of(transcoder, optimizer, shards))
+    torch.set_rng_state(rng)
+    ranks = [
+        checkpoint.parts(shard, moved, tensors, (i, replicas))
+        for (shard, moved, tensors), i in itertools.product(cut, range(replicas))
+    ]
+    for name in (checkpoint.MODEL, checkpoint.TRAINING):
+        tensorfile.create(tmp_path / name, ranks[0][name])
+        for rank in reversed(ranks):  # in any order
+            tensorfile.write(tmp_path / name, tensorfile.snapshot(rank[name]))
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+        assert sum(p.tensor.nbytes for rank in ranks for p in rank[name].values() if p.writes) == sum(
+            t.nbytes for t in load_file(whole / name).values()
+        ), "every byte is written by one rank"
+
+    for i, (shard, moved, tensors) in enumerate(cut):
+        fresh = CrossLayerTranscoder(2, 4, 8, shard=(i, shards))
+        fresh_optimizer = torch.optim.Adam(fresh.parameters(), fused=True)
+        found = {"last_fired": torch.zeros_like(tensors["last_fired"]), "loss_scale": torch.zeros(())}
+        checkpoint.restore(whole, fresh, fresh_optimizer, found, IDENTITY)
+        assert equal(fresh.state_dict(), shard.state_dict())
+        assert equal(moments(fresh, fresh_optimizer), moments(shard, moved))
+        assert equal(found, tensors)
+
+
 def test_a_checkpoint_is_a_pretrained_transcoder(tmp_path):
     transcoder, optimizer, _ = trained()
-    path = checkpoint.save(tmp_path, transcoder, optimizer, state(), keep=2)
+    path = save(tmp_path, transcoder, optimizer)
     assert equal(CrossLayerTranscoder.from_pretrained(path).state_dict(), transcoder.state_dict())
 
 
-def test_only_the_newest_are_kept(tmp_path):
+def test_the_weights_may_change_while_they_are_written(tmp_path):
+    transcoder, optimizer, step = trained()
+    before = {key: value.clone() for key, value in transcoder.state_dict().items()}
+    with checkpoint.Checkpoints(tmp_path, 2, 0, ALONE) as checkpoints:
+        checkpoints.begin(checkpoint.parts(transcoder, optimizer, counters()), transcoder.config, {"step": 3})
+        step(9)
+        assert checkpoint.steps(tmp_path) == [], "without a name until it is whole"
+        checkpoints.finish()
+    assert equal(load_file(tmp_path / "step_00000003" / "model.safetensors"), before)
+
+
+def test_which_checkpoints_are_kept(tmp_path):
     transcoder, optimizer, _ = trained()
     (tmp_path / "step_00000005.tmp").mkdir()  # what a crash leaves
-    for number in (5, 10, 15, 20):
-        checkpoint.save(tmp_path, transcoder, optimizer, state(number), keep=2)
-    assert checkpoint.steps(tmp_path) == [15, 20]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000015", "step_00000020"]
+    for number in (5, 10, 15, 20, 25):
+        save(tmp_path, transcoder, optimizer, number, keep_every=10)
+    assert checkpoint.steps(tmp_path) == [10, 20, 25]
+    assert len(list(tmp_path.iterdir())) == 3
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.json"])
 def test_a_truncated_file_is_named(tmp_path, name):
     transcoder, optimizer, _ = trained()
-    path = checkpoint.save(tmp_path, transcoder, optimizer, state(), keep=2)
+    path = save(tmp_path, transcoder, optimizer)
     os.truncate(path / name, (path / name).stat().st_size // 2)
     with pytest.raises(UserError, match=r"step_00000003.*damaged"):
-        checkpoint.restore(path, transcoder, optimizer)
+        restore(path, transcoder, optimizer)
 
 
-def test_another_format_and_another_size_are_refused(tmp_path):
+def test_another_format_size_config_or_version_is_refused(tmp_path):
     transcoder, optimizer, _ = trained()
-    path = checkpoint.save(tmp_path, transcoder, optimizer, state(), keep=2)
-    wider = CrossLayerTranscoder(2, 4, 9)
-    with pytest.raises(UserError, match=r"'d_features': 8.* this run of .*'d_features': 9"):
-        checkpoint.restore(path, wider, torch.optim.Adam(wider.parameters()))
+    path = save(tmp_path, transcoder, optimizer)
+    wider, wider_optimizer, _ = trained(features=9)
+    with pytest.raises(UserError, match="the transcoder's d_features: found 8, wanted 9"):
+        restore(path, wider, wider_optimizer)
+    with pytest.raises(UserError, match=r"data_hash: found 'def', wanted 'other'.*Go back to the versions"):
+        restore(path, transcoder, optimizer, IDENTITY | {"data_hash": "other"})
+    with pytest.raises(UserError, match=r"torch_version: found '.*', wanted '9\.9'"):
+        restore(path, transcoder, optimizer, IDENTITY | {"torch_version": "9.9"})
     saved = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(saved | {"format_version": 99}))
-    with pytest.raises(UserError, match="format version 99, this code reads 1; resume with the code that wrote it"):
-        checkpoint.restore(path, transcoder, optimizer)
+    with pytest.raises(UserError, match="format version 99, this code reads 2; resume with the code that wrote it"):
+        restore(path, transcoder, optimizer)
 
 
 def leave_free(disk, wanted):
@@ -104,14 +198,14 @@ def leave_free(disk, wanted):
 def test_a_full_disk_keeps_the_previous_checkpoint(small_disk):
     disk = small_disk(64 << 10)
     transcoder, optimizer, _ = trained()
-    checkpoint.save(disk, transcoder, optimizer, state(3), keep=2)
+    save(disk, transcoder, optimizer, 3)
     before = {file.name: file.read_bytes() for file in (disk / "step_00000003").iterdir()}
     leave_free(disk, 4096)
     with pytest.raises(UserError, match=r"found 0\.000 GB free, wanted .* step 3 is kept. Free disk space"):
-        checkpoint.save(disk, transcoder, optimizer, state(6), keep=2)
+        save(disk, transcoder, optimizer, 6)
     leave_free(disk, 16384)  # what the tensors have, so that the check passes; whole pages and headers do not fit
     with pytest.raises(UserError, match=r"No space left.*step 3 is kept"):
-        checkpoint.save(disk, transcoder, optimizer, state(6), keep=2)
+        save(disk, transcoder, optimizer, 6)
     assert checkpoint.steps(disk) == [3]
     assert sorted(path.name for path in disk.iterdir()) == ["filler", "step_00000003"]
     assert before == {file.name: file.read_bytes() for file in (disk / "step_00000003").iterdir()}
