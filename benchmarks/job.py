@@ -19,8 +19,8 @@ def torchrun(*arguments: str, processes: int, options: tuple[str, ...] = ()) -> 
 
 
 def environment() -> dict[str, str]:
-    """One thread a rank: the ranks of these jobs share few cores."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    """One thread a rank, as they share few cores; and a store for each restart (see launch.sh)."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def small_job(directory: Path) -> list[str]:

@@ -49,6 +49,7 @@ class Watch(threading.Thread):
         self.old_fd = signal.set_wakeup_fd(self.write_end)
         self.old_handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         self.since = time.monotonic()
+        self._beat()
         self.start()
         return self
 
@@ -116,5 +117,5 @@ class Watch(threading.Thread):
         return {r: json.loads(store.get(str(r))) if store.check([str(r)]) else [] for r in range(self.world.size)}
 
     def _exit(self, status: int, message: str) -> None:
-        print(f"[rank {self.world.rank}] error: {message}", file=sys.stderr, flush=True)
+        print(f"\n[rank {self.world.rank}] error: {message}", file=sys.stderr, flush=True)
         os._exit(status)

@@ -1,0 +1,152 @@
+"""Ranks that are told to stop, that hang, and that meet numbers which are not finite."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from clt.data.index import read_index
+from clt.data.shards import read_layout
+from clt.errors import UserError
+from clt.train import checkpoint
+from clt.train.watch import PREEMPTED, TOO_SLOW
+from tests.distributed.test_torchrun import ROOT
+
+STEPS = 4000
+
+
+def start(*arguments: str, run_dir: Path, processes: int = 2) -> subprocess.Popen:
+    """A long job under torchrun, in a session of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["train_ddp.py", *arguments, f"run.dir={run_dir}", f"train.steps={STEPS}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def ranks(job: subprocess.Popen) -> dict[int, int]:
+    """Process id by rank, once the loop has logged a step."""
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    found = {}
+    for child in children:
+        for entry in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            if entry.startswith(b"RANK="):
+                found[int(entry[5:])] = int(child)
+    return found
+
+
+def wait_for_steps(job: subprocess.Popen, run_dir: Path) -> None:
+    while not (run_dir / "metrics.jsonl").exists() or not (run_dir / "metrics.jsonl").stat().st_size:
+        assert job.poll() is None, job.communicate()[1]
+        time.sleep(0.05)
+
+
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(train_overrides, tmp_path):
+    job = start(*train_overrides, run_dir=tmp_path)
+    wait_for_steps(job, tmp_path)
+    os.kill(ranks(job)[1], signal.SIGUSR1)
+    _, stderr = job.communicate(timeout=120)
+    assert stderr.count(f"exitcode  : {PREEMPTED}") == 2, stderr
+    (step,) = checkpoint.steps(tmp_path / "checkpoints")
+    assert 0 < step < STEPS
+    assert f"stopped by a signal after step {step} of {STEPS}, with a checkpoint" in stderr
+    assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+    logged = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert logged == list(range(5, step + 1, 5)), "no line that an undisturbed run would not have"
+
+
+def test_sigterm_to_torchrun_is_the_same_and_the_run_goes_on(train_overrides, train, tmp_path):
+    job = start(*train_overrides, run_dir=tmp_path / "stopped")
+    wait_for_steps(job, tmp_path / "stopped")
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=120)
+    (step,) = checkpoint.steps(tmp_path / "stopped" / "checkpoints")
+    assert 0 < step < STEPS
+    # In another layout (one process) from there to the end.
+    shutil.copy(tmp_path / "stopped" / "config.yaml", tmp_path / "copy.yaml")
+    end = train(f"train.steps={STEPS}", f"run.dir={tmp_path / 'stopped'}", "eval.replacement_tokens=0")
+    assert end.summary["steps"] == STEPS
+    assert end.metrics[0]["step"] == 5
+
+
+def test_a_rank_that_hangs_is_named(train_overrides, tmp_path):
+    with start(*train_overrides, "parallel.timeout_seconds=4", run_dir=tmp_path) as job:
+        wait_for_steps(job, tmp_path)
+        victim = ranks(job)[1]
+        os.kill(victim, signal.SIGSTOP)
+        _, stderr = job.communicate(timeout=90)  # torchrun waits 30 s for the stopped rank before it kills it
+    assert job.returncode == 1
+    (line,) = [line for line in stderr.splitlines() if line.startswith("[rank 0] error: no progress since step")]
+    assert line.endswith(f"pid {victim}) stopped answering (stopped, or cut off from the network)"), line
+    assert "seconds=4: rank 1 (" in line
+
+
+def test_a_checkpoint_that_takes_too_long_is_given_up(tmp_path):
+    code = (
+        "import torch, time; from clt.train.distributed import World; from clt.train.watch import Watch\n"
+        "with Watch(World(0, 1, torch.device('cpu')), hang_seconds=60, grace_seconds=0.5):\n"
+        "    print('ready', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == TOO_SLOW
+    assert "no checkpoint could be written within checkpoint.grace_seconds=0.5 of the signal" in stderr
+
+
+@pytest.fixture
+def poisoned(stores, tmp_path):
+    """A copy of the stores in which one row of the training store holds a NaN."""
+    copy = shutil.copytree(stores, tmp_path / "poisoned")
+    file = copy / "train" / "shard_00000.h5"
+    index = read_index(copy / "train")
+    layout = read_layout(file, index.shards[0]["rows"], index.n_layers, index.d_acts, index.dtype)
+    with file.open("r+b") as shard:
+        shard.seek(layout.offsets["tensor"])
+        shard.write(torch.full((1,), float("nan"), dtype=torch.float16).numpy().tobytes())
+    return copy
+
+
+def test_a_nonfinite_loss_stops_the_run_and_is_named(train, poisoned):
+    with pytest.raises(
+        UserError, match=r"train_mse was not finite at step \d+; no weights changed since.*nonfinite=skip"
+    ):
+        train(f"data.store={poisoned}", "train.steps=17")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_nonfinite_loss_can_be_skipped(train, poisoned, precision):
+    """1000 rows in batches of 60 over 17 steps: every row comes once, so one step is left out."""
+    options = [f"data.store={poisoned}", "train.steps=17", "train.nonfinite=skip", "log.every=1"]
+    run = train(*options, f"train.precision={precision}", "train.accumulate=2")
+    assert all(tensor.isfinite().all() for tensor in run.weights.values())
+    skipped = [line["skipped_steps"] for line in run.metrics if "skipped_steps" in line]
+    bad = [line["step"] for line in run.metrics if "train_mse" in line and line["train_mse"] != line["train_mse"]]
+    assert len(bad) >= 1
+    assert skipped[bad[0] - 1] == skipped[bad[0] - 2] + 1 if bad[0] > 1 else skipped[0] == 1
+    if precision == "fp32":
+        assert skipped[-1] == len(bad)
+
+
+def test_ranks_agree_to_skip(train, poisoned, train_overrides, tmp_path):
+    """Only one rank reads the bad row: the others must leave the step out as well, in every layout."""
+    options = ["train.steps=17", "train.nonfinite=skip", "log.every=1", "train.accumulate=2", f"data.store={poisoned}"]
+    alone = train(*options)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "train_ddp.py"]
+    command += [*train_overrides, *options, "parallel.feature_shards=2", f"run.dir={tmp_path / 'ranks'}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    path = tmp_path / "ranks" / "checkpoints" / "step_00000017"
+    for name, tensor in checkpoint.load_transcoder(path).state_dict().items():
+        torch.testing.assert_close(tensor, alone.weights[name], rtol=1e-4, atol=1e-5)
