@@ -141,7 +141,7 @@ def measured_bytes(job: list[str], directory: Path, data: int, feature: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--no-bytes", action="store_true", help="leave out the bytes on the wire")
+    parser.add_argument("--bytes", nargs="*", metavar="LAYOUT", help="count bytes in these layouts only, e.g. 2x1")
     arguments = parser.parse_args()
     rows, missed, reference = [], [], None
     with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +161,7 @@ def main() -> None:
             share = state_bytes(feature) / state_bytes(1)
             row = {"layout": f"{data}x{feature}", "world_size": data * feature, **compare(ours, reference)}
             row |= {"memory_share": share, "memory_over_ideal": share * feature}
-            if data * feature > 1 and not arguments.no_bytes:
+            if data * feature > 1 and (arguments.bytes is None or row["layout"] in arguments.bytes):
                 row |= {"bytes_per_step": measured_bytes(job, directory, data, feature)}
                 row |= {"bytes_formula": bytes_per_step(data, feature, 512)}
             close = max(row["max_rel_loss"], row["max_rel_grad"], row["max_rel_weight"]) < BAR
