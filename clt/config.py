@@ -201,8 +201,8 @@ class CheckpointConfig:
     """Checkpoints whose step is a multiple of this are kept for good; 0 keeps none."""
     resume: bool = True
     """Continue from the newest checkpoint of the run directory; false refuses to start in one that holds a run."""
-    grace_seconds: float = 25.0
-    """Time to write a checkpoint after SIGTERM or SIGUSR1; torchrun kills its ranks 30 s after a signal."""
+    grace_seconds: float = 240.0
+    """Time to write a checkpoint after SIGTERM or SIGUSR1; launch.sh gives its ranks 300 s, torchrun alone 30 s."""
 
 
 @dataclass
