@@ -36,7 +36,9 @@ class Progress:
         self.moments.save(path / moments)
         fields = {name: getattr(self, name) for name in ("shards", "windows", "skip_rows")}
         write_json(path / PROGRESS, {"identity": identity, **fields, "moments": moments})
-        _clean(path, keep=moments)
+        for older in path.glob("moments_*.safetensors"):
+            if older.name != moments:
+                older.unlink()
 
 
 def load_progress(path: Path, identity: dict[str, Any], start: Progress) -> Progress:
