@@ -130,13 +130,13 @@ def sweep(precision: str, device: Any) -> list[Case]:
 def _data_path(quick: bool, device: Any) -> dict[str, Any]:
     from benchmarks import data_path, report
 
-    megabytes, tokens = (128, 16_000) if quick else (1024, 200_000)
+    megabytes, tokens = (128, {"embedded": 65_000, "SmolLM2-135M": 8_000}) if quick else (1024, {})
     found: dict[str, Any] = {"reader": [], "extraction": []}
     for name in data_path.SHAPES:
         found["reader"].append(data_path.reader(name, megabytes, device))
         report.print_reader(found["reader"][-1])
     for name in data_path.models():
-        found["extraction"].append(data_path.extraction(name, tokens, device))
+        found["extraction"].append(data_path.extraction(name, tokens.get(name, 100_000), device))
         report.print_extraction(found["extraction"][-1])
     return found
 

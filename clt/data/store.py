@@ -124,12 +124,12 @@ class DiscBuffer(Dataset[Tensor]):
         shards = np.searchsorted(self._firsts, rows, side="right") - 1
         breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(shards) != 0)) + 1
         starts, ends = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(rows)]])
-        for start, end in zip(starts.tolist(), ends.tolist()):
-            shard = int(shards[start])
-            layout = self._layouts[shard]
-            size = layout.row_bytes[name]
-            offset = layout.offsets[name] + int(rows[start] - self._firsts[shard]) * size
-            read_at(self._descriptor(shard), view[start * size : end * size], offset, self._files[shard])
+        size = self._layouts[shards[0]].row_bytes[name]
+        within = (rows - self._firsts[shards])[starts] * size
+        runs = zip(shards[starts].tolist(), (starts * size).tolist(), (ends * size).tolist(), within.tolist())
+        for shard, start, end, at in runs:
+            offset = self._layouts[shard].offsets[name] + at
+            read_at(self._descriptor(shard), view[start:end], offset, self._files[shard])
 
     def _descriptor(self, shard: int) -> int:
         found = self._descriptors.get(shard)
