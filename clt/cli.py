@@ -92,13 +92,12 @@ def _extract(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from clt.data.store import describe
+    from clt.data.describe import describe, verify
+    from clt.data.index import read_index
 
     print(describe(arguments.store))
     if arguments.verify:
-        from clt.data.store import DiscBuffer
-
-        DiscBuffer(arguments.store).verify()
+        verify(arguments.store, read_index(arguments.store))
         print("every shard's checksum is as the index says")
 
 

@@ -12,11 +12,10 @@ from tqdm import tqdm
 
 from clt.config import Config
 from clt.data import progress as record
-from clt.data.index import FORMAT_VERSION, INDEX, StoreIndex, read_index, write_index
+from clt.data.index import FORMAT_VERSION, INDEX, STATISTICS, StoreIndex, read_index, write_index
 from clt.data.progress import Progress
 from clt.data.rows import pieces
 from clt.data.shards import is_full_disk, row_bytes
-from clt.data.statistics import STATISTICS
 from clt.data.writer import Plan, Writer
 from clt.errors import UserError
 

@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from clt.data.index import write_whole
-from clt.errors import UserError
+from clt.data.index import STATISTICS_TENSORS, read_statistics, write_whole
 
-STATISTICS = "stats.safetensors"
-_NAMES = ("input_mean", "input_sd", "target_mean", "target_sd")
 _CHUNK = (64, 1024)  # rows widened to float64 at once: few enough for a CPU's cache, enough to fill a GPU
 
 
@@ -34,21 +31,14 @@ class Statistics:
 
     def save(self, file: str | Path) -> None:
         """Write the statistics as safetensors."""
-        tensors = {name: getattr(self, name).contiguous() for name in _NAMES}
-        write_whole(Path(file), save({**tensors, "rows": torch.tensor(self.rows, dtype=torch.int64)}))
+        tensors = {name: torch.as_tensor(getattr(self, name)).contiguous() for name in STATISTICS_TENSORS}
+        write_whole(Path(file), save(tensors))
 
     @classmethod
     def load(cls, file: str | Path) -> Statistics:
         """Read statistics. Raises UserError when the file is missing, damaged, or not of statistics."""
-        if not Path(file).is_file():
-            raise UserError(f"statistics {file} are missing; copy the store again, or extract it again")
-        try:
-            with safe_open(str(file), framework="pt") as tensors:
-                return cls(*(tensors.get_tensor(name) for name in _NAMES), rows=int(tensors.get_tensor("rows")))
-        except SafetensorError as error:
-            raise UserError(
-                f"statistics {file} are damaged ({error}); copy the store again, or extract it again"
-            ) from error
+        tensors = read_statistics(Path(file), "pt")
+        return cls(**{**tensors, "rows": int(tensors["rows"])})
 
 
 @dataclass

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clt.data.index import FORMAT_VERSION, PARTIAL, ShardEntry, StoreIndex, publish, write_index
+from clt.data.index import FORMAT_VERSION, PARTIAL, STATISTICS, ShardEntry, StoreIndex, publish, write_index
 from clt.data.sampler import permutation
 from clt.data.shards import COLUMN_DTYPES, checksum, create_shard, write_at
-from clt.data.statistics import STATISTICS, Moments
+from clt.data.statistics import Moments
 
 _WRITERS = max(1, min(4, (os.cpu_count() or 1) // 4))  # threads that write rows; the rest computes them
 _PART = 256  # rows that one thread writes at once
