@@ -36,6 +36,7 @@ def main() -> None:
         case = json.loads(arguments.case)
         print(json.dumps(step.measure(case, case.pop("peaks"), device)))
         return
+    old = json.loads(arguments.compare.read_text()) if arguments.compare else None  # a wrong path ends the run here
     result = _header(machine.describe(device))
     budget = 0.5 if arguments.quick else 2.0
     result["matmul_peak_tflops"] = {k: machine.matmul_peak(v, device, budget) for k, v in machine.PRECISIONS.items()}
@@ -47,11 +48,11 @@ def main() -> None:
     if arguments.plot:
         result["sweep"] = [measure(case, result) for case in sweep(arguments.precision, device)]
         report.plot(result["sweep"], arguments.plot)
-    if arguments.compare:
-        report.compare(json.loads(arguments.compare.read_text()), result)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    if old:
+        report.compare(old, result)
 
 
 def _arguments() -> argparse.Namespace:
@@ -130,7 +131,7 @@ def sweep(precision: str, device: Any) -> list[Case]:
 def _data_path(quick: bool, device: Any) -> dict[str, Any]:
     from benchmarks import data_path, report
 
-    megabytes, tokens = (128, {"embedded": 65_000, "SmolLM2-135M": 8_000}) if quick else (1024, {})
+    megabytes, tokens = (128, {"embedded": 65_000, "SmolLM2-135M": 4_000}) if quick else (1024, {})
     found: dict[str, Any] = {"reader": [], "extraction": []}
     for name in data_path.SHAPES:
         found["reader"].append(data_path.reader(name, megabytes, device))
