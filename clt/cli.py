@@ -92,13 +92,12 @@ def _extract(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from clt.data.store import describe
+    from clt.data.describe import describe, verify
+    from clt.data.index import read_index
 
     print(describe(arguments.store))
     if arguments.verify:
-        from clt.data.store import DiscBuffer
-
-        DiscBuffer(arguments.store).verify()
+        verify(arguments.store, read_index(arguments.store))
         print("every shard's checksum is as the index says")
 
 
@@ -110,8 +109,8 @@ def _eval(arguments: argparse.Namespace) -> None:
     import torch
 
     from clt.data.extract import check_model
-    from clt.data.index import write_json
-    from clt.data.statistics import STATISTICS, Statistics
+    from clt.data.index import STATISTICS, write_json
+    from clt.data.statistics import Statistics
     from clt.lm.load import load_language_model
     from clt.train import checkpoint
     from clt.train.evaluation import dead_features

@@ -64,7 +64,8 @@ def script(capfd, monkeypatch):
         try:
             runpy.run_path(str(ROOT / "train_ddp.py"), run_name="__main__")
         except SystemExit as end:
-            return message(end.code, capfd.readouterr().err)  # type: ignore[arg-type]
+            if end.code:
+                return message(end.code, capfd.readouterr().err)  # type: ignore[arg-type]
         return None
 
     return run

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 # Data flows one way: a package may import those above it (and itself), never those below.
@@ -87,3 +88,27 @@ def test_light_modules_do_not_import_torch(module):
     code = f"import sys, {module}; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_quick_answer_does_not_wait_for_torch(tmp_path):
+    """`--help`, a config error and `clt inspect` say what they have to say without the seconds that torch takes."""
+    from clt.data.writer import write_store
+
+    write_store(tmp_path, torch.randn(6, 2, 2, 4).half(), shard_rows=4)
+    commands = [
+        ["train_ddp.py", "--help"],
+        ["train_ddp.py", "train.stps=3"],
+        ["clt", "inspect", str(tmp_path), "--verify"],
+    ]
+    for script, *rest in commands:
+        code = (
+            "import runpy, sys\n"
+            f"sys.argv = {[script, *rest]}\n"
+            "try: runpy.run_path('train_ddp.py', run_name='__main__') if sys.argv[0] != 'clt' else "
+            "runpy.run_module('clt.cli', run_name='__main__')\n"
+            "except SystemExit as end: print(end.code)\n"
+            "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+        )
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert len(result.stdout + result.stderr) > 20

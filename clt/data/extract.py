@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from clt.config import Config
 from clt.data import progress as record
-from clt.data.index import FORMAT_VERSION, INDEX, StoreIndex, read_index, write_index
+from clt.data.index import FORMAT_VERSION, INDEX, STATISTICS, StoreIndex, read_index, write_index
 from clt.data.lock import locked
 from clt.data.progress import Progress
+from clt.data.rows import pieces
 from clt.data.shards import is_full_disk, row_bytes
-from clt.data.statistics import STATISTICS
-from clt.data.writer import Plan, Rows, Writer
+from clt.data.writer import Plan, Writer
 from clt.errors import UserError
 
 if TYPE_CHECKING:
@@ -197,65 +193,7 @@ def _write_groups(
             ) as meter,
             Writer(plan, first_group, save) as writer,
         ):
-            for rows, note in _pieces(config, plan, lm, state):
+            for rows, note in pieces(config, plan, lm, state):
                 writer.put(rows, note)
                 meter.update(len(rows))
     return state
-
-
-def _pieces(config: Config, plan: Plan, lm: LanguageModel, state: Progress) -> Iterator[tuple[Rows, Progress | None]]:
-    """The rows from `state` on, cut where groups end; a piece that ends a group comes with the progress made then."""
-    done, total, skip = state.rows, plan.index.rows, state.skip_rows
-    moments = state.moments.to(lm.device)
-    for windows_before, stored, rows in _captured(config, plan, lm, state.windows):
-        used, skip = skip, 0
-        while used < len(rows) and done < total:
-            group_end = min((done // plan.group_rows + 1) * plan.group_rows, total)
-            take = min(len(rows) - used, group_end - done)
-            moments.add(stored[used : used + take])
-            piece, used, done = rows[used : used + take], used + take, done + take
-            yield piece, Progress([], windows_before, used, moments.to("cpu")) if done == group_end else None
-        if done == total:
-            return
-    part = plan.index.text["part"]
-    key = "train_tokens" if part == "train" else "heldout_tokens"
-    raise UserError(
-        f"the {part} text of {config.text.source!r} ends after {done} rows, wanted {total}: "
-        f"lower data.{key}={done}, or give more text"
-    )
-
-
-def _captured(config: Config, plan: Plan, lm: LanguageModel, skip: int) -> Iterator[tuple[int, Tensor, Rows]]:
-    """Batch by batch: windows before it, its kept rows (n, 2, L, D) on the model's device, and the same on the CPU."""
-    from clt.lm.capture import Capture
-    from clt.lm.text import windows
-
-    capture, dtype = Capture(lm), getattr(torch, plan.index.dtype)
-    part: Part = plan.index.text["part"]
-    stream = iter(windows(config.text, part, lm, config.lm.context, skip=skip))
-    while batch := list(islice(stream, config.lm.batch_windows)):
-        tokens = np.stack([np.asarray(window.tokens) for window in batch])  # (N, T)
-        documents = np.stack([np.asarray(window.documents) for window in batch])
-        keep = np.stack([np.asarray(window.keep) for window in batch])
-        activations = capture(torch.from_numpy(tokens).long())  # (N, T, 2, L, D)
-        kept = activations[torch.from_numpy(keep).to(activations.device)]  # (n, 2, L, D)
-        stored = kept.to(dtype)
-        if not stored.isfinite().all():
-            raise _overflow(kept, stored, documents[keep], lm.layers)
-        positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)[keep]
-        yield skip, stored, Rows(stored.cpu(), tokens[keep], positions, documents[keep])
-        skip += len(batch)
-
-
-def _overflow(kept: Tensor, stored: Tensor, documents: np.ndarray, layers: list[int]) -> UserError:
-    """The error for the first value (n, 2, L, D) that is not finite in the storage dtype."""
-    # By layer, then input before target, as the model computes them: later ones may only follow from the first.
-    layer, side, row, dim = (~stored.isfinite()).transpose(0, 2).nonzero()[0].tolist()
-    value, dtype = kept[row, side, layer, dim].item(), str(stored.dtype).removeprefix("torch.")
-    where = f"{('input', 'target')[side]} activation {value:g} at layer {layers[layer]} (document {documents[row]})"
-    if np.isfinite(value):
-        return UserError(
-            f"{where} overflows {dtype}, which ends at {torch.finfo(stored.dtype).max:g}: set data.dtype=bfloat16 or "
-            "data.dtype=float32"
-        )
-    return UserError(f"{where} is not finite in the language model itself: set lm.dtype=bfloat16 or lm.dtype=float32")

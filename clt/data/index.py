@@ -14,6 +14,8 @@ from clt.errors import UserError
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
+STATISTICS = "stats.safetensors"
+STATISTICS_TENSORS = ("input_mean", "input_sd", "target_mean", "target_sd", "rows")
 PARTIAL = ".partial"
 """What the name of an unfinished file ends in."""
 
@@ -94,6 +96,21 @@ def read_index(path: str | Path) -> StoreIndex:
     if sum(shard["rows"] for shard in index.shards) != index.rows:
         raise UserError(f"{file} is damaged: its shards do not add up to {index.rows} rows; extract it again")
     return index
+
+
+def read_statistics(file: Path, framework: str) -> dict[str, Any]:
+    """The tensors of a store's statistics, for `np` or `pt`. Raises UserError when the file is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise UserError(f"statistics {file} are missing; copy the store again, or extract it again")
+    try:
+        with safe_open(str(file), framework=framework) as tensors:
+            return {name: tensors.get_tensor(name) for name in STATISTICS_TENSORS}
+    except SafetensorError as error:
+        raise UserError(
+            f"statistics {file} are damaged ({error}); copy the store again, or extract it again"
+        ) from error
 
 
 def write_index(path: str | Path, index: StoreIndex) -> None:

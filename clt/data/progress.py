@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clt.data.index import INDEX, PARTIAL, ShardEntry, write_json
-from clt.data.statistics import STATISTICS, Moments
+from clt.data.index import INDEX, PARTIAL, STATISTICS, ShardEntry, write_json
+from clt.data.statistics import Moments
 from clt.errors import UserError
 
 PROGRESS = "progress.json"
@@ -36,7 +36,9 @@ class Progress:
         self.moments.save(path / moments)
         fields = {name: getattr(self, name) for name in ("shards", "windows", "skip_rows")}
         write_json(path / PROGRESS, {"identity": identity, **fields, "moments": moments})
-        _clean(path, keep=moments)
+        for older in path.glob("moments_*.safetensors"):
+            if older.name != moments:
+                older.unlink()
 
 
 def load_progress(path: Path, identity: dict[str, Any], start: Progress) -> Progress:

@@ -6,16 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from clt.data.index import write_whole
-from clt.errors import UserError
+from clt.data.index import STATISTICS_TENSORS, read_statistics, write_whole
 
-STATISTICS = "stats.safetensors"
-_NAMES = ("input_mean", "input_sd", "target_mean", "target_sd")
-_CHUNK = 128  # rows widened to float64 at once: small enough for the processor's cache
+_CHUNK = (64, 1024)  # rows widened to float64 at once: few enough for a CPU's cache, enough to fill a GPU
 
 
 @dataclass(frozen=True)
@@ -34,21 +31,14 @@ class Statistics:
 
     def save(self, file: str | Path) -> None:
         """Write the statistics as safetensors."""
-        tensors = {name: getattr(self, name).contiguous() for name in _NAMES}
-        write_whole(Path(file), save({**tensors, "rows": torch.tensor(self.rows, dtype=torch.int64)}))
+        tensors = {name: torch.as_tensor(getattr(self, name)).contiguous() for name in STATISTICS_TENSORS}
+        write_whole(Path(file), save(tensors))
 
     @classmethod
     def load(cls, file: str | Path) -> Statistics:
         """Read statistics. Raises UserError when the file is missing, damaged, or not of statistics."""
-        if not Path(file).is_file():
-            raise UserError(f"statistics {file} are missing; copy the store again, or extract it again")
-        try:
-            with safe_open(str(file), framework="pt") as tensors:
-                return cls(*(tensors.get_tensor(name) for name in _NAMES), rows=int(tensors.get_tensor("rows")))
-        except SafetensorError as error:
-            raise UserError(
-                f"statistics {file} are damaged ({error}); copy the store again, or extract it again"
-            ) from error
+        tensors = read_statistics(Path(file), "pt")
+        return cls(**{**tensors, "rows": int(tensors["rows"])})
 
 
 @dataclass
@@ -67,13 +57,21 @@ class Moments:
 
     def add(self, rows: Tensor) -> None:
         """Take in rows (n, 2, L, D) of any float dtype, on the moments' device."""
-        for start in range(0, len(rows), _CHUNK):
-            chunk = rows[start : start + _CHUNK]
-            n, first = len(chunk), chunk[0].double()
-            wide = chunk.double() - first  # shifted to near the mean, so that the squares lose no digits
-            mean = wide.mean(0)
-            squares = (wide.square_().sum(0) - n * mean.square()).clamp_(min=0)
-            self.merge(Moments(n, first + mean, squares))
+        if len(rows) == 0:
+            return
+        flat = rows.flatten(1)
+        first = flat[0].double()  # everything is shifted to near the mean, so that the squares lose no digits
+        total, squares = torch.zeros_like(first), torch.zeros_like(first)
+        chunk = min(len(rows), _CHUNK[rows.device.type == "cuda"])
+        buffer = first.new_empty(chunk, len(first))
+        ones = first.new_ones(chunk)
+        for part in flat.split(chunk):
+            wide, weights = buffer[: len(part)].copy_(part).sub_(first), ones[: len(part)]
+            total += weights @ wide  # a matrix product: sums over rows are twice as slow
+            squares += weights @ wide.square_()
+        mean = total / len(rows)
+        squares = (squares - len(rows) * mean.square()).clamp_(min=0)
+        self.merge(Moments(len(rows), (first + mean).view_as(self.mean), squares.view_as(self.mean)))
 
     def merge(self, other: Moments) -> None:
         """Take in other moments: the pairwise update of Chan, Golub & LeVeque (1979)."""

@@ -6,7 +6,6 @@ import os
 import resource
 import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clt.data.index import FORMAT_VERSION, INDEX, ShardEntry, StoreIndex, read_index, write_index
-from clt.data.shards import COLUMN_DTYPES, checksum, read_at, read_layout
-from clt.data.statistics import STATISTICS, Statistics
+from clt.data.describe import describe, verify
+from clt.data.index import FORMAT_VERSION, INDEX, STATISTICS, ShardEntry, StoreIndex, read_index, write_index
+from clt.data.shards import COLUMN_DTYPES, read_at, read_layout
+from clt.data.statistics import Statistics
 from clt.errors import UserError
 
 __all__ = [
@@ -84,14 +84,7 @@ class DiscBuffer(Dataset[Tensor]):
 
     def verify(self) -> None:
         """Recompute every shard's checksum; raises UserError that names all altered shards."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = list(pool.map(checksum, self._files))
-        altered = [shard["file"] for shard, sum_ in zip(self.index.shards, found) if shard["checksum"] != sum_]
-        if altered:
-            raise UserError(
-                f"store {self.path} has altered shards: {', '.join(altered)} do not have the checksums that index.json "
-                "recorded; copy them again, or delete the store and extract it again"
-            )
+        verify(self.path, self.index)
 
     def close(self) -> None:
         """Close the shard files; the garbage collector does so too."""
@@ -124,12 +117,12 @@ class DiscBuffer(Dataset[Tensor]):
         shards = np.searchsorted(self._firsts, rows, side="right") - 1
         breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(shards) != 0)) + 1
         starts, ends = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(rows)]])
-        for start, end in zip(starts.tolist(), ends.tolist()):
-            shard = int(shards[start])
-            layout = self._layouts[shard]
-            size = layout.row_bytes[name]
-            offset = layout.offsets[name] + int(rows[start] - self._firsts[shard]) * size
-            read_at(self._descriptor(shard), view[start * size : end * size], offset, self._files[shard])
+        size = self._layouts[shards[0]].row_bytes[name]
+        within = (rows - self._firsts[shards])[starts] * size
+        runs = zip(shards[starts].tolist(), (starts * size).tolist(), (ends * size).tolist(), within.tolist())
+        for shard, start, end, at in runs:
+            offset = self._layouts[shard].offsets[name] + at
+            read_at(self._descriptor(shard), view[start:end], offset, self._files[shard])
 
     def _descriptor(self, shard: int) -> int:
         found = self._descriptors.get(shard)
@@ -154,26 +147,3 @@ def _allow_descriptors(count: int) -> None:
         if hard != resource.RLIM_INFINITY and hard < wanted:
             raise UserError(f"the store has {count} shards but only {hard} files may be open: raise `ulimit -n`")
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def describe(path: str | Path) -> str:
-    """What a person wants to know about a store, as lines of text. UserError when it is unfinished or damaged."""
-    buffer = DiscBuffer(path)
-    index, statistics = buffer.index, buffer.statistics
-    text = {key: value for key, value in index.text.items() if value is not None}
-    size = sum((Path(path) / shard["file"]).stat().st_size for shard in index.shards) / 1e9
-    lines = [
-        f"store     {path} (format {index.format_version})",
-        f"size      {size:.3f} GB: {index.rows} rows in {len(index.shards)} shards",
-        f"rows      (2, L={index.n_layers}, D={index.d_acts}) {index.dtype}",
-        f"model     {index.model}, revision {index.revision}, tokenizer {index.tokenizer_hash}",
-        f"sites     {index.input_sites[0]} -> {index.output_sites[0]} (first layer)",
-        f"text      {', '.join(f'{key} {value}' for key, value in text.items())}",
-        f"windows   {index.context} tokens, shuffled with seed {index.seed}",
-        "layer     input rms  target rms",
-    ]
-    inputs = (statistics.input_mean.square() + statistics.input_sd.square()).mean(1).sqrt().tolist()
-    targets = (statistics.target_mean.square() + statistics.target_sd.square()).mean(1).sqrt().tolist()
-    for layer, x, y in zip(index.layers, inputs, targets):
-        lines.append(f"{layer:5d}    {x:10.4g}  {y:10.4g}")
-    return "\n".join(lines)

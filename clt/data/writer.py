@@ -6,8 +6,8 @@ import dataclasses
 import os
 import queue
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clt.data.index import FORMAT_VERSION, PARTIAL, ShardEntry, StoreIndex, publish, write_index
+from clt.data.index import FORMAT_VERSION, PARTIAL, STATISTICS, ShardEntry, StoreIndex, publish, write_index
 from clt.data.sampler import permutation
 from clt.data.shards import COLUMN_DTYPES, checksum, create_shard, write_at
-from clt.data.statistics import STATISTICS, Moments
+from clt.data.statistics import Moments
 
+_WRITERS = max(1, min(4, (os.cpu_count() or 1) // 4))  # threads that write rows; the rest computes them
+_PART = 256  # rows that one thread writes at once
 STREAMS = {"train": 1, "heldout": 2}  # stream numbers of the shuffles; 0 is the reading order's
 
 
@@ -92,14 +94,19 @@ class OpenGroup:
     def full(self) -> bool:
         return self.filled == len(self.order)
 
-    def add(self, rows: Rows) -> None:
-        """Write the next rows of the text to their places."""
+    def add(self, rows: Rows, spread: Callable[..., Iterable[None]] = map) -> None:
+        """Write the next rows of the text to their places; `spread` maps over parts of them, perhaps on threads."""
         slots = self.order[self.filled : self.filled + len(rows)]
-        data = rows.tensor.reshape(len(rows), -1).view(torch.uint8).numpy()
-        size, offsets = data.shape[1], [layout.offsets["tensor"] for layout in self.layouts]
-        shards, places = np.divmod(slots, self.shard_rows)
-        for i, (shard, place) in enumerate(zip(shards.tolist(), places.tolist())):
-            write_at(self.descriptors[shard], data[i].data, offsets[shard] + place * size)
+        data = rows.tensor.reshape(-1).view(torch.uint8).numpy().data
+        size, offsets = len(data) // len(rows), [layout.offsets["tensor"] for layout in self.layouts]
+        shards, places = (part.tolist() for part in np.divmod(slots, self.shard_rows))
+
+        def write(part: range) -> None:
+            for i in part:
+                at = offsets[shards[i]] + places[i] * size
+                write_at(self.descriptors[shards[i]], data[i * size : (i + 1) * size], at)
+
+        list(spread(write, [range(i, min(i + _PART, len(rows))) for i in range(0, len(rows), _PART)]))
         for name, column in self.columns.items():
             column[slots] = getattr(rows, name)
         self.filled += len(rows)
@@ -129,11 +136,11 @@ class OpenGroup:
 
 
 class Writer:
-    """Writes rows in a background thread, so that the language model runs on meanwhile.
+    """Writes rows in background threads, so that the language model runs on meanwhile.
 
-    `record(entries, note)` is called in that thread for each whole group, with the note that came with its last rows.
-    An error of the thread is raised by the next `put` or `close`; leaving the `with` block by an error, or an error of
-    the thread, deletes the open group.
+    `record(entries, note)` is called in one of them for each whole group, in order, with the note that came with its
+    last rows. An error of a thread is raised by a later `put` or at the end of the `with` block; leaving that by an
+    error, or an error of a thread, deletes the open groups.
     """
 
     def __init__(self, plan: Plan, first_group: int, record: Callable[[list[ShardEntry], object], None]) -> None:
@@ -168,17 +175,31 @@ class Writer:
 
     def _write(self) -> None:
         group: OpenGroup | None = None
+        # A group is hashed, synced and named while the next one fills; one group at a time, so that they come in order.
+        with ThreadPoolExecutor(1, "clt-publisher") as publisher, ThreadPoolExecutor(_WRITERS, "clt-pwrite") as pool:
+            published: Future[None] | None = None
+            try:
+                while (item := self._queue.get()) is not None:
+                    rows, note = item
+                    group = group or OpenGroup(self._plan, self._group)
+                    group.add(rows, pool.map)
+                    if group.full:
+                        if published is not None:
+                            published.result()
+                        published = publisher.submit(self._publish, group, note)
+                        group, self._group = None, self._group + 1
+                if published is not None:
+                    published.result()
+            finally:
+                if group is not None:
+                    group.discard()
+
+    def _publish(self, group: OpenGroup, note: object) -> None:
         try:
-            while (item := self._queue.get()) is not None:
-                rows, note = item
-                group = group or OpenGroup(self._plan, self._group)
-                group.add(rows)
-                if group.full:
-                    self._record(group.publish(), note)
-                    group, self._group = None, self._group + 1
-        finally:
-            if group is not None:
-                group.discard()
+            self._record(group.publish(), note)
+        except BaseException:
+            group.discard()
+            raise
 
 
 def write_store(

@@ -59,6 +59,7 @@ def load_language_model(config: LMConfig, device: torch.device | str = "cpu") ->
         _require_gguf(config.model)
         options["gguf_file"] = gguf
     model, tokenizer = _load_pretrained(config, source, options)
+    _fuse_gelu(model)
     model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
     text_config = model.config.get_text_config()  # a multimodal model's language part
     layers = _choose_layers(config, text_config.num_hidden_layers)
@@ -74,6 +75,16 @@ def load_language_model(config: LMConfig, device: torch.device | str = "cpu") ->
         special_ids=frozenset(tokenizer.all_special_ids),
         bos_id=bos_token(tokenizer),
     )
+
+
+def _fuse_gelu(model: PreTrainedModel) -> None:
+    """Give GPT-2's activation, eight elementwise passes in transformers, to the one kernel that torch has for it."""
+    from transformers.activations import NewGELUActivation
+
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, torch.nn.GELU("tanh"))
 
 
 def _commit(source: str, revision: str | None) -> str | None:

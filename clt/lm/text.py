@@ -85,8 +85,7 @@ def _tokenised(
 ) -> Iterator[_Stream]:
     """The stream, `size` documents at a time: one call, in which a fast tokenizer runs without the GIL."""
     prefix = [] if bos is None else [bos]
-    numbered = enumerate(documents)
-    while batch := list(itertools.islice(numbered, size)):
+    for batch in _batches(enumerate(documents), size):
         texts = [text for _, text in batch]
         # verbose=False: documents longer than the model's context are expected here.
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -96,6 +95,21 @@ def _tokenised(
         starts = np.zeros(len(tokens), bool)
         starts[np.cumsum(lengths) - lengths] = True
         yield _Stream(tokens, np.repeat(np.array([index for index, _ in pieces], dtype=np.int64), lengths), starts)
+
+
+def _batches(
+    numbered: Iterable[tuple[int, str]], size: int, characters: int = 200_000
+) -> Iterator[list[tuple[int, str]]]:
+    """At most `size` documents at a time, fewer where they are long: whoever waits for the first window waits less."""
+    batch, length = [], 0
+    for index, text in numbered:
+        batch.append((index, text))
+        length += len(text)
+        if len(batch) == size or length > characters:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
 
 
 def windows(config: TextConfig, part: Part, lm: LanguageModel, context: int, skip: int = 0) -> Iterator[Window]:

@@ -149,3 +149,14 @@ class ByKeyword(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(hidden_states=x)[0]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+def test_kept_rows_in_storage_dtype_are_those_of_the_whole(
+    tiny: Callable[..., LanguageModel], input_ids: Tensor, dtype: torch.dtype | None
+) -> None:
+    capture, keep = Capture(tiny("gpt2")), torch.ones_like(input_ids, dtype=torch.bool)
+    keep[:, 0] = keep[0, 3:6] = keep[1, -1] = keep[2] = False
+    whole = capture(input_ids)
+    assert torch.equal(capture(input_ids, keep.numpy(), dtype), whole[keep].to(dtype or whole.dtype))
+    assert capture(input_ids, keep.numpy() & False).shape == (0, *whole.shape[2:])

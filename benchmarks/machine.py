@@ -1,0 +1,84 @@
+"""What this machine can do at most: matrix products, copies, and how much memory a process came to use."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def describe(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = [line.split(":")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    name = model[0].strip() if model else platform.processor()
+    return (
+        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of one call, the device's work included."""
+    wait(device)
+    start = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done everything that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device, budget: float) -> float:
+    """The best TFLOP/s of square matrix products, of sizes that grow while the next would take less than `budget` s.
+
+    Small sizes alone where a precision is slow: bf16 on a CPU without instructions for it.
+    """
+    best, n, limit = 0.0, 256, 16384 if device.type == "cuda" else 4096
+    while True:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        torch.mm(a, b, out=out)
+        took = min(seconds(lambda: torch.mm(a, b, out=out), device) for _ in range(5))  # noqa: B023
+        best = max(best, 2 * n**3 / took / 1e12)
+        if n == limit or 8 * took > budget:
+            return best
+        n *= 2
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """GB/s of `copy_` between two tensors far larger than the caches, read and written bytes counted."""
+    size = 1 << (32 if device.type == "cuda" else 28)
+    a = torch.ones(size, dtype=torch.uint8, device=device)
+    b = torch.zeros_like(a)
+    return 2 * size / min(seconds(lambda: b.copy_(a), device) for _ in range(7)) / 1e9
+
+
+def reset_peak(device: torch.device) -> int:
+    """Start counting the peak memory anew; returns the bytes in use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of the resident set
+    return _resident("VmRSS")
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes in use since `reset_peak`: of the allocator on CUDA, resident on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text().split(field + ":")[1]
+    return int(status.split()[0]) * 1024

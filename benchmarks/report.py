@@ -1,0 +1,99 @@
+"""The benchmark's figures for people: lines, the comparison with an earlier run, the plot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def print_machine(result: Row) -> None:
+    """What the machine does at best."""
+    peaks = ", ".join(f"{name} {value:.3g}" for name, value in result["matmul_peak_tflops"].items())
+    print(f"{result['device']}, torch {result['versions']['torch']}, commit {result['commit']}")
+    print(f"matrix products TFLOP/s: {peaks}; copy {result['copy_gb_per_s']:.1f} GB/s", flush=True)
+
+
+def print_step(row: Row) -> None:
+    """One line for one step."""
+    name = f"step L={row['L']} D={row['D']} F={row['F']} B={row['B']} {row['precision']} {row['variant']}"
+    if "error" in row:
+        print(f"{name:58s} {row['error']}", flush=True)
+        return
+    print(
+        f"{name:58s} {row['tokens_per_s']:10,.0f} tokens/s {row['tflops']:8.3f} TFLOP/s  "
+        f"{row['share_of_peak']:4.0%} of peak, {row['roofline_share']:4.0%} of roofline, "
+        f"{row['peak_memory_gb']:.2f} GB ({row['peak_memory_gb'] / row['formula_memory_gb']:.2f} of formula)",
+        flush=True,
+    )
+
+
+def print_reader(row: Row) -> None:
+    """One line for one shape of the reader."""
+    print(
+        f"reader {row['shape']:11s} {row['gb_per_s']:.2f} GB/s, {row['share_of_raw']:.0%} of readinto; "
+        f"{row['stall_share']:.2%} of the step's time spent waiting",
+        flush=True,
+    )
+
+
+def print_extraction(row: Row) -> None:
+    """One line for one language model."""
+    print(
+        f"extraction {row['model']:14s} {row['tokens_per_s']:,.0f} tokens/s, {row['share_of_forward']:.0%} of the bare "
+        f"forward ({row['share_of_own_forward']:.0%} of it with our activation)",
+        flush=True,
+    )
+
+
+def compare(old: Row, new: Row) -> None:
+    """Old and new of every figure that both runs have, with their ratio."""
+    before = dict(_figures(old))
+    print(f"\nagainst commit {old['commit']} on {old['device']}: old, new, new / old")
+    for name, value in _figures(new):
+        if before.get(name):
+            print(f"{name:72s} {before[name]:12.4g} {value:12.4g} {value / before[name]:8.3f}")
+
+
+def _figures(result: Row) -> Iterator[tuple[str, float]]:
+    """Every figure that is not an input, by a name that says of what."""
+    for name, value in result["matmul_peak_tflops"].items():
+        yield f"matmul_peak_tflops {name}", value
+    yield "copy_gb_per_s", result["copy_gb_per_s"]
+    for part in ("step", "reader", "extraction"):
+        for row in result.get(part, []):
+            label = " ".join(str(value) for value in row.values() if not isinstance(value, float))
+            for key, value in row.items():
+                if isinstance(value, float):
+                    yield f"{part} {label} {key}", value
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Step time against F, L and B, each with the other two fixed, beside what the roofline gives."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if "error" not in row]
+    middle = {key: _most_frequent([row[key] for row in rows]) for key in "FLB"}
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", sharey=True)
+    for axis, key, label in zip(axes, "FLB", ("features per layer F", "layers L", "tokens B")):
+        fixed = [other for other in "FLB" if other != key]
+        line = sorted((row for row in rows if all(row[o] == middle[o] for o in fixed)), key=lambda row: row[key])
+        x = [row[key] for row in line]
+        axis.plot(x, [row["seconds"] for row in line], "o-", label="measured")
+        axis.plot(x, [row["roofline_seconds"] for row in line], "k--", label="roofline")
+        axis.set(xlabel=label, xscale="log", yscale="log", title=", ".join(f"{o}={middle[o]}" for o in fixed))
+        axis.set_xticks(x, [str(value) for value in x], minor=False)
+        axis.minorticks_off()
+    axes[0].set_ylabel("seconds a step")
+    axes[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _most_frequent(values: list[int]) -> int:
+    return max(set(values), key=values.count)

@@ -1,0 +1,146 @@
+"""How near the machine's limits we run: the training step, the reader, the extraction.
+
+    python benchmarks/throughput.py [--quick] [--json OUT.json] [--compare OLD.json] [--plot OUT.png]
+                                    [--shapes 12x768x6144x4000 ..] [--variants ours textbook ..] [--precision bf16]
+
+Everything is measured in one run, on the GPU if there is one: what the machine does at best (matrix products, copies),
+then each part as a share of that and of the textbook step. Each step runs in a process of its own, for its memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+VARIANTS = ["ours", "ours_compiled", "textbook", "textbook_compiled"]
+Case = dict[str, Any]
+
+
+def main() -> None:
+    sys.path.insert(0, str(ROOT))
+    arguments = _arguments()
+    import torch
+
+    from benchmarks import machine, report
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.case:
+        from benchmarks import step
+
+        case = json.loads(arguments.case)
+        print(json.dumps(step.measure(case, case.pop("peaks"), device)))
+        return
+    old = json.loads(arguments.compare.read_text()) if arguments.compare else None  # a wrong path ends the run here
+    result = _header(machine.describe(device))
+    budget = 0.5 if arguments.quick else 2.0
+    result["matmul_peak_tflops"] = {k: machine.matmul_peak(v, device, budget) for k, v in machine.PRECISIONS.items()}
+    result["copy_gb_per_s"] = machine.copy_bandwidth(device)
+    report.print_machine(result)
+    result["step"] = [measure(case, result) for case in cases(arguments, device)]
+    if not arguments.step_only:
+        result |= _data_path(arguments.quick, device)
+    if arguments.plot:
+        result["sweep"] = [measure(case, result) for case in sweep(arguments.precision, device)]
+        report.plot(result["sweep"], arguments.plot)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    if old:
+        report.compare(old, result)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one small shape and little data: under three minutes")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures")
+    parser.add_argument("--compare", type=Path, metavar="OLD", help="show what changed since figures written earlier")
+    parser.add_argument(
+        "--plot", type=Path, metavar="OUT", help="also measure and draw the step's time over F, L and B"
+    )
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
+    parser.add_argument("--shapes", nargs="+", metavar="LxDxFxB", help="shapes of the step")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--step-only", action="store_true", help="leave reader and extraction out")
+    parser.add_argument("--case", help=argparse.SUPPRESS)  # one step in this process
+    return parser.parse_args()
+
+
+def _header(device: str) -> dict[str, Any]:
+    import torch
+
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    return {
+        "device": device,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
+        "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def cases(arguments: argparse.Namespace, device: Any) -> list[Case]:
+    """The steps to measure: those of `--shapes`, or the reference sizes that fit the device."""
+    import torch
+
+    from benchmarks import step
+
+    if arguments.shapes:
+        shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes]
+    elif device.type == "cuda":
+        wanted = [(12, 768, F, B) for F in (6144, 32768) for B in (4096, 16384)][: 1 if arguments.quick else 4]
+        free = torch.cuda.mem_get_info(device)[0]
+        shapes = [shape for shape in wanted if step.formula_memory(*shape, width=2) < 0.9 * free]
+    else:
+        shapes = [(6, 256, 512, 512)] if arguments.quick else [(12, 768, 1024, 4000)]
+    return [_case(shape, arguments.precision, variant) for shape in shapes for variant in arguments.variants]
+
+
+def _case(shape: tuple[int, ...], precision: str, variant: str) -> Case:
+    return {**dict(zip("LDFB", shape)), "precision": precision, "variant": variant}
+
+
+def measure(case: Case, peaks: dict[str, Any]) -> dict[str, Any]:
+    """`step.measure` in a fresh process; a case that fails says why in `error`, e.g. that the memory was too small."""
+    from benchmarks.report import print_step
+
+    peaks = {key: peaks[key] for key in ("matmul_peak_tflops", "copy_gb_per_s")}
+    command = [sys.executable, __file__, "--case", json.dumps({**case, "peaks": peaks})]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        row = json.loads(done.stdout.splitlines()[-1])
+    else:
+        row = {**case, "error": (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]}
+    print_step(row)
+    return row
+
+
+def sweep(precision: str, device: Any) -> list[Case]:
+    """Our step with one of F, L and B changed at a time around a middle shape."""
+    L, D, F, B = (12, 768, 8192, 4096) if device.type == "cuda" else (6, 256, 512, 512)
+    shapes = {(L, D, int(F * factor), B) for factor in (0.5, 1, 2, 4)}
+    shapes |= {(int(L * factor), D, F, B) for factor in (0.5, 1, 1.5, 2)}
+    shapes |= {(L, D, F, int(B * factor)) for factor in (0.5, 1, 2, 4)}
+    return [_case(shape, precision, "ours") for shape in sorted(shapes)]
+
+
+def _data_path(quick: bool, device: Any) -> dict[str, Any]:
+    from benchmarks import data_path, report
+
+    megabytes, tokens = (128, {"embedded": 65_000, "SmolLM2-135M": 4_000}) if quick else (1024, {})
+    found: dict[str, Any] = {"reader": [], "extraction": []}
+    for name in data_path.SHAPES:
+        found["reader"].append(data_path.reader(name, megabytes, device))
+        report.print_reader(found["reader"][-1])
+    for name in data_path.models():
+        found["extraction"].append(data_path.extraction(name, tokens.get(name, 100_000), device))
+        report.print_extraction(found["extraction"][-1])
+    return found
+
+
+if __name__ == "__main__":
+    main()

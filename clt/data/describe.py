@@ -1,0 +1,49 @@
+"""A store for people: its sizes, statistics and checksums. Imports no torch, so that `clt inspect` answers at once."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from clt.data.index import STATISTICS, StoreIndex, read_index, read_statistics
+from clt.data.shards import checksum, read_layout
+from clt.errors import UserError
+
+
+def describe(path: str | Path) -> str:
+    """What a person wants to know about a store, as lines of text. UserError when it is unfinished or damaged."""
+    index, statistics = read_index(path), read_statistics(Path(path) / STATISTICS, "np")
+    for shard in index.shards:
+        read_layout(Path(path) / shard["file"], shard["rows"], index.n_layers, index.d_acts, index.dtype)
+    text = {key: value for key, value in index.text.items() if value is not None}
+    size = sum((Path(path) / shard["file"]).stat().st_size for shard in index.shards) / 1e9
+    lines = [
+        f"store     {path} (format {index.format_version})",
+        f"size      {size:.3f} GB: {index.rows} rows in {len(index.shards)} shards",
+        f"rows      (2, L={index.n_layers}, D={index.d_acts}) {index.dtype}",
+        f"model     {index.model}, revision {index.revision}, tokenizer {index.tokenizer_hash}",
+        f"sites     {index.input_sites[0]} -> {index.output_sites[0]} (first layer)",
+        f"text      {', '.join(f'{key} {value}' for key, value in text.items())}",
+        f"windows   {index.context} tokens, shuffled with seed {index.seed}",
+        "layer     input rms  target rms",
+    ]
+    inputs, targets = (
+        ((statistics[f"{side}_mean"] ** 2 + statistics[f"{side}_sd"] ** 2).mean(1) ** 0.5).tolist()
+        for side in ("input", "target")
+    )
+    for layer, x, y in zip(index.layers, inputs, targets):
+        lines.append(f"{layer:5d}    {x:10.4g}  {y:10.4g}")
+    return "\n".join(lines)
+
+
+def verify(path: str | Path, index: StoreIndex) -> None:
+    """Recompute every shard's checksum; raises UserError that names all altered shards."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(checksum, [Path(path) / shard["file"] for shard in index.shards]))
+    altered = [shard["file"] for shard, sum_ in zip(index.shards, found) if shard["checksum"] != sum_]
+    if altered:
+        raise UserError(
+            f"store {path} has altered shards: {', '.join(altered)} do not have the checksums that index.json "
+            "recorded; copy them again, or delete the store and extract it again"
+        )

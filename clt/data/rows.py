@@ -1,0 +1,152 @@
+"""The rows of a store in the order of the text: the language model's forward pass, statistics, the way to the host."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clt.config import Config
+from clt.data.progress import Progress
+from clt.data.writer import Plan, Rows
+from clt.errors import UserError
+
+if TYPE_CHECKING:
+    from clt.lm.capture import Capture
+    from clt.lm.load import LanguageModel
+
+
+def pieces(config: Config, plan: Plan, lm: LanguageModel, state: Progress) -> Iterator[tuple[Rows, Progress | None]]:
+    """The rows from `state` on, cut where groups end; a piece that ends a group comes with the progress made then.
+
+    Raises UserError for a value that does not fit the storage dtype and for a text that ends early.
+    """
+    done = state.rows
+    for piece in _on_host(_on_device(config, plan, lm, state)):
+        if not piece.finite:
+            raise _overflow(piece, lm)
+        yield Rows(piece.stored, *(column[piece.part] for column in piece.batch.columns)), piece.note
+        done += len(piece.stored)
+    if done < plan.index.rows:
+        part = plan.index.text["part"]
+        key = "train_tokens" if part == "train" else "heldout_tokens"
+        raise UserError(
+            f"the {part} text of {config.text.source!r} ends after {done} rows, wanted {plan.index.rows}: "
+            f"lower data.{key}={done}, or give more text"
+        )
+
+
+@dataclass
+class _Batch:
+    """What one forward pass was made of."""
+
+    capture: Capture
+    tokens: np.ndarray
+    """(N, T)"""
+    keep: np.ndarray
+    """(N, T) bool: False at positions whose activations are not stored; n of them are True"""
+    columns: tuple[np.ndarray, np.ndarray, np.ndarray]
+    """token, position and document (n,)"""
+
+    def run(self, dtype: torch.dtype | None) -> Tensor:
+        """The kept rows (n, 2, L, D) on the model's device; in its own dtype for None."""
+        return self.capture(torch.from_numpy(self.tokens).long(), self.keep, dtype)
+
+
+@dataclass
+class _Piece:
+    """Rows of one forward pass that belong to one group of shards."""
+
+    batch: _Batch
+    part: slice
+    """Which of the batch's kept rows."""
+    stored: Tensor
+    """(n, 2, L, D) in storage dtype"""
+    finite: Tensor
+    """() bool: all values so far are"""
+    note: Progress | None
+
+
+def _on_device(config: Config, plan: Plan, lm: LanguageModel, state: Progress) -> Iterator[_Piece]:
+    """The pieces, on the model's device and counted in the statistics."""
+    done, total, used, windows = state.rows, plan.index.rows, state.skip_rows, state.windows
+    moments, dtype = state.moments.to(lm.device), getattr(torch, plan.index.dtype)
+    for batch in _batches(config, plan, lm, windows):
+        rows = batch.run(dtype)
+        while used < len(rows) and done < total:
+            group_end = min((done // plan.group_rows + 1) * plan.group_rows, total)
+            part = slice(used, min(len(rows), used + group_end - done))
+            moments.add(rows[part])
+            used, done = part.stop, done + part.stop - part.start
+            note = Progress([], windows, used, moments.to("cpu")) if done == group_end else None
+            # One value that is not finite makes its sum of squares so: no pass over the rows is needed to find it.
+            yield _Piece(batch, part, rows[part], moments.squares.isfinite().all(), note)
+        if done == total:
+            return
+        used, windows = 0, windows + len(batch.tokens)
+
+
+def _batches(config: Config, plan: Plan, lm: LanguageModel, skip: int) -> Iterator[_Batch]:
+    from clt.lm.capture import Capture
+    from clt.lm.text import windows
+
+    capture, part = Capture(lm), plan.index.text["part"]
+    stream = iter(windows(config.text, part, lm, config.lm.context, skip=skip))
+    while batch := list(islice(stream, config.lm.batch_windows)):
+        tokens, documents, keep = (np.stack(arrays) for arrays in zip(*batch))  # (N, T)
+        positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+        yield _Batch(capture, tokens, keep, (tokens[keep], positions[keep], documents[keep]))
+
+
+def _on_host(pieces: Iterator[_Piece]) -> Iterator[_Piece]:
+    """The pieces in host memory. A GPU's are copied on a stream of its own while it computes the next batch."""
+    stream, waiting = None, deque[tuple[_Piece, torch.cuda.Event]]()
+    for piece in pieces:
+        if not piece.stored.is_cuda:
+            yield piece
+            continue
+        stream = stream or torch.cuda.Stream(piece.stored.device)
+        waiting.append((piece, _copy(piece, stream)))
+        if len(waiting) > 1:
+            yield _copied(*waiting.popleft())
+    while waiting:
+        yield _copied(*waiting.popleft())
+
+
+def _copy(piece: _Piece, stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """Start copying a piece to pinned memory; returns the event after which it is there."""
+    stream.wait_stream(torch.cuda.current_stream(piece.stored.device))
+    with torch.cuda.stream(stream):
+        for name in ("stored", "finite"):
+            there = getattr(piece, name)
+            there.record_stream(stream)
+            setattr(piece, name, torch.empty_like(there, device="cpu", pin_memory=True).copy_(there, non_blocking=True))
+        event = torch.cuda.Event()
+        event.record(stream)
+    return event
+
+
+def _copied(piece: _Piece, event: torch.cuda.Event) -> _Piece:
+    event.synchronize()
+    return piece
+
+
+def _overflow(piece: _Piece, lm: LanguageModel) -> UserError:
+    """The error for the first value that does not fit the storage dtype; the model runs again to say what it was."""
+    stored, kept, documents = piece.stored, piece.batch.run(None)[piece.part], piece.batch.columns[2][piece.part]
+    # By layer, then input before target, as the model computes them: later ones may only follow from the first.
+    layer, side, row, dim = (~stored.isfinite()).transpose(0, 2).nonzero()[0].tolist()
+    value, dtype = kept[row, side, layer, dim].item(), str(stored.dtype).removeprefix("torch.")
+    where = f"{('input', 'target')[side]} activation {value:g} at layer {lm.layers[layer]} (document {documents[row]})"
+    if np.isfinite(value):
+        return UserError(
+            f"{where} overflows {dtype}, which ends at {torch.finfo(stored.dtype).max:g}: set data.dtype=bfloat16 or "
+            "data.dtype=float32"
+        )
+    return UserError(f"{where} is not finite in the language model itself: set lm.dtype=bfloat16 or lm.dtype=float32")

@@ -1,0 +1,45 @@
+"""The benchmark's arithmetic, counted independently, and its figures."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import report, step
+from clt.model.loss import Objective
+from clt.model.transcoder import CrossLayerTranscoder
+
+SIZES = {"L": 3, "D": 4, "F": 16, "B": 64}
+
+
+def test_parameters_and_flops_are_those_of_the_step() -> None:
+    objective = Objective(CrossLayerTranscoder(3, 4, 16))
+    assert step.parameters(3, 4, 16) == sum(p.numel() for p in objective.parameters())
+    # Under autocast every product is one that torch's counter knows.
+    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
+        objective(torch.randn(64, 2, 3, 4), torch.tensor(0.1)).loss.backward()
+    assert step.flops(**SIZES) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("variant", ["ours", "textbook"])
+def test_a_measured_step(variant: str) -> None:
+    peaks = {"matmul_peak_tflops": {"fp32": 0.1}, "copy_gb_per_s": 10.0}
+    row = step.measure({**SIZES, "precision": "fp32", "variant": variant}, peaks, torch.device("cpu"))
+    assert row["tokens_per_s"] * row["seconds"] == pytest.approx(64)
+    assert row["share_of_peak"] == pytest.approx(row["tflops"] / 0.1)
+    assert 0 < row["share_of_peak"] < row["roofline_share"] < 1
+
+
+def test_comparison_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def result(seconds: float) -> dict[str, Any]:
+        row = {**SIZES, "variant": "ours", "seconds": seconds, "roofline_seconds": 1.0}
+        machine = {"device": "x", "commit": "abc", "matmul_peak_tflops": {"fp32": 2.0}, "copy_gb_per_s": 3.0}
+        return {**machine, "step": [row, {**SIZES, "variant": "textbook", "error": "out of memory"}]}
+
+    report.compare(result(4.0), result(3.0))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if " seconds" in line]
+    assert line.split()[-3:] == ["4", "3", "0.750"]
+    report.plot(result(4.0)["step"] * 3, tmp_path / "plots" / "step.png")
+    assert (tmp_path / "plots" / "step.png").stat().st_size > 1000

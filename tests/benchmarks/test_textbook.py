@@ -1,0 +1,35 @@
+"""The reference step of the benchmark and ours: the same loss and the same gradients."""
+
+import torch
+
+from benchmarks.textbook import Textbook
+from clt.model.loss import Objective
+from clt.model.transcoder import CrossLayerTranscoder
+
+
+def test_our_step_is_the_textbook_step() -> None:
+    torch.manual_seed(0)
+    L, D, F, B = 4, 6, 10, 32
+    clt = CrossLayerTranscoder(L, D, F, normalization="layer", threshold=0.1, bandwidth=0.5).double()
+    x, y = torch.randn(B, L, D).double() * 3 + 1, torch.randn(B, L, D).double() * 0.2
+    clt.normalization.set(x.mean(0), x.std(0), y.mean(0), y.std(0))
+    with torch.no_grad():
+        clt.b_enc.normal_(0, 0.1)
+        clt.b_dec.normal_(0, 0.1)
+        clt.threshold.uniform_(-0.05, 0.3)
+    objective = Objective(clt, sparsity_scale=0.7)
+    textbook = Textbook(objective)
+    batch, sparsity = torch.stack([x, y], 1), torch.tensor(0.03, dtype=torch.float64)
+
+    ours, theirs = objective(batch, sparsity).loss, textbook(batch, sparsity)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    ours.backward()
+    theirs.backward()
+    for name in ("W_enc", "b_enc", "threshold", "b_dec"):
+        found, wanted = getattr(clt, name).grad, getattr(textbook, name).grad
+        assert wanted.abs().max() > 1e-6, name
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12, msg=name)
+    for s, weight in enumerate(clt.W_dec):
+        wanted = textbook.W_dec.grad[s, s:].transpose(0, 1)  # (F, L - s, D)
+        torch.testing.assert_close(weight.grad, wanted, rtol=1e-10, atol=1e-12)
+    assert not textbook.W_dec.grad[~textbook.mask.bool()[:, :, 0, 0]].any()
