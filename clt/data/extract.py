@@ -195,7 +195,7 @@ def _pieces(config: Config, plan: Plan, lm: LanguageModel, state: Progress) -> I
     """The rows from `state` on, cut where groups end; a piece that ends a group comes with the progress made then."""
     done, total, skip = state.rows, plan.index.rows, state.skip_rows
     moments = state.moments.to(lm.device)
-    for windows_before, stored, rows in _captured(config, plan, lm, state.windows):
+    for windows_before, stored, rows in captured(config, plan.index.text["part"], lm, state.windows):
         used, skip = skip, 0
         while used < len(rows) and done < total:
             group_end = min((done // plan.group_rows + 1) * plan.group_rows, total)
@@ -213,13 +213,15 @@ def _pieces(config: Config, plan: Plan, lm: LanguageModel, state: Progress) -> I
     )
 
 
-def _captured(config: Config, plan: Plan, lm: LanguageModel, skip: int) -> Iterator[tuple[int, Tensor, Rows]]:
-    """Batch by batch: windows before it, its kept rows (n, 2, L, D) on the model's device, and the same on the CPU."""
+def captured(config: Config, part: Part, lm: LanguageModel, skip: int) -> Iterator[tuple[int, Tensor, Rows]]:
+    """Batch by batch: windows before it, its kept rows (n, 2, L, D) on the model's device, and the same on the CPU.
+
+    In `data.dtype`, from window `skip` on. Raises UserError for a value that this dtype does not hold.
+    """
     from clt.lm.capture import Capture
     from clt.lm.text import windows
 
-    capture, dtype = Capture(lm), getattr(torch, plan.index.dtype)
-    part: Part = plan.index.text["part"]
+    capture, dtype = Capture(lm), getattr(torch, config.data.dtype)
     stream = iter(windows(config.text, part, lm, config.lm.context, skip=skip))
     while batch := list(islice(stream, config.lm.batch_windows)):
         tokens = np.stack([np.asarray(window.tokens) for window in batch])  # (N, T)

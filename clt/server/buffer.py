@@ -31,8 +31,9 @@ WORKERS = 256
 _PUT = 1024  # rows written at once: bounds how long the lock is held, and lets readers have the first rows early
 _HEADER = np.dtype(
     [
-        ("rows", "i8"), ("n_layers", "i8"), ("d_acts", "i8"), ("dtype", "S16"), ("min_fill", "i8"), ("segment", "S16"),
-        ("created", "f8"), ("dirty", "i8"), ("closing", "i8"),
+        ("rows", "i8"), ("n_layers", "i8"), ("d_acts", "i8"), ("dtype", "S16"), ("min_fill", "i8"),
+        ("segment", "S16"), ("tag", "S64"),
+        ("created", "f8"), ("dirty", "i8"), ("closing", "i8"), ("joined", "i8"),
         ("n_valid", "i8"), ("n_free", "i8"), ("generated", "i8"), ("drawn", "i8"), ("dropped", "i8"),
         ("served_rows", "i8"), ("served_bytes", "i8"), ("mark", "i8", 3),
         ("state", "S16"), ("cause", "S1024"), ("pid", "i8"), ("restarts", "i8"), ("since", "f8"),
@@ -76,20 +77,23 @@ class SharedBuffer:
         self._me = (os.getpid(), start_time(os.getpid()))
         self._worker: int | None = None
         self.random = np.random.default_rng()
-        self.segment = self._header["segment"].item().decode()
+        self.segment, self.tag = (self._header[name].item().decode() for name in ("segment", "tag"))
 
     @classmethod
-    def create(cls, name: str, rows: int, n_layers: int, d_acts: int, dtype: str, min_fill: int) -> SharedBuffer:
+    def create(
+        cls, name: str, rows: int, n_layers: int, d_acts: int, dtype: str, min_fill: int, tag: str = ""
+    ) -> SharedBuffer:
         """An empty buffer in the segment `name`, owned by this process; replaces a stale one of a dead owner.
 
-        Readers wait until `min_fill` rows are valid. Raises UserError when a living process owns the segment or there
-        is not enough memory.
+        Readers wait until `min_fill` rows are valid; `tag` says which rows they are. Raises UserError when a
+        living process owns the segment or there is not enough memory.
         """
         assert 0 <= min_fill <= rows < 2**31, (min_fill, rows)
         segment = Segment.create(name, buffer_bytes(rows, n_layers, d_acts, dtype))
         header = np.ndarray((), _HEADER, segment.memory, PREFIX_BYTES)
         header["rows"], header["n_layers"], header["d_acts"], header["dtype"] = rows, n_layers, d_acts, dtype.encode()
         header["min_fill"], header["segment"], header["created"] = min_fill, secrets.token_hex(8).encode(), time.time()
+        header["tag"] = tag.encode()
         header["state"], header["since"] = b"starting", time.time()
         header["dirty"] = 1  # the first to lock makes the lists
         segment.publish()
@@ -148,6 +152,11 @@ class SharedBuffer:
         with self._locked() as header:
             first, second, third = header["mark"].tolist()
             return first, second, third
+
+    @mark.setter
+    def mark(self, mark: tuple[int, int, int]) -> None:
+        with self._locked() as header:
+            header["mark"] = mark
 
     # The readers
 
@@ -280,6 +289,7 @@ class SharedBuffer:
                 raise UserError(f"the shared buffer serves {WORKERS} processes already: lower server.workers")
             self._worker = free[0]
             self._workers[self._worker] = (*self._me, 0)
+            header["joined"] += 1
             return True
 
     def clients(self, delta: int) -> int:
@@ -289,12 +299,17 @@ class SharedBuffer:
             self._workers[self._worker]["clients"] += delta
         return sum(count for _, count in self._living())
 
-    def close_if_unused(self) -> bool:
-        """Refuse all further workers if there is none now; whether that is so."""
+    def close_if_unused(self, waited: bool) -> bool:
+        """Refuse all further workers if the last one has left, or none came and it was `waited` long enough for it."""
         with self._locked() as header:
-            if not self._living():
+            if (waited or header["joined"]) and not self._living():
                 header["closing"] = 1
             return bool(header["closing"])
+
+    @property
+    def filled(self) -> float:
+        """The share of the slots that are not free."""
+        return 1 - int(self._header["n_free"]) / self.rows
 
     @property
     def alive(self) -> bool:
@@ -349,7 +364,7 @@ class SharedBuffer:
     def _generator(self, header: np.ndarray) -> dict[str, Any]:
         found = {name: header[name].item().decode("utf-8", "replace") for name in ("state", "cause")}
         found |= {name: header[name].item() for name in ("pid", "restarts", "since")}
-        if not self.alive:
+        if found["state"] != "stopped" and not self.alive:
             found |= {"state": "failed", "cause": f"the supervisor (process {self._segment.owner}) died"}
         return found
 
