@@ -166,15 +166,14 @@ class SharedBuffer:
         `out` (n rows of bytes, writable) receives the activations. Every row is drawn once at most, by whomever. Once
         the generator has stopped for good, min_fill no longer counts.
         """
-        if out is None:  # allocated before the claim: it may fail
-            activations = torch.empty(n, 2, self.n_layers, self.d_acts, dtype=getattr(torch, self.dtype))
-        else:
-            activations = torch.frombuffer(out, dtype=getattr(torch, self.dtype))
-            activations = activations.view(n, 2, self.n_layers, self.d_acts)
         slots = self.claim(n)
         if slots is None:
             return None
         try:
+            shape, dtype = (n, 2, self.n_layers, self.d_acts), getattr(torch, self.dtype)
+            activations = (
+                torch.empty(shape, dtype=dtype) if out is None else torch.frombuffer(out, dtype=dtype).view(shape)
+            )
             target = activations.view(n, -1).view(torch.uint8).numpy()
             np.take(self._payload, slots, axis=0, out=target, mode="clip")  # "raise" would copy twice
             return Batch(activations, **{name: column[slots] for name, column in self._columns.items()})

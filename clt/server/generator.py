@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +35,7 @@ def run_generator(config: Config, name: str) -> None:
 
     Goes on where the last generator of this buffer stopped: no row of the text is left out or comes twice.
     """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # leave as at the end of a program
     buffer = SharedBuffer.attach(name)
     _end_with_parent(buffer)
     torch.set_num_threads(max(torch.get_num_threads() - 1, 1))  # one core is the servers'
@@ -44,7 +47,7 @@ def run_generator(config: Config, name: str) -> None:
 
             lm = load_language_model(config.lm, device_for(config.server, 0.0, "cpu"))
             fill(buffer, from_model(config, lm, *buffer.mark[:2]), lm, config.server)
-    except BaseException as error:
+    except Exception as error:
         cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         buffer.set_generator("failed", cause, os.getpid())
         raise
