@@ -74,6 +74,13 @@ class TextConfig:
 class DataConfig:
     """Activations at rest and how they are read."""
 
+    source: Literal["store", "server"] = "store"
+    """Read a store of one's own, or what an activation server streams."""
+    url: str | None = None
+    """The server of `source: server`, e.g. http://127.0.0.1:8000."""
+    token_file: str | None = None
+    """File with the bearer token that the server asks for; null takes CLT_SERVER_TOKEN, or sends none."""
+
     store: str = "stores/default"
     """Directory of the activation stores: `train/` and `heldout/` below it."""
     train_tokens: int = 10_000_000
@@ -356,12 +363,14 @@ def _validate(config: Config, where: typing.Callable[[str], str]) -> None:
     check(["lm.layers"], lambda v: v is None or (v and v == sorted(set(v)) and v[0] >= 0), "ascending layer numbers")
     sites = ["lm.input_site", "lm.output_site"]
     check(sites, lambda v: v is None or "{layer}" in v, "a path with {layer}, e.g. transformer.h.{layer}.mlp")
+    if config.data.source == "server" and config.data.url is None:
+        raise UserError("data.source=server but data.url is null: set it to the server's, e.g. http://127.0.0.1:8000")
     if (config.lm.input_site is None) != (config.lm.output_site is None):
         raise UserError("lm.input_site and lm.output_site go together: set both, or neither")
 
 
 # What may differ when a run goes on: none of these changes the numbers that the run computes.
-_FREE = {"run.dir", "log", "profile", "checkpoint", "eval", "data.prefetch", "data.store", "server"}
+_FREE = {"run.dir", "log", "profile", "checkpoint", "eval", "data.prefetch", "data.store", "data.url", "data.token_file", "server"}
 
 
 def identity(config: Config) -> dict[str, Any]:
