@@ -370,7 +370,18 @@ def _validate(config: Config, where: typing.Callable[[str], str]) -> None:
 
 
 # What may differ when a run goes on: none of these changes the numbers that the run computes.
-_FREE = {"run.dir", "log", "profile", "checkpoint", "eval", "data.prefetch", "data.store", "data.url", "data.token_file", "server"}
+_FREE = {
+    "run.dir",
+    "log",
+    "profile",
+    "checkpoint",
+    "eval",
+    "data.prefetch",
+    "data.store",
+    "data.url",
+    "data.token_file",
+    "server",
+}
 
 
 def identity(config: Config) -> dict[str, Any]:

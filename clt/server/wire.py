@@ -101,6 +101,11 @@ def layout(n: int, n_layers: int, d_acts: int, dtype: str, segment: str = "") ->
     return Layout(n, head, offsets, start + end)
 
 
+def as_bytes(rows: torch.Tensor) -> memoryview:
+    """The bytes of contiguous rows on the CPU, without a copy."""
+    return rows.view(-1).view(torch.uint8).numpy().data
+
+
 def error_frame(sequence: int, reason: str, retry_after: float) -> bytes:
     """The frame that ends a stream before its time."""
     payload = json.dumps({"error": reason, "retry_after": retry_after}).encode()
@@ -118,7 +123,7 @@ def read_frame(readinto: Callable[[memoryview], int], sequence: int) -> Frame | 
     magic, kind, found, size, checksum = HEADER.unpack(header)
     if magic != MAGIC or kind not in (BATCH, ERROR) or size > MAX_PAYLOAD:
         raise WireError(f"found {bytes(header[:24])!r} where a frame starts with {MAGIC!r}")
-    payload = memoryview(np.empty(size, np.uint8))
+    payload = np.empty(size, np.uint8).data
     _fill(readinto, payload)
     if xxhash.xxh3_64_intdigest(payload) != checksum:
         raise WireError(f"frame {found} is damaged: its checksum does not match")
