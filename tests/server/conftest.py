@@ -1,9 +1,14 @@
 """Small shared buffers of known rows, and processes to kill."""
 
+import http.client
 import multiprocessing
 import os
 import secrets
+import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -13,7 +18,9 @@ import numpy as np
 import pytest
 import torch
 
+from clt.config import load_config
 from clt.data.writer import Rows
+from clt.parsing import to_yaml
 from clt.server.buffer import SharedBuffer
 
 ROWS, L, D = 64, 2, 3
@@ -76,3 +83,70 @@ def kill(child: BaseProcess) -> None:
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)
     child.join()
+
+
+class Server:
+    """A running server: `url`, `log` (a file), `process`; the store that it serves from is at `store`."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], store: Path, log: Path) -> None:
+        self.store, self.log = store, log
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", *(part.format(port=self.port) for part in command)]
+        env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        with open(log, "w") as file:
+            self.process = subprocess.Popen(command, env=env, cwd=Path(__file__).parents[2], stdout=file, stderr=file)
+        try:
+            eventually(self._answers, 120)
+        except AssertionError:
+            self.process.kill()
+            raise AssertionError(log.read_text()) from None
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        return self.status("/healthz") == 200
+
+    def status(self, path: str) -> int | None:
+        """The status of a GET, or None when nobody answers."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().status
+        except OSError:
+            return None
+        finally:
+            connection.close()
+
+    def stop(self) -> None:
+        """Ctrl-C, and wait for the end of all its processes."""
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(60)
+
+
+@pytest.fixture(scope="session")
+def serve(
+    stores: Path, lm_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Server]]:
+    """serve(*overrides, by="clt" or "uvicorn", **environment): a server of a copy of the extracted stores."""
+    servers = []
+
+    def start(*overrides: str, by: str = "clt", **environment: str) -> Server:
+        path = tmp_path_factory.mktemp("server")
+        shutil.copytree(stores, path / "store")
+        config = load_config(
+            None, [*lm_overrides, f"data.store={path / 'store'}", "server.source=store", "server.rows=512", *overrides]
+        )
+        (path / "config.yaml").write_text(to_yaml(config))
+        if by == "clt":
+            command = ["clt.cli", "serve", str(path / "config.yaml"), "server.port={port}"]
+        else:
+            command = ["uvicorn", "clt.server.app:app", "--http", "clt.server.protocol:Protocol", "--port", "{port}"]
+            command += ["--workers", str(config.server.workers), "--timeout-graceful-shutdown", "1"]
+            environment["CLT_CONFIG"] = str(path / "config.yaml")
+        servers.append(Server(command, environment, path / "store", path / "log"))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
