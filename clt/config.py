@@ -357,7 +357,7 @@ def _validate(config: Config, where: typing.Callable[[str], str]) -> None:
     check(["server.min_fill", "server.low"], lambda v: 0 <= v <= 1, "a share of the buffer between 0 and 1")
     check(["server.port"], lambda v: 0 < v < 65536, "a port number, 1 to 65535")
     named = re.compile(r"[\w.-]{1,64}")
-    check(["server.name"], lambda v: v is None or named.fullmatch(v), "letters, digits, dots and dashes, or null")
+    check(["server.name"], lambda v: v is None or bool(named.fullmatch(v)), "letters, digits, dots and dashes, or null")
     check(["optim.betas"], lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
     check(["optim.clip_norm"], lambda v: v is None or v > 0, "a positive number or null")
     check(["lm.layers"], lambda v: v is None or (v and v == sorted(set(v)) and v[0] >= 0), "ascending layer numbers")

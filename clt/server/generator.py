@@ -31,25 +31,34 @@ _STORE_BATCH = 4096  # rows read from a store at once
 
 
 def run_generator(config: Config, name: str) -> None:
-    """Fill the buffer `name` until this process is ended; an error is recorded in the buffer and raised.
+    """Fill the buffer `name` until this process is ended; an error is recorded in the buffer and ends it.
 
     Goes on where the last generator of this buffer stopped: no row of the text is left out or comes twice.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # leave as at the end of a program
     buffer = SharedBuffer.attach(name)
+    buffer.set_generator("starting", pid=os.getpid())
     _end_with_parent(buffer)
     torch.set_num_threads(max(torch.get_num_threads() - 1, 1))  # one core is the servers'
     try:
         if config.server.source == "store":
             fill(buffer, from_store(config, *buffer.mark[:2]))
         else:
+            from transformers.utils.logging import disable_progress_bar
+
             from clt.lm.load import load_language_model
 
-            lm = load_language_model(config.lm, device_for(config.server, 0.0, "cpu"))
+            disable_progress_bar()  # a log is no place for it, and its semaphore outlives a process that is killed
+            lm = load_language_model(
+                config.lm, device_for(config.server, buffer.filled, "cpu", torch.cuda.is_available())
+            )
             fill(buffer, from_model(config, lm, *buffer.mark[:2]), lm, config.server)
+    except UserError as error:
+        buffer.set_generator("failed", str(error), os.getpid())
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
     except Exception as error:
-        cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        buffer.set_generator("failed", cause, os.getpid())
+        buffer.set_generator("failed", f"{type(error).__name__}: {error}", os.getpid())
         raise
 
 
@@ -97,18 +106,18 @@ def fill(
 def _move(buffer: SharedBuffer, lm: LanguageModel | None, config: ServerConfig | None) -> None:
     if lm is None or config is None:
         return
-    device = device_for(config, buffer.filled, lm.device.type)
+    device = device_for(config, buffer.filled, lm.device.type, torch.cuda.is_available())
     if device != lm.device.type:
         lm.model.to(device)  # type: ignore[arg-type]
         torch.cuda.empty_cache()
 
 
-def device_for(config: ServerConfig, filled: float, current: str) -> str:
+def device_for(config: ServerConfig, filled: float, current: str, has_gpu: bool) -> str:
     """Where the language model should run: `cpu` or `cuda`. `filled` is the share of the buffer that is not free.
 
     `auto-low` takes the GPU below `config.low` and gives it back when the buffer is full. Without one it is the CPU.
     """
-    if config.device == "cpu" or not torch.cuda.is_available():
+    if config.device == "cpu" or not has_gpu:
         return "cpu"
     if config.device == "gpu" or filled < config.low:
         return "cuda"

@@ -42,8 +42,8 @@ def prepare(config: Config, progress: bool = False) -> StoreIndex:
         index = read_index(directory)
         check_store(index, config)
         return index
-    index = dataclasses.replace(heldout, text={**heldout.text, "part": "train"}, rows=0, shards=[])
-    if not _is_there(directory, index, config.server.statistics_tokens):
+    index = _description(heldout)
+    if not _has_statistics(config, index):
         directory.mkdir(parents=True, exist_ok=True)
         (directory / INDEX).unlink(missing_ok=True)
         _statistics(config, heldout).save(directory / STATISTICS)
@@ -51,12 +51,23 @@ def prepare(config: Config, progress: bool = False) -> StoreIndex:
     return index
 
 
-def _is_there(directory: Path, index: StoreIndex, rows: int) -> bool:
-    return (
-        (directory / INDEX).exists()
-        and read_index(directory) == index
-        and Statistics.load(directory / STATISTICS).rows == rows
-    )
+def needs_model(config: Config) -> bool:
+    """Whether `prepare` will run the language model, which takes memory and time."""
+    heldout = Path(config.data.store) / "heldout"
+    if not (heldout / INDEX).exists():
+        return True
+    return config.server.source == "model" and not _has_statistics(config, _description(read_index(heldout)))
+
+
+def _description(heldout: StoreIndex) -> StoreIndex:
+    return dataclasses.replace(heldout, text={**heldout.text, "part": "train"}, rows=0, shards=[])
+
+
+def _has_statistics(config: Config, index: StoreIndex) -> bool:
+    directory = folder(config)
+    if not (directory / INDEX).exists() or read_index(directory) != index:
+        return False
+    return Statistics.load(directory / STATISTICS).rows == config.server.statistics_tokens
 
 
 def _statistics(config: Config, heldout: StoreIndex) -> Statistics:

@@ -27,7 +27,7 @@ from clt.errors import UserError
 from clt.parsing import to_yaml
 from clt.server.buffer import SharedBuffer, buffer_bytes
 from clt.server.generator import run_generator
-from clt.server.prepare import prepare, tag
+from clt.server.prepare import needs_model, prepare, tag
 
 _TICK = 0.2  # seconds between two looks at the workers and their claims
 _FIRST_WORKER = 60.0  # seconds that the first worker may take to come
@@ -130,7 +130,9 @@ def _create(config: Config) -> SharedBuffer:
 
 
 def _prepared(config: Config) -> StoreIndex:
-    """`prepare` in a process of its own: the language model's memory goes with it."""
+    """`prepare`, where it loads a language model in a process of its own: the memory goes with it."""
+    if not needs_model(config):
+        return prepare(config)
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             return pool.submit(prepare, config, sys.stderr.isatty()).result()
@@ -147,8 +149,8 @@ def supervise(config: Config, buffer: SharedBuffer) -> None:
     started, delay, restarts = time.monotonic(), _DELAYS[0], 0
     while True:
         child = context.Process(target=run_generator, args=(config, segment_name(config)), name="clt-generator")
+        buffer.set_generator("starting", restarts=restarts)
         child.start()
-        buffer.set_generator("starting", pid=child.pid or 0, restarts=restarts)
         born = time.monotonic()
         try:
             if _watch(config, buffer, started, child):
@@ -157,10 +159,10 @@ def supervise(config: Config, buffer: SharedBuffer) -> None:
             _end(child)
         buffer.set_generator("failed", _cause(buffer, child), child.pid or 0)
         buffer.reclaim()
-        delay = _DELAYS[0] if time.monotonic() - born > _STEADY else min(delay * 2, _DELAYS[1])
+        delay = _DELAYS[0] if time.monotonic() - born > _STEADY else delay
         if _watch(config, buffer, started, None, delay):
             return
-        restarts += 1
+        delay, restarts = min(2 * delay, _DELAYS[1]), restarts + 1
 
 
 def _watch(

@@ -89,19 +89,23 @@ class Server:
     """A running server: `url`, `log` (a file), `process`; the store that it serves from is at `store`."""
 
     def __init__(self, command: list[str], environment: dict[str, str], store: Path, log: Path) -> None:
-        self.store, self.log = store, log
+        self.store, self.log, self._environment = store, log, os.environ | {"OMP_NUM_THREADS": "1"} | environment
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", *(part.format(port=self.port) for part in command)]
-        env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-        with open(log, "w") as file:
-            self.process = subprocess.Popen(command, env=env, cwd=Path(__file__).parents[2], stdout=file, stderr=file)
+        self._command = [sys.executable, "-m", *(part.format(port=self.port) for part in command)]
+        self.start()
+
+    def start(self) -> None:
+        """Start the process, again if it has ended, and wait until it serves."""
+        root = Path(__file__).parents[2]
+        with open(self.log, "a") as file:
+            self.process = subprocess.Popen(self._command, env=self._environment, cwd=root, stdout=file, stderr=file)
         try:
             eventually(self._answers, 120)
         except AssertionError:
             self.process.kill()
-            raise AssertionError(log.read_text()) from None
+            raise AssertionError(self.log.read_text()) from None
 
     def _answers(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()
