@@ -236,7 +236,7 @@ class SharedBuffer:
         with self._locked() as header:
             h = header.copy()
         rows, valid, free, generated = (int(h[name]) for name in ("rows", "n_valid", "n_free", "generated"))
-        drawn, dropped = int(h["drawn"]), int(h["dropped"])
+        drawn, dropped, living = int(h["drawn"]), int(h["dropped"]), self._living()
         return {
             "segment": self.segment,
             "rows": rows,
@@ -251,8 +251,8 @@ class SharedBuffer:
             "rows_dropped": dropped,
             "rows_served": int(h["served_rows"]),
             "bytes_served": int(h["served_bytes"]),
-            "clients": sum(count for _, count in self._living()),
-            "workers": len(self._living()),
+            "clients": sum(count for _, count in living),
+            "workers": len(living),
             "created": float(h["created"]),
             "epoch": int(h["mark"][0]),
             "windows": int(h["mark"][1]),
@@ -283,11 +283,12 @@ class SharedBuffer:
         with self._locked() as header:
             if header["closing"]:
                 return False
-            free = [i for i, worker in enumerate(self._workers.tolist()) if start_time(worker[0]) != worker[1]]
-            if not free:
+            entries = enumerate(self._workers.tolist())
+            free = next((i for i, (pid, start, _) in entries if not pid or start_time(pid) != start), None)
+            if free is None:
                 raise UserError(f"the shared buffer serves {WORKERS} processes already: lower server.workers")
-            self._worker = free[0]
-            self._workers[self._worker] = (*self._me, 0)
+            self._worker = free
+            self._workers[free] = (*self._me, 0)
             header["joined"] += 1
             return True
 

@@ -52,7 +52,7 @@ def ensure(config: Config) -> SharedBuffer:
     with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         while (buffer := _join(config)) is None:
-            _start(config, directory)
+            _start(config, directory, lock.fileno())
         return buffer
 
 
@@ -75,13 +75,18 @@ def _join(config: Config) -> SharedBuffer | None:
     return None
 
 
-def _start(config: Config, directory: Path) -> None:
-    """Start the supervisor in a session of its own, where no Ctrl-C reaches it, and wait until its buffer is there."""
+def _start(config: Config, directory: Path, lock: int) -> None:
+    """Start the supervisor in a session of its own, where no Ctrl-C reaches it, and wait until its buffer is there.
+
+    It holds the lock too: if this process is killed meanwhile, the next waits until the supervisor has given up.
+    """
     write_whole(directory / "config.yaml", to_yaml(config).encode())
     reader, writer = os.pipe()
-    os.set_inheritable(writer, True)
-    command = [sys.executable, "-m", "clt.server.supervisor", str(directory / "config.yaml"), str(writer)]
+    command = [sys.executable, "-m", "clt.server.supervisor", str(directory / "config.yaml"), str(writer), str(lock)]
+    for descriptor in (writer, lock):
+        os.set_inheritable(descriptor, True)
     os.posix_spawn(sys.executable, command, os.environ, setsid=True)
+    os.set_inheritable(lock, False)
     os.close(writer)
     with open(reader) as answer:
         text = answer.readline()  # empty when the process ended without an answer
@@ -90,10 +95,14 @@ def _start(config: Config, directory: Path) -> None:
         raise UserError(error)
 
 
-def main(path: str, answer: int) -> None:
-    """The supervisor process of the config at `path`; {"error": text or null} goes to the descriptor `answer`."""
+def main(path: str, answer: int, lock: int) -> None:
+    """The supervisor process of the config at `path`; {"error": text or null} goes to the descriptor `answer`.
+
+    The lock on the descriptor `lock` is held until then.
+    """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-    os.set_inheritable(answer, False)
+    for descriptor in (answer, lock):
+        os.set_inheritable(descriptor, False)
     try:
         config = load_config(path)
         buffer = _create(config)
@@ -106,6 +115,7 @@ def main(path: str, answer: int) -> None:
     try:
         os.write(answer, b'{"error": null}\n')
         os.close(answer)
+        os.close(lock)
         supervise(config, buffer)
     finally:
         buffer.set_generator("stopped")
@@ -208,7 +218,10 @@ def _position(config: Config) -> Path:
 
 
 def _save_position(config: Config, buffer: SharedBuffer) -> None:
-    """Record the place in the text: a server that is started again goes on behind the rows that were in the buffer."""
+    """Record the place in the text: a server that is started again goes on behind the rows that were in the buffer.
+
+    One that was killed repeats the rows of the seconds since the last record.
+    """
     write_json(_position(config), {"tag": buffer.tag, "mark": buffer.mark})
 
 
@@ -219,4 +232,4 @@ def _load_position(config: Config) -> tuple[int, int, int]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -1,5 +1,6 @@
 """What fills the buffer: the right rows in the right order, whatever dies in between."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -305,6 +306,22 @@ def test_workers_share_one_supervisor_which_outlives_the_first_and_not_the_last(
     assert not watcher._segment.path.exists()
     assert start_time(generator) is None
     watcher.close()
+
+
+def test_the_next_takes_over_from_a_worker_that_was_killed_while_it_started_the_server(
+    config: MakeConfig, spawn: Spawn
+) -> None:
+    """Only one process at a time may extract: two would write the same shards."""
+    made = config("server.rows=150", "server.statistics_tokens=100")
+    into, out = multiprocessing.Pipe(duplex=False)
+    worker = spawn(_ensure_and_hang, made, out)
+    eventually(lambda: (Path(made.data.store) / "server" / "config.yaml").exists())
+    os.kill(worker.pid or 0, signal.SIGKILL)
+    with open(Path(made.data.store) / "server" / "lock") as lock, pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert not into.poll()
+    with served(made) as buffer:
+        assert buffer.stats()["workers"] == 1
 
 
 def test_a_killed_supervisor_leaves_nothing_and_is_replaced(config: MakeConfig, stores: Path, tmp_path: Path) -> None:
