@@ -90,8 +90,9 @@ async def _frames(
             last = sequence == count or time.monotonic() > end
             ahead = None if last else asyncio.create_task(supply.frame(n, sequence))
             for start in range(0, len(frame), PIECE):
+                if start + PIECE >= len(frame):  # counted before the client can have it whole
+                    supply.buffer.add_served(n, len(frame))
                 yield frame[start : start + PIECE]
-            supply.buffer.add_served(n, len(frame))
             if ahead is None:
                 return
             frame = await ahead

@@ -51,6 +51,9 @@ def serve(config: Config, without_token: bool = False, **options: Any) -> None:
             f"server.host={server.host} lets other machines in but there is no token: set server.token_file (or "
             "CLT_SERVER_TOKEN), or say --without-token if the network itself keeps strangers out"
         )
+    # Batches are allocated and freed all the time: glibc would return their memory and fault it back in. For children.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 28))
     buffer = ensure(config)  # held for the workers: they may die and come back without its being made anew
     with tempfile.TemporaryDirectory(prefix="clt-serve-") as directory:
         file = Path(directory) / "config.yaml"
@@ -58,9 +61,6 @@ def serve(config: Config, without_token: bool = False, **options: Any) -> None:
         os.environ["CLT_CONFIG"], os.environ["CLT_SERVER_OPEN"] = str(file), str(int(without_token))
         for name in names(ServerConfig):  # they are in the config already, below the command line's
             os.environ.pop(_variable(name), None)
-        # Batches are allocated and freed all the time: glibc would return their memory and fault it back in.
-        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
-        os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 28))
         print(f"serving on {server.host}:{server.port}, {'with' if token else 'without'} a token", file=sys.stderr)
         try:
             uvicorn.run(
