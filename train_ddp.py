@@ -26,17 +26,26 @@ def main(config: Config, prepare: bool) -> None:
     import torch
     from torch import nn
 
-    from clt.data.extract import check_model, extract
+    from clt.data.extract import check_model
     from clt.data.index import write_json
     from clt.data.loader import Loader
     from clt.data.sampler import DistributedSampler
+    from clt.data.store import DiscBuffer
     from clt.lm.load import load_language_model
     from clt.train import checkpoint, report
     from clt.train import distributed as dist
     from clt.train.evaluation import dead_features
     from clt.train.logger import Logger
     from clt.train.optim import autocast_dtype, learning_rate, sparsity_coefficient
-    from clt.train.run import build, check_run_dir, claim_run_dir, evaluate, heldout_windows, open_stores
+    from clt.train.run import (
+        build,
+        check_run_dir,
+        claim_run_dir,
+        evaluate,
+        heldout_windows,
+        make_stores,
+        open_stores,
+    )
 
     began = time.perf_counter()
     world = dist.setup()
@@ -49,8 +58,7 @@ def main(config: Config, prepare: bool) -> None:
     def prepare_stores() -> None:
         threads = torch.get_num_threads()
         torch.set_num_threads(max(threads, len(os.sched_getaffinity(0))))
-        for part in ("train", "heldout"):
-            extract(config, part, progress=rank_zero)
+        make_stores(config, progress=rank_zero)
         torch.set_num_threads(threads)
 
     dist.on_rank_zero(world, prepare_stores)
@@ -216,6 +224,8 @@ def main(config: Config, prepare: bool) -> None:
             "torch_version": torch.__version__,
             "config_hash": config_hash(config),
         }
+        if not isinstance(store, DiscBuffer):
+            summary |= {"server": store.path, "rows_by_segment": store.consumed}  # of this rank's own stream
         write_json(run_dir / "summary.json", summary)
         report.write_plots(run_dir, tensors)
         print(f"\n{report.table(summary)}\n\nThe run lies in {run_dir} (summary.json, report/, checkpoints/).")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clt.config import Config, identity, load_config
-from clt.data.extract import check_store
+from clt.data.extract import check_store, extract
 from clt.data.index import write_whole
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
@@ -22,17 +22,38 @@ from clt.train.evaluation import Reduce, alone, evaluate_activations, evaluate_r
 if TYPE_CHECKING:
     from clt.lm.load import LanguageModel
     from clt.lm.text import Window
+    from clt.server.source import ServerStore
 
 
-def open_stores(config: Config) -> tuple[DiscBuffer, DiscBuffer]:
-    """The training and the held-out store. Raises UserError when one is missing, damaged or of another config."""
-    stores = DiscBuffer(Path(config.data.store) / "train"), DiscBuffer(Path(config.data.store) / "heldout")
-    for store in stores:
+def make_stores(config: Config, progress: bool = True) -> None:
+    """Extract the stores that are missing; of a run that reads from a server, fetch the held-out rows."""
+    if config.data.source == "server":
+        from clt.server.source import fetch_heldout
+
+        return fetch_heldout(config)
+    for part in ("train", "heldout"):
+        extract(config, part, progress=progress)
+
+
+def open_stores(config: Config) -> tuple[DiscBuffer | ServerStore, DiscBuffer]:
+    """The training store, or the server in its place, and the held-out store.
+
+    Raises UserError when one is missing, damaged or of another config, and when the server does not answer.
+    """
+    directory = Path(config.data.store)
+    if config.data.source == "server":
+        from clt.server.source import open_server
+
+        train = open_server(config)
+    else:
+        train = DiscBuffer(directory / "train")
+    heldout = DiscBuffer(directory / "heldout")
+    for store in (train, heldout):
         check_store(store.index, config)
-    return stores
+    return train, heldout
 
 
-def build(config: Config, store: DiscBuffer) -> Objective:
+def build(config: Config, store: DiscBuffer | ServerStore) -> Objective:
     """The transcoder in its objective: weights drawn from `run.seed`, sizes and statistics from the store."""
     torch.manual_seed(config.run.seed)
     index, statistics = store.index, store.statistics
