@@ -108,6 +108,16 @@ def test_patience_has_an_end():
         next(ActivationClient("http://127.0.0.1:9", patience=0.3).stream_activations())
 
 
+def test_a_run_trains_from_the_server_and_records_what_it_read(server, train, monkeypatch):
+    monkeypatch.setenv("CLT_SERVER_TOKEN", TOKEN)
+    by_store, by_server = train(), train("data.source=server", f"data.url={server.url}")
+    summary = by_server.summary
+    assert summary["server"] == server.url
+    assert sum(summary["rows_by_segment"].values()) >= 600
+    assert summary["fve"] == pytest.approx(by_store.summary["fve"], abs=0.1)
+    assert summary["fve"] != by_store.summary["fve"], "it read the store in the store's order"
+
+
 def test_rows_of_another_model_are_refused(server):
     store = ServerStore(ActivationClient(server.url, TOKEN), 100)
     store.index = dataclasses.replace(store.index, n_layers=2)
