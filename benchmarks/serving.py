@@ -48,6 +48,7 @@ BARS: dict[str, Callable[[float], bool]] = {
     "stream_share_of_loopback": lambda v: v >= 0.6,
     "clients16_share": lambda v: v >= 0.6,
     "training_share_of_store": lambda v: v >= 0.9,
+    "fve_difference": lambda v: v <= 0.01,
     "rows_twice": lambda v: v == 0,
     "rows_corrupt": lambda v: v == 0,
     "worker_crashes": lambda v: v == 0,
@@ -275,6 +276,7 @@ def training(seconds: float, directory: Path) -> dict[str, float]:
     return {
         "training_share_of_store": by_server["tokens_per_second"] / by_store["tokens_per_second"],
         "store_tokens_per_s": by_store["tokens_per_second"],
+        "fve_difference": abs(by_server["fve"] - by_store["fve"]),
         "store_fve": by_store["fve"],
         "server_fve": by_server["fve"],
     }
