@@ -26,7 +26,7 @@ flock 9 # several nodes may share this directory: one installs, the others find 
 if ! grep -qsxE "($what|test) $versions" "$VENV/installed"; then
     [[ -x $VENV/bin/python ]] || "${PYTHON:-python3}" -m venv "$VENV"
     extras=""
-    [[ $what == test ]] && extras="[test,nnsight,wandb,hub,gguf]"
+    [[ $what == test ]] && extras="[test,serve,nnsight,wandb,hub,gguf]"
     echo "Installing into $VENV ..."
     "$VENV/bin/python" -m pip install --quiet --constraint constraints.txt --editable ".$extras"
     if [[ $what == test ]]; then

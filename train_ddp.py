@@ -31,10 +31,11 @@ def main(config: Config, prepare: bool) -> int:
     import torch
     from torch import nn
 
-    from clt.data.extract import check_model, extract
+    from clt.data.extract import check_model
     from clt.data.index import content_hash, write_json
     from clt.data.loader import Loader
     from clt.data.sampler import DistributedSampler
+    from clt.data.store import DiscBuffer
     from clt.lm.load import load_language_model
     from clt.model.transcoder import feature_dim
     from clt.train import checkpoint, report
@@ -42,7 +43,7 @@ def main(config: Config, prepare: bool) -> int:
     from clt.train.evaluation import dead_features
     from clt.train.logger import Logger
     from clt.train.optim import NEVER, TERMS, Update, autocast_dtype, learning_rate, sparsity_coefficient
-    from clt.train.run import build, check_run_dir, claim_run_dir, evaluate, heldout_windows, open_stores
+    from clt.train.run import build, check_run_dir, claim_run_dir, evaluate, heldout_windows, make_stores, open_stores
     from clt.train.watch import PREEMPTED, Watch
 
     began = time.perf_counter()
@@ -57,8 +58,7 @@ def main(config: Config, prepare: bool) -> int:
     def prepare_stores() -> None:
         threads = torch.get_num_threads()
         torch.set_num_threads(max(threads, len(os.sched_getaffinity(0))))
-        for part in ("train", "heldout"):
-            extract(config, part, progress=rank_zero)
+        make_stores(config, progress=rank_zero)
         torch.set_num_threads(threads)
 
     dist.on_rank_zero(world, prepare_stores)
@@ -167,7 +167,9 @@ def main(config: Config, prepare: bool) -> int:
     if data.size > 1 and start < steps:
         # DDP orders its sums by the first backward pass. It is taken before the first step, so that a resumed run
         # adds in the same order as one that was not interrupted.
-        forward_backward(store[sampler.rows_at(start)].to(device))
+        index = store.index
+        shape = (len(sampler.rows_at(start)), 2, index.n_layers, index.d_acts)
+        forward_backward(torch.zeros(shape, dtype=getattr(torch, index.dtype), device=device))
         optimizer.zero_grad()
     loader = Loader(store, sampler, device, config.data.prefetch)
     watch = Watch(world, config.parallel.timeout_seconds, config.checkpoint.grace_seconds)
@@ -254,6 +256,8 @@ def main(config: Config, prepare: bool) -> int:
             "torch_version": torch.__version__,
             "config_hash": config_hash(config),
         }
+        if not isinstance(store, DiscBuffer):
+            summary |= {"server": store.path, "rows_by_segment": store.consumed}  # of this rank's own stream
         write_json(run_dir / "summary.json", summary)
         report.write_plots(run_dir, tensors)
         print(f"\n{report.table(summary)}\n\nThe run lies in {run_dir} (summary.json, report/, checkpoints/).")

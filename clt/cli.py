@@ -1,4 +1,4 @@
-"""`clt extract | inspect | eval | config`. Each imports what it needs when it runs: help and errors are quick."""
+"""`clt extract | inspect | eval | serve | config`. Each imports what it needs when it runs: help, errors are quick."""
 
 from __future__ import annotations
 
@@ -62,6 +62,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--nnsight", action="store_true", help="replace the MLPs through nnsight, not forward hooks")
     command.set_defaults(run=_eval)
 
+    command = commands.add_parser("serve", help="serve activations over HTTP")
+    _add_config(command)
+    command.add_argument("--config", dest="preset", help="test, production, large-scale, or a YAML file over CONFIG")
+    command.add_argument("--without-token", action="store_true", help="serve other machines without asking for a token")
+    command.add_argument("--ssl-certfile", help="TLS certificate (uvicorn's option)")
+    command.add_argument("--ssl-keyfile", help="TLS key (uvicorn's option)")
+    command.set_defaults(run=_serve)
+
     command = commands.add_parser("config", help="print a config with every default resolved")
     _add_config(command)
     command.set_defaults(run=lambda arguments: print(to_yaml(_config(arguments), docs=True), end=""))
@@ -75,11 +83,11 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the file")
 
 
-def _config(arguments: argparse.Namespace) -> Config:
+def _config(arguments: argparse.Namespace, preset: str | None = None, environment: Sequence[str] = ()) -> Config:
     path, overrides = arguments.config, arguments.overrides
     if path is not None and "=" in path:  # no file, only overrides
         path, overrides = None, [path, *overrides]
-    return load_config(path or DEFAULT_CONFIG, overrides)
+    return load_config(path or DEFAULT_CONFIG, [*environment, *overrides], preset)
 
 
 def _extract(arguments: argparse.Namespace) -> None:
@@ -99,6 +107,15 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if arguments.verify:
         verify(arguments.store, read_index(arguments.store))
         print("every shard's checksum is as the index says")
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    try:
+        from clt.server.run import environment_overrides, serve
+    except ImportError as error:
+        raise UserError(f"clt serve needs {error.name}: pip install 'clt-trainer[serve]'") from error
+    config = _config(arguments, arguments.preset, environment_overrides())
+    serve(config, arguments.without_token, ssl_certfile=arguments.ssl_certfile, ssl_keyfile=arguments.ssl_keyfile)
 
 
 def _eval(arguments: argparse.Namespace) -> None:

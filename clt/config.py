@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +73,13 @@ class TextConfig:
 @dataclass
 class DataConfig:
     """Activations at rest and how they are read."""
+
+    source: Literal["store", "server"] = "store"
+    """Read a store of one's own, or what an activation server streams."""
+    url: str | None = None
+    """The server of `source: server`, e.g. http://127.0.0.1:8000."""
+    token_file: str | None = None
+    """File with the bearer token that the server asks for; null takes CLT_SERVER_TOKEN, or sends none."""
 
     store: str = "stores/default"
     """Directory of the activation stores: `train/` and `heldout/` below it."""
@@ -234,6 +242,46 @@ class ProfileConfig:
 
 
 @dataclass
+class ServerConfig:
+    """Activations over the network: the shared buffer, the generator that fills it, and the limits of its clients."""
+
+    name: str | None = None
+    """Name of the buffer in shared memory; null derives it from `data.store`."""
+    source: Literal["model", "store"] = "model"
+    """Fill the buffer by running the language model over the training text, or from the training store, endlessly."""
+    rows: int = 32_768
+    """Rows (tokens) that the shared buffer holds."""
+    min_fill: float = 0.5
+    """Share of the buffer that must be filled before rows are drawn from it: the larger, the better they are mixed."""
+    device: Literal["cpu", "gpu", "auto-low"] = "auto-low"
+    """Where the language model runs; `auto-low` takes the GPU when the buffer is low, and leaves it when it is full."""
+    low: float = 0.5
+    """Share of the buffer below which `auto-low` takes the GPU."""
+    statistics_tokens: int = 100_000
+    """Rows (tokens) that the statistics of `source: model` are computed from, once."""
+    host: str = "127.0.0.1"
+    """Address to listen on; anything but the loopback should have a `token_file`."""
+    port: int = 8000
+    """Port to listen on."""
+    workers: int = 1
+    """Serving processes."""
+    token_file: str | None = None
+    """File with the bearer token that clients must send; null asks for none (or takes CLT_SERVER_TOKEN)."""
+    max_batch: int = 8192
+    """Rows in a batch at most."""
+    max_json_batch: int = 64
+    """Rows in a batch of JSON at most."""
+    max_streams: int = 64
+    """Streams served at once, over all workers."""
+    wait_seconds: float = 30.0
+    """How long a request waits for rows before it is told to come again."""
+    idle_seconds: float = 60.0
+    """How long a client may take to read what it was sent before it is dropped."""
+    stream_seconds: float = 86_400.0
+    """How long a stream lasts at most; its client opens the next."""
+
+
+@dataclass
 class Config:
     """Everything a run is determined by."""
 
@@ -263,28 +311,48 @@ class Config:
     """Metrics."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     """Profiler."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """Activation server."""
 
 
-def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read a YAML file over the defaults and `section.key=value` overrides over both.
+def load_config(
+    path: str | Path | None = None, overrides: typing.Sequence[str] = (), preset: str | Path | None = None
+) -> Config:
+    """Read a YAML file over the defaults, a preset over it, and `section.key=value` overrides over all.
 
-    Raises UserError for a missing file, an unknown key (naming the nearest), a value of the wrong type or out of range.
+    `preset` is one of PRESETS or another YAML file. Raises UserError for a missing file, an unknown key (naming the
+    nearest), a value of the wrong type or out of range.
     """
     config = Config()
     if path is not None:
         if not Path(path).is_file():
             raise UserError(f"config {path} does not exist; the shipped ones are configs/*.yaml")
         merge(config, path)
+    if preset is not None:
+        file = PRESETS.get(str(preset), Path(preset))
+        if not file.is_file():
+            raise UserError(f"{preset} is neither a preset ({', '.join(PRESETS)}) nor an existing YAML file")
+        merge(config, file)
     given = {override(config, text) for text in overrides}
-    _validate(config, lambda key: "the command line" if key in given else str(path or "the defaults"))
+    files = " and ".join(str(name) for name in (path, preset) if name is not None)
+    _validate(config, lambda key: "the command line" if key in given else files or "the defaults")
     return config
+
+
+PRESETS = {
+    name: Path(__file__).parent / "server" / "presets" / f"{name}.yaml"
+    for name in ("test", "production", "large-scale")
+}
+"""Sizes of the activation server, by name."""
 
 
 POSITIVE = (
     "lm.context lm.batch_windows data.train_tokens data.heldout_tokens data.shard_rows data.open_shards "
     "data.block_rows data.prefetch clt.d_features clt.bandwidth optim.lr train.steps train.batch_tokens "
     "train.accumulate checkpoint.keep log.every profile.start profile.steps text.heldout_documents loss.sparsity_scale "
-    "eval.dead_window parallel.feature_shards parallel.timeout_seconds checkpoint.grace_seconds"
+    "eval.dead_window parallel.feature_shards parallel.timeout_seconds checkpoint.grace_seconds "
+    "server.rows server.statistics_tokens server.workers server.max_batch server.max_json_batch "
+    "server.max_streams server.wait_seconds server.idle_seconds server.stream_seconds"
 ).split()
 NOT_NEGATIVE = (
     "loss.sparsity loss.pre_activation eval.every eval.replacement_tokens checkpoint.every "
@@ -306,17 +374,24 @@ def _validate(config: Config, where: typing.Callable[[str], str]) -> None:
     check(POSITIVE, lambda v: v > 0, "a positive number")
     check(NOT_NEGATIVE, lambda v: v >= 0, "zero or a positive number")
     check(SHARES, lambda v: 0 <= v <= 1, "a share of the run's steps between 0 and 1")
+    check(["server.min_fill", "server.low"], lambda v: 0 <= v <= 1, "a share of the buffer between 0 and 1")
+    check(["server.port"], lambda v: 0 < v < 65536, "a port number, 1 to 65535")
+    named = re.compile(r"[\w.-]{1,64}")
+    check(["server.name"], lambda v: v is None or bool(named.fullmatch(v)), "letters, digits, dots and dashes, or null")
     check(["optim.betas"], lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
     check(["optim.clip_norm"], lambda v: v is None or v > 0, "a positive number or null")
     check(["lm.layers"], lambda v: v is None or (v and v == sorted(set(v)) and v[0] >= 0), "ascending layer numbers")
     sites = ["lm.input_site", "lm.output_site"]
     check(sites, lambda v: v is None or "{layer}" in v, "a path with {layer}, e.g. transformer.h.{layer}.mlp")
+    if config.data.source == "server" and config.data.url is None:
+        raise UserError("data.source=server but data.url is null: set it to the server's, e.g. http://127.0.0.1:8000")
     if (config.lm.input_site is None) != (config.lm.output_site is None):
         raise UserError("lm.input_site and lm.output_site go together: set both, or neither")
 
 
 # What may differ when a run goes on: none of these changes the numbers that the run computes.
-_FREE = {"run.dir", "log", "profile", "parallel", "checkpoint", "eval", "data.prefetch", "data.store"}
+_FREE = {"run.dir", "log", "profile", "parallel", "checkpoint", "eval", "server"}
+_FREE |= {"data.prefetch", "data.store", "data.url", "data.token_file"}
 
 
 def identity(config: Config) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 # Data flows one way: a package may import those above it (and itself), never those below.
-FLOW = ["lm", "data", "model", "train"]
+FLOW = ["lm", "data", "server", "model", "train"]
 
 
 def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -39,6 +39,11 @@ def test_pyright():
         ("clt/lm", "from clt.model.transcoder import CrossLayerTranscoder"),
         ("clt/data", "from clt.model.transcoder import CrossLayerTranscoder"),
         ("clt/data", "import torch.distributed"),
+        ("clt/server", "import h5py"),
+        ("clt/server", "from clt.train.run import build"),
+        ("clt/data", "from clt.server.buffer import SharedBuffer"),
+        ("clt/lm", "from clt.server.buffer import SharedBuffer"),
+        ("clt/train", "import starlette"),
         ("clt/train", "import h5py"),
         ("clt/train", "import nnsight"),
         ("clt", "import wandb"),

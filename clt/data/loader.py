@@ -10,12 +10,23 @@ import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clt.data.store import DiscBuffer
+from clt.data.index import StoreIndex
+
+
+class Readable(Protocol):
+    """Where rows come from: a DiscBuffer, or a server."""
+
+    index: StoreIndex
+
+    def read(self, rows: np.ndarray, out: Tensor) -> Tensor:
+        """Rows (n,) -> (n, 2, L, D), into `out`; called by one thread."""
+        ...
 
 
 @dataclass
@@ -40,7 +51,7 @@ class Loader:
     """Seconds that the consumer has waited for batches so far."""
 
     def __init__(
-        self, buffer: DiscBuffer, sampler: Iterable[np.ndarray], device: torch.device | str = "cpu", prefetch: int = 4
+        self, buffer: Readable, sampler: Iterable[np.ndarray], device: torch.device | str = "cpu", prefetch: int = 4
     ) -> None:
         self.device = torch.device(device)
         self.stalled = 0.0
@@ -114,7 +125,7 @@ def _stop(free: queue.SimpleQueue[_Slot | None]) -> None:
 
 
 def _read_ahead(
-    buffer: DiscBuffer,
+    buffer: Readable,
     sampler: Iterable[np.ndarray],
     pinned: bool,
     free: queue.SimpleQueue[_Slot | None],

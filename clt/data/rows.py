@@ -19,6 +19,7 @@ from clt.errors import UserError
 
 if TYPE_CHECKING:
     from clt.lm.capture import Capture
+    from clt.lm.documents import Part
     from clt.lm.load import LanguageModel
 
 
@@ -40,6 +41,20 @@ def pieces(config: Config, plan: Plan, lm: LanguageModel, state: Progress) -> It
             f"the {part} text of {config.text.source!r} ends after {done} rows, wanted {plan.index.rows}: "
             f"lower data.{key}={done}, or give more text"
         )
+
+
+def captured(config: Config, part: Part, lm: LanguageModel, skip: int) -> Iterator[tuple[int, Rows]]:
+    """Batch by batch, from window `skip` of the text on: the windows before it, and its kept rows in `data.dtype`.
+
+    Raises UserError for a value that this dtype does not hold.
+    """
+    for batch in _batches(config, part, lm, skip):
+        stored = batch.run(getattr(torch, config.data.dtype))
+        finite = stored.isfinite().all()
+        if not finite:
+            raise _overflow(_Piece(batch, slice(None), stored, finite, None), lm)
+        yield skip, Rows(stored.cpu(), *batch.columns)
+        skip += len(batch.tokens)
 
 
 @dataclass
@@ -77,7 +92,7 @@ def _on_device(config: Config, plan: Plan, lm: LanguageModel, state: Progress) -
     """The pieces, on the model's device and counted in the statistics."""
     done, total, used, windows = state.rows, plan.index.rows, state.skip_rows, state.windows
     moments, dtype = state.moments.to(lm.device), getattr(torch, plan.index.dtype)
-    for batch in _batches(config, plan, lm, windows):
+    for batch in _batches(config, plan.index.text["part"], lm, windows):
         rows = batch.run(dtype)
         while used < len(rows) and done < total:
             group_end = min((done // plan.group_rows + 1) * plan.group_rows, total)
@@ -92,11 +107,11 @@ def _on_device(config: Config, plan: Plan, lm: LanguageModel, state: Progress) -
         used, windows = 0, windows + len(batch.tokens)
 
 
-def _batches(config: Config, plan: Plan, lm: LanguageModel, skip: int) -> Iterator[_Batch]:
+def _batches(config: Config, part: Part, lm: LanguageModel, skip: int) -> Iterator[_Batch]:
     from clt.lm.capture import Capture
     from clt.lm.text import windows
 
-    capture, part = Capture(lm), plan.index.text["part"]
+    capture = Capture(lm)
     stream = iter(windows(config.text, part, lm, config.lm.context, skip=skip))
     while batch := list(islice(stream, config.lm.batch_windows)):
         tokens, documents, keep = (np.stack(arrays) for arrays in zip(*batch))  # (N, T)

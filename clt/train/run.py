@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clt.config import Config, identity, load_config
-from clt.data.extract import check_store
+from clt.data.extract import check_store, extract
 from clt.data.index import write_whole
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
@@ -24,11 +24,31 @@ if TYPE_CHECKING:
     from clt.lm.documents import Part
     from clt.lm.load import LanguageModel
     from clt.lm.text import Window
+    from clt.server.source import ServerStore
 
 
-def open_stores(config: Config) -> tuple[DiscBuffer, DiscBuffer]:
-    """The training and the held-out store. Raises UserError when they are not of one model, and as `open_store`."""
-    train, heldout = open_store(config, "train"), open_store(config, "heldout")
+def make_stores(config: Config, progress: bool = True) -> None:
+    """Extract the stores that are missing; of a run that reads from a server, fetch the held-out rows."""
+    if config.data.source == "server":
+        from clt.server.source import fetch_heldout
+
+        return fetch_heldout(config)
+    for part in ("train", "heldout"):
+        extract(config, part, progress=progress)
+
+
+def open_stores(config: Config) -> tuple[DiscBuffer | ServerStore, DiscBuffer]:
+    """The training store, or the server in its place, and the held-out store.
+
+    Raises UserError when they are not of one model, as `open_store`, and when the server does not answer.
+    """
+    if config.data.source == "server":
+        from clt.server.source import open_server
+
+        train = open_server(config)
+    else:
+        train = open_store(config, "train")
+    heldout = open_store(config, "heldout")
     names = ("n_layers", "d_acts", "layers", "input_sites", "output_sites", "revision", "tokenizer_hash")
     pairs = {name: (getattr(train.index, name), getattr(heldout.index, name)) for name in names}
     odd = [f"{name} is {ours!r} and {theirs!r}" for name, (ours, theirs) in pairs.items() if ours != theirs]
@@ -49,7 +69,7 @@ def open_store(config: Config, part: Part) -> DiscBuffer:
 
 def build(
     config: Config,
-    store: DiscBuffer,
+    store: DiscBuffer | ServerStore,
     shard: tuple[int, int] = (0, 1),
     sum_shards: SumShards = whole,
 ) -> Objective:

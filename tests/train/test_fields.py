@@ -71,6 +71,17 @@ ELSEWHERE = {
     "train.compile": "tests/distributed/test_torchrun.py",
     "text.subset": "tests/lm/test_documents.py",
     "text.split": "tests/lm/test_documents.py",
+    **{f"data.{name}": "tests/server/test_source.py" for name in ("source", "url", "token_file")},
+    **{
+        f"server.{name}": "tests/server/test_generator.py"
+        for name in "name source rows min_fill device low statistics_tokens".split()
+    },
+    **{
+        f"server.{name}": "tests/server/test_app.py"
+        for name in (
+            "host port workers token_file max_batch max_json_batch max_streams wait_seconds idle_seconds stream_seconds"
+        ).split()
+    },
 }
 
 

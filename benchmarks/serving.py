@@ -1,0 +1,341 @@
+"""The activation server under load: throughput, training from it, killed clients, bad requests. Exits 1 below a bar.
+
+    python benchmarks/serving.py --json benchmarks/results/serving.json [--seconds 600] [--skip-training]
+
+Servers are `clt serve` with two uvicorn workers. The rows are of GPT-2 small's size, (2, 12, 768) float16 or 36,864
+bytes, from a store in which every row can be recomputed from its document number; the generator refills the buffer all
+the while. --seconds is how long the memory is watched; the other parts take their share (killed clients: a fifth).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import platform
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from bad_requests import send_all  # noqa: E402
+
+from clt.config import Config, load_config  # noqa: E402
+from clt.data.writer import write_store  # noqa: E402
+from clt.parsing import to_yaml  # noqa: E402
+from clt.server.client import ActivationClient  # noqa: E402
+
+L, D, BATCH = 12, 768, 256
+WIDTH = 2 * L * D
+FORK = multiprocessing.get_context("fork")
+BARS: dict[str, Callable[[float], bool]] = {
+    "stream_share_of_loopback": lambda v: v >= 0.6,
+    "clients16_share": lambda v: v >= 0.6,
+    "training_share_of_store": lambda v: v >= 0.9,
+    "fve_difference": lambda v: v <= 0.01,
+    "rows_twice": lambda v: v == 0,
+    "rows_corrupt": lambda v: v == 0,
+    "worker_crashes": lambda v: v == 0,
+    "server_errors": lambda v: v == 0,
+    "hangs": lambda v: v == 0,
+    "rss_growth_mb": lambda v: v <= 64,
+    "stats_add_up": lambda v: v == 1,
+}
+
+
+def expected(document: np.ndarray) -> np.ndarray:
+    """The bits (n, WIDTH) int16 of the rows with these document numbers: finite float16 that no two rows share."""
+    return ((document[:, None] * 7919 + np.arange(WIDTH)) & 0x3BFF).astype(np.int16)
+
+
+def make_store(path: Path, rows: int) -> Config:
+    """Stores of `rows` known rows, and the config that serves them."""
+    keys = ["server.source=store", "server.rows=16384", "server.workers=2", "server.max_streams=80",
+            f"data.store={path}", f"data.train_tokens={rows}", "data.heldout_tokens=64", "lm.context=64"]  # fmt: skip
+    config = load_config(None, keys)
+    for part, n in (("train", rows), ("heldout", 64)):
+        document = np.arange(n)
+        tensor = torch.from_numpy(expected(document)).view(torch.float16).view(n, 2, L, D)
+        columns = {"token": document.astype("i4"), "position": document.astype("i4"), "document": document}
+        text = {"part": part, **dataclasses.asdict(config.text)}
+        write_store(path / part, tensor, columns=columns, model=config.lm.model, text=text, context=64)
+    return config
+
+
+class Server:
+    """`clt serve` with a config, and what can be seen of its processes from outside."""
+
+    def __init__(self, config: Config, directory: Path) -> None:
+        (directory / "config.yaml").write_text(to_yaml(config))
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{self.port}", directory / "log"
+        command = [sys.executable, "-m", "clt.cli", "serve", str(directory / "config.yaml"), f"server.port={self.port}"]
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        self.client = ActivationClient(self.url, patience=120)
+
+    def __enter__(self) -> Server:
+        try:
+            while self.client.stats()["fill"] < 1:
+                time.sleep(0.1)
+        except Exception:
+            print(self.log.read_text(), file=sys.stderr)
+            self.process.kill()
+            raise
+        self.workers = self.processes()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(60)
+
+    def processes(self) -> set[int]:
+        """The pids of the serving processes."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return {int(pid) for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+    def rss_mb(self) -> float:
+        """Memory of the serving processes' own, without the shared buffer."""
+        status = [Path(f"/proc/{pid}/status").read_text() for pid in self.processes()]
+        return sum(int(text.split("RssAnon:")[1].split()[0]) for text in status) / 1024
+
+
+def bare_server(port: int, frame: bytes, loop: str) -> None:
+    """An asyncio server that writes the same bytes again and again."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        view = memoryview(frame)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                for start in range(0, len(view), 1 << 20):
+                    writer.write(view[start : start + (1 << 20)])
+                    await writer.drain()
+
+    async def main() -> None:
+        server = await asyncio.start_server(handle, "127.0.0.1", port)
+        await server.serve_forever()
+
+    if loop == "uvloop":
+        import uvloop
+
+        uvloop.run(main())
+    asyncio.run(main())
+
+
+def read_bare(port: int, seconds: float, size: int) -> float:
+    """GB/s that one client reads from a bare server."""
+    memory, total = memoryview(bytearray(size)), 0
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        began = time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            total += connection.recv_into(memory[total % size :])
+        return total / (time.perf_counter() - began) / 1e9
+
+
+def read_stream(url: str, begin: float, end: float, answer: Any = None) -> float:
+    """GB/s that one ActivationClient reads between two times, checksums verified; also put into the queue `answer`."""
+    total = 0
+    for batch in ActivationClient(url).stream_activations(BATCH):
+        now = time.monotonic()
+        if now > end:
+            break
+        total += batch.activations.nbytes if now > begin else 0
+    rate = total / (end - begin) / 1e9
+    if answer is not None:
+        answer.put(rate)
+    return rate
+
+
+def throughput(server: Server, seconds: float) -> dict[str, float]:
+    """Rounds of: bare loopback (asyncio, uvloop), one client, sixteen clients; medians over the rounds."""
+    rates: dict[str, list[float]] = {"asyncio": [], "uvloop": [], "one": [], "sixteen": []}
+    window, bare = max(1.0, seconds / 20), {}
+    for loop in ("asyncio", "uvloop"):
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        bare[loop] = (FORK.Process(target=bare_server, args=(port, bytes(BATCH * WIDTH * 2), loop), daemon=True), port)
+        bare[loop][0].start()
+    time.sleep(1)
+    for _ in range(5 if seconds >= 6 else 1):
+        for loop, (_, port) in bare.items():
+            rates[loop].append(read_bare(port, window, BATCH * WIDTH * 2))
+        for name, count in (("one", 1), ("sixteen", 16)):
+            answer, begin = FORK.SimpleQueue(), time.monotonic() + 1
+            arguments = (server.url, begin, begin + window, answer)
+            clients = [FORK.Process(target=read_stream, args=arguments) for _ in range(count)]
+            for client in clients:
+                client.start()
+            rates[name].append(sum(answer.get() for _ in clients))
+            for client in clients:
+                client.join()
+    for process, _ in bare.values():
+        process.kill()
+    middle = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        "loopback_gb_per_s": middle["asyncio"],
+        "loopback_uvloop_gb_per_s": middle["uvloop"],
+        "stream_gb_per_s": middle["one"],
+        "stream_share_of_loopback": middle["one"] / middle["asyncio"],
+        "clients16_share": middle["sixteen"] / middle["asyncio"],
+    }
+
+
+def memory(server: Server, seconds: float) -> dict[str, float]:
+    """Growth of the serving processes' memory while one client streams: last quarter against the second."""
+    now = time.monotonic()
+    client = FORK.Process(target=read_stream, args=(server.url, now, now + seconds + 5), daemon=True)
+    client.start()
+    samples = []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        samples.append(server.rss_mb())
+        time.sleep(min(1.0, seconds / 40))
+    client.kill()
+    quarter = len(samples) // 4
+    return {"rss_growth_mb": statistics.mean(samples[-quarter:]) - statistics.mean(samples[quarter : 2 * quarter])}
+
+
+def take_rows(url: str, seconds: float, file: Path) -> None:
+    """A client of the fault test: appends (segment, row, intact) of every batch that it has received whole."""
+    dice, end = random.Random(os.getpid()), time.monotonic() + seconds
+    client = ActivationClient(url, patience=60)
+    with open(file, "ab", buffering=0) as out:
+        while time.monotonic() < end:
+            for frame in client.stream_frames(dice.choice([16, 64, 100]), dice.randrange(1, 20)):
+                rows = frame.batch.activations.view(torch.int16).view(-1, WIDTH).numpy()
+                intact = (rows == expected(frame.batch.document)).all(1)
+                record = np.stack([np.full(len(rows), int(frame.segment, 16) >> 1), frame.batch.row, intact], 1)
+                out.write(record.astype(np.int64).tobytes())
+
+
+def faults(server: Server, seconds: float, directory: Path) -> dict[str, float]:
+    """64 clients at once; at random times a third of them are killed, each replaced by none."""
+    files, before = [directory / f"client{i}" for i in range(64)], server.client.stats()
+    clients = [FORK.Process(target=take_rows, args=(server.url, seconds, file)) for file in files]
+    for client in clients:
+        client.start()
+    dice = random.Random(0)
+    victims = dice.sample(clients, 21)
+    for victim in victims:
+        time.sleep(seconds * 0.9 / len(victims))
+        victim.kill()
+    for client in clients:
+        client.join(seconds + 120)
+    failed = sum(client.exitcode != 0 for client in clients if client not in victims)
+    records = np.concatenate([np.fromfile(file, np.int64).reshape(-1, 3) for file in files if file.exists()])
+    while (stats := server.client.stats())["clients"] or stats["in_flight"] or stats["fill"] < 1:
+        time.sleep(0.1)
+    sums = stats["valid"] + stats["rows_drawn"] + stats["rows_lost"] + stats["rows_dropped"]
+    drawn, served = (stats[key] - before[key] for key in ("rows_drawn", "rows_served"))
+    adds_up = stats["rows_generated"] == sums and stats["rows_lost"] == 0 and len(records) <= served <= drawn
+    return {
+        "rows_delivered": len(records),
+        "rows_twice": len(records) - len(np.unique(records[:, :2], axis=0)),
+        "rows_corrupt": int((records[:, 2] == 0).sum()),
+        "clients_killed": len(victims),
+        "clients_failed": failed,
+        "stats_add_up": int(adds_up and failed == 0),
+    }
+
+
+def training(seconds: float, directory: Path) -> dict[str, float]:
+    """The quickstart trained from a store and from a server of the same text: tokens/s and held-out FVE."""
+    steps = max(20, min(1150, round(1150 * seconds / 600)))
+    store = directory / "quickstart"
+    common = ["configs/quickstart.yaml", f"train.steps={steps}", f"data.store={store}", "eval.replacement_tokens=0"]
+    if seconds < 600:
+        common += ["data.train_tokens=50000", "data.heldout_tokens=2000"]
+
+    def train(*overrides: str) -> dict[str, Any]:
+        run = Path(tempfile.mkdtemp(dir=directory))
+        command = [sys.executable, "train_ddp.py", *common, *overrides, f"run.dir={run}"]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        return json.loads((run / "summary.json").read_text())
+
+    by_store = train()
+    config = load_config(ROOT / common[0], [*common[1:3], *common[4:], "server.source=store", "server.rows=16384"])
+    with Server(config, Path(tempfile.mkdtemp(dir=directory))) as server:
+        by_server = train("data.source=server", f"data.url={server.url}", f"data.store={directory / 'copy'}")
+    return {
+        "training_share_of_store": by_server["tokens_per_second"] / by_store["tokens_per_second"],
+        "store_tokens_per_s": by_store["tokens_per_second"],
+        "fve_difference": abs(by_server["fve"] - by_store["fve"]),
+        "store_fve": by_store["fve"],
+        "server_fve": by_server["fve"],
+    }
+
+
+def measure(seconds: float, with_training: bool, requests: int) -> dict[str, float]:
+    """Everything, one after the other, on one server (and one for the training)."""
+    result: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="clt-serving-") as name:
+        directory = Path(name)
+        with Server(make_store(directory / "store", 8192), directory) as server:
+            for part in (
+                lambda: throughput(server, seconds / 10),
+                lambda: faults(server, seconds / 5, directory),
+                lambda: memory(server, seconds),
+                lambda: bad(server, requests),
+            ):
+                result |= part()
+                print(json.dumps(result), file=sys.stderr, flush=True)
+            alive, log = server.processes(), server.log.read_text()
+            result["worker_crashes"] = len(server.workers - alive) + log.count("Traceback")
+        if with_training:
+            result |= training(seconds, directory)
+    return result
+
+
+def bad(server: Server, count: int) -> dict[str, float]:
+    """`count` generated bad requests, and whether the server still serves."""
+    verdicts = send_all(server.port, count)
+    server.client.get_activations_tensor(10)
+    hangs, fine = verdicts.pop("hang", 0), verdicts.pop("fine", 0)
+    if verdicts:
+        print(dict(verdicts), file=sys.stderr)
+    return {"bad_requests": fine + hangs + verdicts.total(), "hangs": hangs, "server_errors": verdicts.total()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True, help="where to write the figures")
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--skip-training", action="store_true", help="leave out training from a server")
+    arguments = parser.parse_args()
+    requests = 5000 if arguments.seconds >= 60 else max(100, round(5000 * arguments.seconds / 60))
+    result = measure(arguments.seconds, not arguments.skip_training, requests)
+    missed = [name for name, holds in BARS.items() if name in result and not holds(result[name])]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    about = {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit.strip(),
+        "device": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps({**about, **result, "missed": missed}, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+    if missed:
+        print(f"below the bar: {', '.join(missed)}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""The activation server: `clt serve`, or `uvicorn clt.server.app:app` configured by the environment.
+
+CLT_CONFIG            YAML file or preset (default: configs/quickstart.yaml with preset `test`)
+CLT_SERVER_<FIELD>    any field of the config's server section, e.g. CLT_SERVER_ROWS=8192
+CLT_SERVER_TOKEN      the bearer token that clients must send
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from xxhash import xxh3_64_hexdigest
+
+from clt.data.index import STATISTICS, read_index
+from clt.data.store import DiscBuffer
+from clt.server.buffer import Batch
+from clt.server.limits import Guard, parameters
+from clt.server.prepare import folder
+from clt.server.responses import PIECE, Counted, Pieces, until_gone
+from clt.server.run import environment_config
+from clt.server.supply import Supply, Unavailable
+from clt.server.token import read_token
+from clt.server.wire import Layout, as_bytes, error_frame, layout
+
+PAGE = Path(__file__).parent / "page.html"
+
+
+@contextlib.asynccontextmanager
+async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
+    """From the first to the last request of one worker."""
+    config = environment_config()
+    token = read_token(config.server.token_file)
+    supply = Supply(config)
+    await supply.open()
+    watch = asyncio.create_task(supply.watch())
+    try:
+        yield {
+            "config": config,
+            "supply": supply,
+            "token": token,
+            "open": os.environ.get("CLT_SERVER_OPEN") == "1",
+            "idle_seconds": config.server.idle_seconds,
+            "index": {**dataclasses.asdict(read_index(folder(config))), "shards": []},
+            "statistics": (folder(config) / STATISTICS).read_bytes(),
+            "heldout": DiscBuffer(Path(config.data.store) / "heldout"),
+            "page": PAGE.read_text(),
+        }
+    finally:
+        watch.cancel()
+        await supply.close()
+
+
+async def stream(request: Request) -> Response:
+    """GET /activations/stream: frames of `batch_size` rows, `max_batches` of them or without end."""
+    supply: Supply = request.state.supply
+    most = _most(request)
+    given = parameters(request, batch_size=(1, most, min(256, most)), max_batches=(1, 10**9, None))
+    n, count = given["batch_size"] or 0, given["max_batches"]
+    # An error before the first frame is a status, not a frame.
+    first = await until_gone(request.receive, supply.frame(n, 0))
+    size = None if count is None else count * len(first)
+    return Pieces(_frames(supply, n, count, first), size, {"x-clt-segment": supply.buffer.segment})
+
+
+async def _frames(
+    supply: Supply, n: int, count: int | None, frame: memoryview
+) -> AsyncGenerator[bytes | memoryview, None]:
+    """The pieces of a stream's frames; one frame is drawn ahead while the one before is sent."""
+    end, sequence = time.monotonic() + supply.config.server.stream_seconds, 0
+    ahead: asyncio.Task[memoryview] | None = None
+    try:
+        for sequence in itertools.count(1):
+            last = sequence == count or time.monotonic() > end
+            ahead = None if last else asyncio.create_task(supply.frame(n, sequence))
+            for start in range(0, len(frame), PIECE):
+                if start + PIECE >= len(frame):  # counted before the client can have it whole
+                    supply.buffer.add_served(n, len(frame))
+                yield frame[start : start + PIECE]
+            if ahead is None:
+                return
+            frame = await ahead
+    except Unavailable as error:
+        yield error_frame(sequence, str(error), error.retry_after)
+    finally:
+        if ahead is not None:
+            ahead.cancel()
+
+
+async def tensor(request: Request) -> Response:
+    """GET /activations/tensor: one batch as raw bytes (n, 2, L, D), little-endian; shape and dtype in the headers."""
+    supply: Supply = request.state.supply
+    most = _most(request)
+    n = parameters(request, batch_size=(1, most, min(256, most)))["batch_size"] or 0
+    batch = await until_gone(request.receive, supply.batch(n))
+    data = as_bytes(batch.activations)
+    headers = {
+        "x-tensor-shape": ",".join(map(str, batch.activations.shape)),
+        "x-tensor-dtype": supply.buffer.dtype,
+        "x-tensor-xxh3": await supply.run(xxh3_64_hexdigest, data),
+        "x-clt-segment": supply.buffer.segment,
+    }
+
+    async def pieces() -> AsyncGenerator[memoryview, None]:
+        for start in range(0, len(data), PIECE):
+            yield data[start : start + PIECE]
+        supply.buffer.add_served(n, len(data))
+
+    return Pieces(pieces(), len(data), headers)
+
+
+async def activations(request: Request) -> Response:
+    """GET /activations: a few rows as JSON."""
+    supply: Supply = request.state.supply
+    most = min(_most(request), request.state.config.server.max_json_batch)
+    n = parameters(request, batch_size=(1, most, 1))["batch_size"] or 0
+    batch = await until_gone(request.receive, supply.batch(n))
+    text = await supply.run(_json, batch, supply.buffer.dtype, supply.buffer.segment)
+    supply.buffer.add_served(n, len(text))
+    return Response(text, media_type="application/json")
+
+
+def _json(batch: Batch, dtype: str, segment: str) -> bytes:
+    """Written layer by layer: one call for all of it would keep the other threads waiting."""
+    about = {"shape": list(batch.activations.shape), "dtype": dtype, "segment": segment}
+    about |= {name: getattr(batch, name).tolist() for name in ("row", "token", "position", "document")}
+    rows = [[_list(json.dumps(layer.tolist()) for layer in side) for side in row] for row in batch.activations.float()]
+    return f'{json.dumps(about)[:-1]}, "activations": {_list(_list(row) for row in rows)}}}'.encode()
+
+
+def _list(items: Iterable[str]) -> str:
+    return f"[{','.join(items)}]"
+
+
+async def heldout(request: Request) -> Response:
+    """GET /heldout: the held-out rows from number `start` on, in their order, as frames of `batch_size` rows."""
+    supply: Supply = request.state.supply
+    store: DiscBuffer = request.state.heldout
+    most = request.state.config.server.max_batch
+    given = parameters(request, batch_size=(1, most, min(256, most)), start=(0, len(store), 0))
+    n, start = given["batch_size"] or 0, given["start"] or 0
+    parts = [range(at, min(at + n, len(store))) for at in range(start, len(store), n)]
+
+    async def pieces() -> AsyncGenerator[memoryview, None]:
+        for sequence, rows in enumerate(parts):
+            frame = await supply.run(_heldout_frame, store, rows, sequence)
+            for first in range(0, len(frame), PIECE):
+                yield frame[first : first + PIECE]
+
+    return Pieces(pieces(), sum(_heldout_layout(store, len(rows)).size for rows in parts), {})
+
+
+def _heldout_layout(store: DiscBuffer, n: int) -> Layout:
+    return layout(n, store.index.n_layers, store.index.d_acts, store.index.dtype)
+
+
+def _heldout_frame(store: DiscBuffer, rows: range, sequence: int) -> memoryview:
+    form, numbers = _heldout_layout(store, len(rows)), np.array(rows)
+    frame = np.empty(form.size, np.uint8).data
+    batch = Batch(store.read(numbers), store.tokens(rows), store.positions(rows), store.documents(rows), numbers)
+    form.activations(frame)[:] = as_bytes(batch.activations)
+    form.put(frame, batch, sequence)
+    return frame
+
+
+async def stats(request: Request) -> Response:
+    """GET /stats: the buffer's counters, the rate of serving and its history, the generator's state."""
+    parameters(request)
+    return JSONResponse(request.state.supply.stats())
+
+
+async def index(request: Request) -> Response:
+    """GET /index: what a row is and where it comes from, in the form of a store's index.json without shards."""
+    parameters(request)
+    return JSONResponse(request.state.index)
+
+
+async def statistics(request: Request) -> Response:
+    """GET /statistics: mean and sd of the training rows, the bytes of a store's stats.safetensors."""
+    parameters(request)
+    return Response(request.state.statistics, media_type="application/octet-stream")
+
+
+async def refresh(request: Request) -> Response:
+    """POST /refresh: drop the buffer's rows; the generator makes others."""
+    parameters(request)
+    supply: Supply = request.state.supply
+    return JSONResponse({"dropped": await supply.run(supply.buffer.refresh)})
+
+
+async def health(request: Request) -> Response:
+    """GET /healthz: 200 while rows can be expected, 503 when the generator is down."""
+    parameters(request)
+    state = request.state.supply.buffer.generator()["state"]
+    if state in ("failed", "stopped"):
+        raise Unavailable(f"the generator has {state}", 2)
+    return JSONResponse({"status": "ok", "generator": state})
+
+
+async def page(request: Request) -> Response:
+    """GET /: the status page. It asks /stats, so it shows nothing to a person without the token."""
+    parameters(request)
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+    return HTMLResponse(request.state.page, headers={"content-security-policy": policy})
+
+
+def _most(request: Request) -> int:
+    return min(request.state.config.server.max_batch, request.state.supply.buffer.rows)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
+async def _unavailable(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Unavailable)
+    return JSONResponse({"error": str(error)}, 503, {"retry-after": str(error.retry_after)})
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": f"a bug in the server ({type(error).__name__}); its log has the traceback"}, 500)
+
+
+app = Starlette(
+    routes=[
+        Route("/", page, methods=["GET"]),
+        Route("/healthz", health, methods=["GET"]),
+        Route("/stats", stats, methods=["GET"]),
+        Route("/index", index, methods=["GET"]),
+        Route("/statistics", statistics, methods=["GET"]),
+        Route("/heldout", Counted(heldout), methods=["GET"]),
+        Route("/activations", Counted(activations), methods=["GET"]),
+        Route("/activations/tensor", Counted(tensor), methods=["GET"]),
+        Route("/activations/stream", Counted(stream), methods=["GET"]),
+        Route("/refresh", refresh, methods=["POST"]),
+    ],
+    middleware=[Middleware(Guard)],
+    exception_handlers={HTTPException: _refused, Unavailable: _unavailable, Exception: _failed},
+    lifespan=lifespan,
+)
+app.router.redirect_slashes = False

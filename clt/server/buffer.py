@@ -1,0 +1,398 @@
+"""The shuffle buffer: rows of activations in shared memory, filled by one process and drawn at random by many.
+
+A slot goes FREE -> WRITING -> VALID -> READING -> FREE. The states are the truth; two dense lists of slots, the valid
+and the free ones, make claiming quick. Only they are touched under the lock, never a payload. Whoever dies with the
+lock leaves `dirty` set, and the next holder rebuilds the lists from the states; whoever dies with claimed rows leaves
+them to `reclaim`, which knows the dead from claims that carry pid and start time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clt.data.shards import COLUMN_DTYPES, TENSOR_DTYPES
+from clt.data.writer import Rows
+from clt.errors import UserError
+from clt.server.segment import PREFIX_BYTES, Segment, start_time
+
+FREE, WRITING, VALID, READING = range(4)
+WORKERS = 256
+"""Serving processes that one buffer can have."""
+_PUT = 1024  # rows written at once: bounds how long the lock is held, and lets readers have the first rows early
+_HEADER = np.dtype(
+    [
+        ("rows", "i8"), ("n_layers", "i8"), ("d_acts", "i8"), ("dtype", "S16"), ("min_fill", "i8"),
+        ("segment", "S16"), ("tag", "S64"),
+        ("created", "f8"), ("dirty", "i8"), ("closing", "i8"), ("joined", "i8"),
+        ("n_valid", "i8"), ("n_free", "i8"), ("generated", "i8"), ("drawn", "i8"), ("dropped", "i8"),
+        ("served_rows", "i8"), ("served_bytes", "i8"), ("mark", "i8", 3),
+        ("state", "S16"), ("cause", "S1024"), ("pid", "i8"), ("restarts", "i8"), ("since", "f8"),
+    ]
+)  # fmt: skip
+_WORKER = np.dtype([("pid", "i8"), ("start", "i8"), ("clients", "i8")])
+
+
+class Batch(NamedTuple):
+    """Rows drawn from the buffer, in memory of their own."""
+
+    activations: Tensor
+    """(n, 2, L, D) in storage dtype"""
+    token: np.ndarray
+    """(n,) int32"""
+    position: np.ndarray
+    """(n,) int32"""
+    document: np.ndarray
+    """(n,) int64"""
+    row: np.ndarray
+    """(n,) int64 serial numbers, unique within the segment"""
+
+
+class SharedBuffer:
+    """`create` it in the process that owns it, `attach` to it in all others; threads may share one.
+
+    `put` has one writer at a time, `draw` any number of readers.
+    """
+
+    def __init__(self, segment: Segment, shape: tuple[int, int, int, str]) -> None:
+        self._segment = segment
+        self.rows, self.n_layers, self.d_acts, self.dtype = shape
+        arrays = {
+            name: np.ndarray(size, dtype, segment.memory, offset)
+            for name, (offset, size, dtype) in _layout(*shape)[0].items()
+        }
+        self._header, self._workers, self._payload = arrays["header"], arrays["workers"], arrays["payload"]
+        self._state, self._pid, self._start = arrays["state"], arrays["claim_pid"], arrays["claim_start"]
+        self._valid, self._free = arrays["valid"], arrays["free"]
+        self._columns = {name: arrays[name] for name in (*COLUMN_DTYPES, "row")}
+        self._me = (os.getpid(), start_time(os.getpid()))
+        self._worker: int | None = None
+        self.random = np.random.default_rng()
+        self.segment, self.tag = (self._header[name].item().decode() for name in ("segment", "tag"))
+
+    @classmethod
+    def create(
+        cls, name: str, rows: int, n_layers: int, d_acts: int, dtype: str, min_fill: int, tag: str = ""
+    ) -> SharedBuffer:
+        """An empty buffer in the segment `name`, owned by this process; replaces a stale one of a dead owner.
+
+        Readers wait until `min_fill` rows are valid; `tag` says which rows they are. Raises UserError when a
+        living process owns the segment or there is not enough memory.
+        """
+        assert 0 <= min_fill <= rows < 2**31, (min_fill, rows)
+        segment = Segment.create(name, buffer_bytes(rows, n_layers, d_acts, dtype))
+        header = np.ndarray((), _HEADER, segment.memory, PREFIX_BYTES)
+        header["rows"], header["n_layers"], header["d_acts"], header["dtype"] = rows, n_layers, d_acts, dtype.encode()
+        header["min_fill"], header["segment"], header["created"] = min_fill, secrets.token_hex(8).encode(), time.time()
+        header["tag"] = tag.encode()
+        header["state"], header["since"] = b"starting", time.time()
+        header["dirty"] = 1  # the first to lock makes the lists
+        segment.publish()
+        return cls(segment, (rows, n_layers, d_acts, dtype))
+
+    @classmethod
+    def attach(cls, name: str) -> SharedBuffer:
+        """The buffer in the segment `name`. Raises FileNotFoundError when there is none."""
+        segment = Segment.attach(name)
+        header = np.ndarray((), _HEADER, segment.memory, PREFIX_BYTES)
+        sizes = (int(header["rows"]), int(header["n_layers"]), int(header["d_acts"]), header["dtype"].item().decode())
+        return cls(segment, sizes)
+
+    # The writer
+
+    def put(self, rows: Rows, mark: tuple[int, int, int] | None = None) -> int:
+        """Write as many of `rows` as there is room for, at most 1024; returns how many.
+
+        `mark`, with that many added to its last number, is recorded in the same instant in which the rows become valid.
+        """
+        slots = self.reserve(min(len(rows), _PUT))
+        if len(slots) == 0:
+            return 0
+        part = rows[: len(slots)]
+        self._payload[slots] = part.tensor.contiguous().view(len(slots), -1).view(torch.uint8).numpy()
+        for name in COLUMN_DTYPES:
+            self._columns[name][slots] = getattr(part, name)
+        self.publish(slots, mark)
+        return len(slots)
+
+    def reserve(self, n: int) -> np.ndarray:
+        """Claim up to n free slots for writing and give them serial numbers: FREE -> WRITING."""
+        with self._locked() as header:
+            free = int(header["n_free"])
+            slots = self._free[max(free - n, 0) : free].copy()
+            first = int(header["generated"])
+            header["generated"] = first + len(slots)
+            header["n_free"] = free - len(slots)
+            self._claim(slots, WRITING)
+        self._columns["row"][slots] = np.arange(first, first + len(slots))
+        return slots
+
+    def publish(self, slots: np.ndarray, mark: tuple[int, int, int] | None = None) -> None:
+        """Hand reserved and written slots to the readers: WRITING -> VALID."""
+        with self._locked() as header:
+            valid = int(header["n_valid"])
+            self._state[slots] = VALID
+            self._valid[valid : valid + len(slots)] = slots
+            header["n_valid"] = valid + len(slots)
+            if mark is not None:
+                header["mark"] = (mark[0], mark[1], mark[2] + len(slots))
+
+    @property
+    def mark(self) -> tuple[int, int, int]:
+        """What `put` last recorded, (0, 0, 0) before."""
+        with self._locked() as header:
+            first, second, third = header["mark"].tolist()
+            return first, second, third
+
+    @mark.setter
+    def mark(self, mark: tuple[int, int, int]) -> None:
+        with self._locked() as header:
+            header["mark"] = mark
+
+    # The readers
+
+    def draw(self, n: int, out: memoryview | None = None) -> Batch | None:
+        """n rows drawn uniformly without replacement; None while fewer than max(n, min_fill) are valid.
+
+        `out` (n rows of bytes, writable) receives the activations. Every row is drawn once at most, by whomever. Once
+        the generator has stopped for good, min_fill no longer counts.
+        """
+        slots = self.claim(n)
+        if slots is None:
+            return None
+        try:
+            shape, dtype = (n, 2, self.n_layers, self.d_acts), getattr(torch, self.dtype)
+            activations = (
+                torch.empty(shape, dtype=dtype) if out is None else torch.frombuffer(out, dtype=dtype).view(shape)
+            )
+            target = activations.view(n, -1).view(torch.uint8).numpy()
+            np.take(self._payload, slots, axis=0, out=target, mode="clip")  # "raise" would copy twice
+            return Batch(activations, **{name: column[slots] for name, column in self._columns.items()})
+        finally:
+            self.release(slots)
+
+    def claim(self, n: int) -> np.ndarray | None:
+        """The first half of `draw`: n random valid slots (n,) for reading, VALID -> READING, or None."""
+        if not 0 < n <= self.rows:
+            raise ValueError(f"a batch of {n} rows of a buffer of {self.rows}; wanted 1 to {self.rows}")
+        with self._locked() as header:
+            valid = int(header["n_valid"])
+            if valid < n or (valid < header["min_fill"] and header["state"] != b"stopped"):
+                return None
+            places = self.random.choice(valid, n, replace=False)
+            slots = self._valid[places]
+            self._claim(slots, READING)
+            # Fill the holes below the new end with those above it that were not drawn.
+            end = valid - n
+            stays = np.ones(n, bool)
+            stays[places[places >= end] - end] = False
+            self._valid[places[places < end]] = self._valid[end:valid][stays]
+            header["n_valid"] = end
+            return slots
+
+    def release(self, slots: np.ndarray) -> None:
+        """The second half of `draw`: claimed slots that have been read, READING -> FREE."""
+        with self._locked() as header:
+            self._give_back(slots)
+            header["drawn"] += len(slots)
+
+    def refresh(self) -> int:
+        """Drop all valid rows; returns how many."""
+        with self._locked() as header:
+            slots = self._valid[: int(header["n_valid"])].copy()
+            header["n_valid"] = 0
+            self._give_back(slots)
+            header["dropped"] += len(slots)
+            return len(slots)
+
+    def reclaim(self) -> int:
+        """Free the slots that dead processes had claimed (their rows are lost); returns how many."""
+        suspects = np.flatnonzero((self._state == WRITING) | (self._state == READING))
+        owners = np.stack([self._pid[suspects], self._start[suspects]], axis=1)
+        dead = [owner for owner in np.unique(owners, axis=0).tolist() if start_time(owner[0]) != owner[1]]
+        freed = 0
+        for pid, start in dead:
+            with self._locked():  # a suspect may have become free, and another's, since
+                claimed = (self._state[suspects] == WRITING) | (self._state[suspects] == READING)
+                theirs = (self._pid[suspects] == pid) & (self._start[suspects] == start)
+                slots = suspects[claimed & theirs]
+                self._give_back(slots)
+                freed += len(slots)
+        return freed
+
+    # Around the rows
+
+    def stats(self) -> dict[str, Any]:
+        """Everything worth knowing, as plain numbers and strings. rows_generated = valid + in_flight + the others."""
+        with self._locked() as header:
+            h = header.copy()
+        rows, valid, free, generated = (int(h[name]) for name in ("rows", "n_valid", "n_free", "generated"))
+        drawn, dropped, living = int(h["drawn"]), int(h["dropped"]), self._living()
+        return {
+            "segment": self.segment,
+            "rows": rows,
+            "valid": valid,
+            "fill": valid / rows,
+            "min_fill": int(h["min_fill"]),
+            "in_flight": rows - free - valid,
+            "rows_generated": generated,
+            "rows_drawn": drawn,
+            # What is in no slot and was neither drawn nor dropped went down with a process.
+            "rows_lost": generated - (rows - free) - drawn - dropped,
+            "rows_dropped": dropped,
+            "rows_served": int(h["served_rows"]),
+            "bytes_served": int(h["served_bytes"]),
+            "clients": sum(count for _, count in living),
+            "workers": len(living),
+            "created": float(h["created"]),
+            "epoch": int(h["mark"][0]),
+            "windows": int(h["mark"][1]),
+            "generator": self._generator(h),
+        }
+
+    def generator(self) -> dict[str, Any]:
+        """The generator: {state: starting|running|failed|stopped, cause, pid, restarts, since (unix time)}."""
+        with self._locked() as header:
+            return self._generator(header.copy())
+
+    def set_generator(self, state: str, cause: str = "", pid: int = 0, restarts: int | None = None) -> None:
+        """Record what the generator does and, when it failed, why."""
+        with self._locked() as header:
+            header["state"], header["cause"], header["pid"] = state.encode(), cause.encode()[:1024], pid
+            header["since"] = time.time()
+            if restarts is not None:
+                header["restarts"] = restarts
+
+    def add_served(self, rows: int, bytes: int) -> None:
+        """Count what a worker has sent."""
+        with self._locked() as header:
+            header["served_rows"] += rows
+            header["served_bytes"] += bytes
+
+    def join(self) -> bool:
+        """Enter this process among the workers that keep the buffer alive; False when it is about to be removed."""
+        with self._locked() as header:
+            if header["closing"]:
+                return False
+            entries = enumerate(self._workers.tolist())
+            free = next((i for i, (pid, start, _) in entries if not pid or start_time(pid) != start), None)
+            if free is None:
+                raise UserError(f"the shared buffer serves {WORKERS} processes already: lower server.workers")
+            self._worker = free
+            self._workers[free] = (*self._me, 0)
+            header["joined"] += 1
+            return True
+
+    def clients(self, delta: int) -> int:
+        """Change the number of this worker's clients; returns that of all workers (those of dead ones do not count)."""
+        assert self._worker is not None, "join first"
+        with self._locked():
+            self._workers[self._worker]["clients"] += delta
+        return sum(count for _, count in self._living())
+
+    def close_if_unused(self, waited: bool) -> bool:
+        """Refuse all further workers if the last one has left, or none came and it was `waited` long enough for it."""
+        with self._locked() as header:
+            if (waited or header["joined"]) and not self._living():
+                header["closing"] = 1
+            return bool(header["closing"])
+
+    @property
+    def filled(self) -> float:
+        """The share of the slots that are not free."""
+        return 1 - int(self._header["n_free"]) / self.rows
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process that created the buffer still runs. If not, close it and look for another."""
+        return self._segment.owner_lives()
+
+    def unlink(self) -> None:
+        """Remove the segment's name; the memory goes when the last process has closed it."""
+        self._segment.unlink()
+
+    def close(self) -> None:
+        """Leave the buffer. If its owner is dead, its name is removed."""
+        if self._worker is not None:
+            with self._locked():
+                self._workers[self._worker] = (0, 0, 0)
+        del self._header, self._workers, self._payload, self._state, self._pid, self._start
+        del self._valid, self._free, self._columns
+        self._segment.close()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[np.ndarray]:
+        """The header, alone with it. An exception or a death inside leaves it dirty."""
+        with self._segment.locked():
+            if self._header["dirty"]:
+                self._rebuild()
+            self._header["dirty"] = 1
+            yield self._header
+            self._header["dirty"] = 0
+
+    def _rebuild(self) -> None:
+        for name, slots, state in (("n_valid", self._valid, VALID), ("n_free", self._free, FREE)):
+            found = np.flatnonzero(self._state == state)
+            slots[: len(found)] = found
+            self._header[name] = len(found)
+
+    def _claim(self, slots: np.ndarray, state: int) -> None:
+        """Under the lock: first whose, then what, so that a claim never names a wrong process."""
+        self._pid[slots], self._start[slots] = self._me
+        self._state[slots] = state
+
+    def _give_back(self, slots: np.ndarray) -> None:
+        """Under the lock: slots that are in neither list become free."""
+        free = int(self._header["n_free"])
+        self._state[slots] = FREE
+        self._free[free : free + len(slots)] = slots
+        self._header["n_free"] = free + len(slots)
+
+    def _living(self) -> list[tuple[int, int]]:
+        """(pid, clients) of the workers that run."""
+        return [(pid, count) for pid, start, count in self._workers.tolist() if pid and start_time(pid) == start]
+
+    def _generator(self, header: np.ndarray) -> dict[str, Any]:
+        found = {name: header[name].item().decode("utf-8", "replace") for name in ("state", "cause")}
+        found |= {name: header[name].item() for name in ("pid", "restarts", "since")}
+        if found["state"] != "stopped" and not self.alive:
+            found |= {"state": "failed", "cause": f"the supervisor (process {self._segment.owner}) died"}
+        return found
+
+
+def _layout(rows: int, n_layers: int, d_acts: int, dtype: str) -> tuple[dict[str, tuple[int, Any, Any]], int]:
+    """(offset, shape, dtype) of every array of a buffer, and the bytes of all of it."""
+    row_bytes = 2 * n_layers * d_acts * TENSOR_DTYPES[dtype].itemsize
+    parts: dict[str, tuple[Any, Any]] = {
+        "header": ((), _HEADER),
+        "workers": (WORKERS, _WORKER),
+        "state": (rows, "u1"),
+        "claim_pid": (rows, "i4"),
+        "claim_start": (rows, "i8"),
+        "valid": (rows, "i4"),
+        "free": (rows, "i4"),
+        **{name: (rows, column) for name, column in COLUMN_DTYPES.items()},
+        "row": (rows, "i8"),
+        "payload": ((rows, row_bytes), "u1"),
+    }
+    layout, offset = {}, PREFIX_BYTES
+    for name, (shape, kind) in parts.items():
+        step = mmap.PAGESIZE if name == "payload" else 64
+        offset = -(-offset // step) * step
+        layout[name] = (offset, shape, kind)
+        offset += int(np.prod(shape)) * np.dtype(kind).itemsize
+    return layout, offset
+
+
+def buffer_bytes(rows: int, n_layers: int, d_acts: int, dtype: str) -> int:
+    """Bytes of shared memory that a buffer takes."""
+    return _layout(rows, n_layers, d_acts, dtype)[1]

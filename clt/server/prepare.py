@@ -1,0 +1,84 @@
+"""What must exist before rows are served: held-out rows, the statistics of the training rows, and their description."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from clt.config import Config
+from clt.data.extract import check_model, check_store, extract
+from clt.data.index import INDEX, STATISTICS, Moments, Statistics, StoreIndex, read_index, write_index
+from clt.data.rows import captured
+from clt.errors import UserError
+
+
+def folder(config: Config) -> Path:
+    """The directory whose index.json and stats.safetensors describe the rows that are served."""
+    return Path(config.data.store) / ("train" if config.server.source == "store" else "server")
+
+
+def tag(config: Config) -> str:
+    """64 hexadecimal digits that two configs share if and only if they ask for the same buffer of the same rows."""
+    server = dataclasses.asdict(config.server)
+    own = {key: server[key] for key in ("source", "rows", "min_fill", "device", "low", "statistics_tokens")}
+    parts = [dataclasses.asdict(config.lm), dataclasses.asdict(config.text), dataclasses.asdict(config.data), own]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def prepare(config: Config, progress: bool = False) -> StoreIndex:
+    """Make what is missing of it; returns the index of the rows to be served (no rows, no shards, if from a model).
+
+    Raises UserError as `extract` does, for stores of another config, and for a GPU that is not there.
+    """
+    if config.server.device == "gpu" and not torch.cuda.is_available():
+        raise UserError("server.device=gpu but no CUDA device is available; set server.device=cpu")
+    heldout = extract(config, "heldout", progress=progress)
+    directory = folder(config)
+    if config.server.source == "store":
+        index = read_index(directory)
+        check_store(index, config)
+        return index
+    index = _description(heldout)
+    if not _has_statistics(config, index):
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / INDEX).unlink(missing_ok=True)
+        _statistics(config, heldout).save(directory / STATISTICS)
+        write_index(directory, index)
+    return index
+
+
+def needs_model(config: Config) -> bool:
+    """Whether `prepare` will run the language model, which takes memory and time."""
+    heldout = Path(config.data.store) / "heldout"
+    if not (heldout / INDEX).exists():
+        return True
+    return config.server.source == "model" and not _has_statistics(config, _description(read_index(heldout)))
+
+
+def _description(heldout: StoreIndex) -> StoreIndex:
+    return dataclasses.replace(heldout, text={**heldout.text, "part": "train"}, rows=0, shards=[])
+
+
+def _has_statistics(config: Config, index: StoreIndex) -> bool:
+    directory = folder(config)
+    if not (directory / INDEX).exists() or read_index(directory) != index:
+        return False
+    return Statistics.load(directory / STATISTICS).rows == config.server.statistics_tokens
+
+
+def _statistics(config: Config, heldout: StoreIndex) -> Statistics:
+    """The statistics of the first `server.statistics_tokens` rows of the training text, or of all if it is shorter."""
+    from clt.lm.load import load_language_model
+
+    lm = load_language_model(config.lm, "cuda" if torch.cuda.is_available() else "cpu")
+    check_model(heldout, lm)
+    moments = Moments.zero(heldout.n_layers, heldout.d_acts)
+    for _, rows in captured(config, "train", lm, skip=0):
+        moments.add(rows.tensor[: config.server.statistics_tokens - moments.rows])
+        if moments.rows == config.server.statistics_tokens:
+            break
+    return moments.statistics()

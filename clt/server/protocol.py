@@ -1,0 +1,89 @@
+"""uvicorn's HTTP protocol with what a server that runs for a week needs besides: deadlines, limits, reasons in JSON.
+
+`clt serve` uses it; by hand: `uvicorn clt.server.app:app --http clt.server.protocol:Protocol --ws none`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+MAX_HEAD = 16_384
+"""Bytes of a request's line and headers."""
+MAX_CONNECTIONS = 1024
+"""Open connections of one worker."""
+HEAD_SECONDS = 10.0
+"""Time for a request's line and headers, from the connection or the first byte."""
+
+
+class Protocol(HttpToolsProtocol):
+    """One connection. The lifespan's state sets `idle_seconds`, the time to take what was sent before it is dropped."""
+
+    _head_bytes = 0
+    _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            self.refuse(503, f"this worker has its {MAX_CONNECTIONS} connections; come again")
+        else:
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop(self._head_timer)
+        self._stop(self._write_timer)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:  # no response under way: this is (part of) a head
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD:
+                return self.refuse(431, f"the request's line and headers are longer than {MAX_HEAD} bytes")
+            if self._head_timer is None:
+                self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+        super().data_received(data)
+
+    def on_headers_complete(self) -> None:
+        self._stop(self._head_timer)
+        self._head_timer, self._head_bytes = None, 0
+        super().on_headers_complete()
+
+    def pause_writing(self) -> None:
+        self._stop(self._write_timer)
+        self._write_timer = self.loop.call_later(self.app_state["idle_seconds"], self.transport.abort)
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._stop(self._write_timer)
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        self.refuse(400, msg)
+
+    def refuse(self, status: int, reason: str) -> None:
+        """Answer with a reason and close; within a response there is only the closing."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.transport.abort()
+            return
+        body = json.dumps({"error": reason}).encode()
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(body)
+        retry = b"retry-after: 1\r\n" if status == 503 else b""
+        self.transport.write(STATUS_LINE[status] + head + retry + b"\r\n" + body)
+        self.transport.close()
+
+    def _head_is_late(self) -> None:
+        if self._head_bytes:
+            self.refuse(408, f"no complete request came within {HEAD_SECONDS:g} seconds")
+        else:
+            self.transport.close()
+
+    @staticmethod
+    def _stop(timer: asyncio.TimerHandle | None) -> None:
+        if timer is not None:
+            timer.cancel()

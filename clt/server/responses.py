@@ -1,0 +1,81 @@
+"""Answers that end when their client does: bodies sent while they are made, and endpoints whose clients are counted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+PIECE = 1 << 19
+"""Bytes handed to the transport at once: it waits for the client to read them before it takes the next."""
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away: then raises ClientGone."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        for each in (task, watch):
+            each.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)  # nothing of it runs on unseen
+
+
+class Pieces(Response):
+    """A body of bytes-likes that are sent as they are made.
+
+    `size` is their sum, or None if that is unknown. Fewer bytes than that cut the connection off, which clients notice.
+    """
+
+    media_type = "application/octet-stream"
+
+    def __init__(self, pieces: AsyncGenerator[Any, None], size: int | None, headers: dict[str, str]) -> None:
+        self.pieces, self.size, self.status_code, self.background = pieces, size, 200, None
+        self.init_headers(headers if size is None else {**headers, "content-length": str(size)})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def answer() -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            sent = 0
+            async with contextlib.aclosing(self.pieces) as pieces:
+                async for piece in pieces:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    sent += len(piece)
+            if self.size is None or sent == self.size:
+                await send({"type": "http.response.body", "body": b""})
+
+        await until_gone(receive, answer())
+
+
+class Counted:
+    """An endpoint as an ASGI app; its client counts from before the first row is drawn until the last byte is sent."""
+
+    def __init__(self, endpoint: Callable[[Request], Awaitable[Response]]) -> None:
+        self.endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "HEAD":  # rows would be drawn in vain
+            raise HTTPException(405, "the answer to HEAD would cost its rows", {"allow": "GET"})
+        request = Request(scope, receive)
+        with contextlib.suppress(ClientGone), request.state.supply.client():
+            response = await self.endpoint(request)
+            await response(scope, receive, send)

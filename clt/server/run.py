@@ -1,0 +1,79 @@
+"""`clt serve`: the buffer, then uvicorn with as many workers as the config says."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from clt.cli import DEFAULT_CONFIG
+from clt.config import PRESETS, Config, ServerConfig, load_config
+from clt.errors import UserError
+from clt.parsing import names, to_yaml
+from clt.server.limits import is_loopback
+from clt.server.supervisor import ensure
+from clt.server.token import read_token
+
+_GRACE_SECONDS = 5  # for streams to end after Ctrl-C or SIGTERM
+
+
+def environment_overrides() -> list[str]:
+    """What CLT_SERVER_<FIELD> set, as overrides of a config."""
+    known = {_variable(name): f"server.{name}" for name in names(ServerConfig)}
+    return [f"{key}={os.environ[name]}" for name, key in known.items() if name in os.environ]
+
+
+def environment_config() -> Config:
+    """The config that the environment asks for; raises UserError as `load_config` does."""
+    path = os.environ.get("CLT_CONFIG")
+    if path is None or path in PRESETS:
+        return load_config(DEFAULT_CONFIG, environment_overrides(), preset=path or "test")
+    return load_config(path, environment_overrides())
+
+
+def _variable(field: str) -> str:
+    return f"CLT_SERVER_{field.upper()}"
+
+
+def serve(config: Config, without_token: bool = False, **options: Any) -> None:
+    """Serve until Ctrl-C or SIGTERM; `options` are uvicorn's.
+
+    Raises UserError for an address that other machines reach when there is no token, and as `ensure` does.
+    """
+    server = config.server
+    token = read_token(server.token_file)
+    if token is None and not is_loopback(server.host) and not without_token:
+        raise UserError(
+            f"server.host={server.host} lets other machines in but there is no token: set server.token_file (or "
+            "CLT_SERVER_TOKEN), or say --without-token if the network itself keeps strangers out"
+        )
+    # Batches are allocated and freed all the time: glibc would return their memory and fault it back in. For children.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 28))
+    buffer = ensure(config)  # held for the workers: they may die and come back without its being made anew
+    with tempfile.TemporaryDirectory(prefix="clt-serve-") as directory:
+        file = Path(directory) / "config.yaml"
+        file.write_text(to_yaml(config))
+        os.environ["CLT_CONFIG"], os.environ["CLT_SERVER_OPEN"] = str(file), str(int(without_token))
+        for name in names(ServerConfig):  # they are in the config already, below the command line's
+            os.environ.pop(_variable(name), None)
+        print(f"serving on {server.host}:{server.port}, {'with' if token else 'without'} a token", file=sys.stderr)
+        try:
+            uvicorn.run(
+                "clt.server.app:app",
+                host=server.host,
+                port=server.port,
+                workers=server.workers,
+                http="clt.server.protocol:Protocol",
+                ws="none",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=_GRACE_SECONDS,
+                **options,
+            )
+        finally:
+            buffer.close()

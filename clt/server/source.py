@@ -1,0 +1,107 @@
+"""Training from a server: what a run reads of a store, read from the network instead."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clt.config import Config
+from clt.data.extract import check_store
+from clt.data.index import INDEX, read_index
+from clt.data.shards import COLUMN_DTYPES
+from clt.data.writer import write_store
+from clt.errors import UserError
+from clt.server.client import ActivationClient
+from clt.server.token import read_token
+from clt.server.wire import Frame
+
+_PATIENCE = 600.0  # seconds that a run waits for a server that is away
+_OWN = ("format_version", "n_layers", "d_acts", "dtype", "rows", "shards")  # what write_store says itself
+_FRAME_BYTES = 8 << 20  # small enough to be received while the last one is copied
+
+
+class ServerStore:
+    """What `clt.data.loader.Loader` and a run need of a store: index, statistics, and rows, in the server's order.
+
+    `read` gives the next rows of this process's own stream, whatever their numbers; it waits out a server that is away
+    for less than `patience` seconds.
+    """
+
+    consumed: dict[str, int]
+    """Rows read, by the buffer of the server (its `segment`) that they came from."""
+
+    def __init__(self, client: ActivationClient, rows: int) -> None:
+        self.client, self.path, self.consumed = client, client.url, {}
+        self.index, self.statistics = dataclasses.replace(client.index(), rows=rows), client.statistics()
+        self._frames: Iterator[Frame] | None = None
+        self._rest = torch.empty(0)
+
+    def __len__(self) -> int:
+        return self.index.rows
+
+    def read(self, rows: np.ndarray, out: Tensor) -> Tensor:
+        """The next len(rows) rows (n, 2, L, D), into `out`. One thread at a time. Raises ServerError."""
+        done = 0
+        while done < len(rows):
+            if len(self._rest) == 0:
+                self._rest = self._next(len(rows))
+            take = min(len(self._rest), len(rows) - done)
+            out[done : done + take] = self._rest[:take]
+            self._rest, done = self._rest[take:], done + take
+        return out
+
+    def _next(self, rows: int) -> Tensor:
+        if self._frames is None:
+            row_bytes = 2 * self.index.n_layers * self.index.d_acts * getattr(torch, self.index.dtype).itemsize
+            self._frames = self.client.stream_frames(min(rows, max(1, _FRAME_BYTES // row_bytes)))
+        frame = next(self._frames)
+        tensor = frame.batch.activations
+        if tensor.shape[1:] != (2, self.index.n_layers, self.index.d_acts):
+            raise UserError(
+                f"{self.path} now serves rows {tuple(tensor.shape[1:])}, wanted (2, {self.index.n_layers}, "
+                f"{self.index.d_acts}): it was started again with another model; start this run again, too"
+            )
+        self.consumed[frame.segment] = self.consumed.get(frame.segment, 0) + len(tensor)
+        return tensor
+
+
+def open_server(config: Config) -> ServerStore:
+    """The server of `data.url` in the place of a training store of `data.train_tokens` rows.
+
+    Raises UserError when it does not answer, refuses, or serves other rows than the config asks for.
+    """
+    assert config.data.url is not None, "load_config has seen to it"
+    client = ActivationClient(config.data.url, read_token(config.data.token_file), patience=_PATIENCE)
+    store = ServerStore(client, config.data.train_tokens)
+    try:
+        check_store(store.index, config)
+    except UserError as error:
+        raise UserError(f"the server {client.url} has another config: {error}") from error
+    return store
+
+
+def fetch_heldout(config: Config) -> None:
+    """Copy the server's held-out rows to `<data.store>/heldout`, a store like any other; keeps one that is there."""
+    store, path = open_server(config), Path(config.data.store) / "heldout"
+    index = dataclasses.asdict(store.index)
+    fields: dict[str, Any] = {key: index[key] for key in index if key not in _OWN}
+    fields["text"] = {**index["text"], "part": "heldout"}
+    if (path / INDEX).exists():
+        found = dataclasses.asdict(read_index(path))
+        odd = [f"{key}: found {found[key]!r}, wanted {fields[key]!r}" for key in fields if found[key] != fields[key]]
+        if odd:
+            raise UserError(
+                f"{path} does not hold the held-out rows of {store.path} ({'; '.join(odd)}): delete it, or set "
+                "data.store to another directory"
+            )
+    else:
+        batches = list(store.client.heldout())
+        columns = {name: np.concatenate([getattr(batch, name) for batch in batches]) for name in COLUMN_DTYPES}
+        write_store(path, torch.cat([batch.activations for batch in batches]), columns=columns, **fields)
+    check_store(read_index(path), config)

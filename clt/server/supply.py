@@ -1,0 +1,146 @@
+"""The shared buffer as a serving process sees it: frames drawn in threads, waited for, and counted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import numpy as np
+
+from clt.config import Config
+from clt.errors import UserError
+from clt.server.buffer import Batch, SharedBuffer
+from clt.server.supervisor import ensure
+from clt.server.wire import layout
+
+T = TypeVar("T")
+log = logging.getLogger("uvicorn.error")
+_POLL = (0.002, 0.05)  # seconds between two looks at a buffer that is too empty: the first, and at most
+_SAMPLE_SECONDS = 2.0
+_SAMPLES = 300
+
+
+class Unavailable(Exception):
+    """There are no rows, and why; `retry_after` seconds later there may be some."""
+
+    def __init__(self, reason: str, retry_after: int) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+class Supply:
+    """`open` it first, run `watch` beside, `close` it in the end. All methods are called in the event loop's thread."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.buffer: SharedBuffer
+        self._pool = _pool()
+        self._clients = 0
+        self._samples: deque[tuple[float, int, float]] = deque(maxlen=_SAMPLES)  # time, rows served, fill
+
+    async def open(self) -> None:
+        """Find the buffer or start what makes it; UserError as `ensure` raises it."""
+        self.buffer = await asyncio.to_thread(ensure, self.config)
+
+    async def close(self) -> None:
+        """Wait for the draws under way and leave the buffer."""
+        await asyncio.to_thread(self._pool.shutdown)
+        self.buffer.close()
+
+    async def watch(self) -> None:
+        """Sample the counters, and look for the next buffer when the owner of this one has died; never returns."""
+        while True:
+            stats = self.buffer.stats()
+            self._samples.append((time.monotonic(), stats["rows_served"], stats["fill"]))
+            await asyncio.sleep(_SAMPLE_SECONDS)
+            if not self.buffer.alive:
+                log.error("the supervisor of the shared buffer has died; starting another")
+                await self._replace()
+
+    async def _replace(self) -> None:
+        try:
+            buffer = await asyncio.to_thread(ensure, self.config)
+        except UserError as error:
+            log.error("%s", error)
+            return
+        old, pool, self.buffer, self._pool = self.buffer, self._pool, buffer, _pool()
+        buffer.clients(self._clients)
+        self._samples.clear()
+        await asyncio.to_thread(pool.shutdown)  # draws that are under way still use the old one
+        old.close()
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[None]:
+        """Count a client while its rows are drawn and sent; Unavailable when there are `max_streams` already."""
+        limit = self.config.server.max_streams
+        clients = self.buffer.clients(1)
+        self._clients += 1
+        try:
+            if clients > limit:
+                raise Unavailable(f"{limit} clients are being served already (server.max_streams)", 1)
+            yield
+        finally:
+            self._clients -= 1
+            self.buffer.clients(-1)
+
+    async def frame(self, n: int, sequence: int) -> memoryview:
+        """A frame of n drawn rows; waits for them. Raises Unavailable with the cause."""
+
+        def draw(buffer: SharedBuffer) -> memoryview | None:
+            form = layout(n, buffer.n_layers, buffer.d_acts, buffer.dtype, buffer.segment)
+            frame = np.empty(form.size, np.uint8).data  # its own: the transport may keep pieces of the last one
+            batch = buffer.draw(n, form.activations(frame))
+            if batch is None:
+                return None
+            form.put(frame, batch, sequence)
+            return frame
+
+        return await self._wait_for(n, draw)
+
+    async def batch(self, n: int) -> Batch:
+        """n drawn rows; waits for them. Raises Unavailable with the cause."""
+        return await self._wait_for(n, lambda buffer: buffer.draw(n))
+
+    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
+        """`work(*arguments)` in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+
+    async def _wait_for(self, n: int, draw: Callable[[SharedBuffer], T | None]) -> T:
+        end, pause = time.monotonic() + self.config.server.wait_seconds, _POLL[0]
+        while (drawn := await self.run(draw, self.buffer)) is None:
+            generator = self.buffer.generator()
+            if generator["state"] == "failed":
+                raise Unavailable(f"the generator of activations failed: {generator['cause']}", 2)
+            if generator["state"] == "stopped":
+                raise Unavailable("the server is shutting down", 5)
+            if time.monotonic() > end:
+                raise Unavailable(f"the buffer had no {n} rows for {self.config.server.wait_seconds:g} seconds", 1)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _POLL[1])
+        return drawn
+
+    def stats(self) -> dict[str, Any]:
+        """The buffer's counters, the rate of serving over the last ten seconds, and a history of rate and fill."""
+        now, samples = time.monotonic(), list(self._samples)
+        rates = [(round(b[0] - now, 1), (b[1] - a[1]) / (b[0] - a[0]), round(b[2], 4)) for a, b in pairwise(samples)]
+        recent = [rate for at, rate, _ in rates if at > -10 - _SAMPLE_SECONDS]
+        return {
+            **self.buffer.stats(),
+            "rows_per_second": sum(recent) / len(recent) if recent else 0.0,
+            "history": {"seconds": _column(rates, 0), "rows_per_second": _column(rates, 1), "fill": _column(rates, 2)},
+        }
+
+
+def _column(rows: list[tuple[float, float, float]], i: int) -> list[float]:
+    return [row[i] for row in rows]
+
+
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(4, "clt-draw")

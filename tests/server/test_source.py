@@ -1,0 +1,125 @@
+"""Training data from a server: what the loader gets, and what happens when the server goes away."""
+
+import dataclasses
+import itertools
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from clt.config import Config, load_config
+from clt.data.loader import Loader
+from clt.data.store import DiscBuffer
+from clt.errors import UserError
+from clt.server.client import ActivationClient, ServerError
+from clt.server.source import ServerStore, fetch_heldout, open_server
+from tests.server.conftest import Server, eventually
+
+TOKEN = "a-token-of-the-tests-0123456789"
+
+
+@pytest.fixture(scope="module")
+def server(serve) -> Server:
+    return serve(CLT_SERVER_TOKEN=TOKEN)
+
+
+@pytest.fixture
+def reader(server, lm_overrides, tmp_path, monkeypatch):
+    """reader(*overrides): the config of a run that reads from the server."""
+    monkeypatch.delenv("CLT_SERVER_TOKEN", raising=False)
+    (tmp_path / "token").write_text(TOKEN)
+
+    def make(*overrides: str) -> Config:
+        keys = ["data.source=server", f"data.url={server.url}", f"data.token_file={tmp_path / 'token'}"]
+        return load_config(None, [*lm_overrides, f"data.store={tmp_path / 'here'}", *keys, *overrides])
+
+    return make
+
+
+def test_a_loader_reads_rows_of_the_store_from_the_server(server, reader):
+    store, train = open_server(reader()), DiscBuffer(server.store / "train")
+    known = {row.numpy().tobytes() for row in train[:]}
+    sizes = [60, 59, 60, 1, 200]
+    with Loader(store, map(np.arange, sizes), prefetch=2) as loader:
+        batches = [batch.clone() for batch in loader]
+    assert [len(batch) for batch in batches] == sizes
+    assert all(row.numpy().tobytes() in known for row in torch.cat(batches))
+    assert len({row.numpy().tobytes() for row in torch.cat(batches)}) > 200
+    assert torch.equal(store.statistics.input_mean, train.statistics.input_mean)
+    assert (len(store), store.index.n_layers) == (1000, 3)
+    assert list(store.consumed) == [store.client.stats()["segment"]]
+    assert sum(store.consumed.values()) >= sum(sizes)
+
+
+def test_heldout_rows_become_a_store(server, reader):
+    config = reader()
+    fetch_heldout(config)
+    here, there = DiscBuffer(f"{config.data.store}/heldout"), DiscBuffer(server.store / "heldout")
+    assert torch.equal(here[:], there[:])
+    assert np.array_equal(here.documents(slice(None)), there.documents(slice(None)))
+    here.verify()
+    fetch_heldout(config)  # is content with it
+
+
+def test_another_config_is_refused(reader):
+    with pytest.raises(UserError, match=r"the server http.* has another config: .*lm\.layers"):
+        open_server(reader("lm.layers=[0]"))
+
+
+def test_the_token_file_and_the_url_are_used(reader, tmp_path):
+    (tmp_path / "other").write_text("another-token-0123456789")
+    with pytest.raises(ServerError, match="answered 401: a valid bearer token is needed"):
+        open_server(reader(f"data.token_file={tmp_path / 'other'}"))
+    with pytest.raises(UserError, match="is not of the form"):
+        open_server(reader("data.url=localhost"))
+    with pytest.raises(UserError, match=r"data\.url is null"):
+        load_config(None, ["data.source=server"])
+
+
+def test_a_server_that_is_killed_and_started_again_is_waited_out(serve):
+    """Its rows stay distinct over both lives, and the reader notices nothing but the time."""
+    first = serve()
+    client = ActivationClient(first.url, patience=120)
+    got: list[tuple[str, int]] = []
+    broken = threading.Event()
+
+    def read() -> None:
+        for frame in itertools.takewhile(lambda _: len(got) < 4000, client.stream_frames(50)):
+            got.extend((frame.segment, row) for row in frame.batch.row.tolist())
+            if len(got) == 1000:
+                broken.wait(60)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    eventually(lambda: len(got) >= 1000)
+    first.process.kill()
+    first.process.wait()
+    broken.set()
+    first.start()
+    reader.join(120)
+    assert len(got) == len(set(got)) == 4000
+
+
+def test_patience_has_an_end():
+    with pytest.raises(ServerError, match=r"127.0.0.1:9/stats: .*refused.*\(tried for"):
+        ActivationClient("http://127.0.0.1:9", patience=0.3).stats()
+    with pytest.raises(ServerError, match="refused"):
+        next(ActivationClient("http://127.0.0.1:9", patience=0.3).stream_activations())
+
+
+def test_a_run_trains_from_the_server_and_records_what_it_read(server, train, monkeypatch):
+    monkeypatch.setenv("CLT_SERVER_TOKEN", TOKEN)
+    by_store, by_server = train(), train("data.source=server", f"data.url={server.url}")
+    summary = by_server.summary
+    assert summary["server"] == server.url
+    assert sum(summary["rows_by_segment"].values()) >= 600
+    assert summary["fve"] == pytest.approx(by_store.summary["fve"], abs=0.1)
+    assert summary["fve"] != by_store.summary["fve"], "it read the store in the store's order"
+
+
+def test_rows_of_another_model_are_refused(server):
+    store = ServerStore(ActivationClient(server.url, TOKEN), 100)
+    store.index = dataclasses.replace(store.index, n_layers=2)
+    with pytest.raises(UserError, match=r"now serves rows \(2, 3, 16\), wanted \(2, 2, 16\)"):
+        store.read(np.arange(5), torch.empty(5, 2, 2, 16))
