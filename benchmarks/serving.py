@@ -40,6 +40,7 @@ from clt.config import Config, load_config  # noqa: E402
 from clt.data.writer import write_store  # noqa: E402
 from clt.parsing import to_yaml  # noqa: E402
 from clt.server.client import ActivationClient  # noqa: E402
+from clt.server.supervisor import segment_name  # noqa: E402
 
 L, D, BATCH = 12, 768, 256
 WIDTH = 2 * L * D
@@ -85,6 +86,7 @@ class Server:
         (directory / "config.yaml").write_text(to_yaml(config))
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
+        self.segment = Path(f"/dev/shm/clt-{segment_name(config)}")
         self.url, self.log = f"http://127.0.0.1:{self.port}", directory / "log"
         command = [sys.executable, "-m", "clt.cli", "serve", str(directory / "config.yaml"), f"server.port={self.port}"]
         with open(self.log, "w") as log:
@@ -105,6 +107,10 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.process.send_signal(signal.SIGINT)
         self.process.wait(60)
+        end = time.monotonic() + 30
+        while self.segment.exists():  # the supervisor ends after the last worker
+            assert time.monotonic() < end, f"{self.segment} was left behind"
+            time.sleep(0.1)
 
     def processes(self) -> set[int]:
         """The pids of the serving processes."""

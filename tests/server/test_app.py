@@ -18,6 +18,7 @@ import torch
 
 from clt.data.store import DiscBuffer
 from clt.server.client import ActivationClient, ServerError
+from clt.server.segment import Segment
 from tests.server.conftest import Server, eventually
 
 ROOT = Path(__file__).parents[2]
@@ -348,10 +349,16 @@ def test_other_machines_are_not_served_without_a_token(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_stopping_the_server_leaves_nothing(serve):
+def test_a_dead_supervisor_is_replaced_and_stopping_leaves_nothing(serve):
     name = f"test-{os.getpid()}-stop"
     server, file = serve(f"server.name={name}"), Path(f"/dev/shm/clt-{name}")
-    assert file.exists()
+    client = ActivationClient(server.url)
+    first = client.stats()["segment"]
+    segment = Segment.attach(name)
+    os.kill(segment.owner, signal.SIGKILL)
+    eventually(lambda: client.stats()["segment"] != first)
+    segment.close()
+    assert len(next(client.stream_activations(100, 1)).row) == 100
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(b"GET /activations/stream HTTP/1.1\r\nhost: x\r\n\r\n")
         connection.recv(1)
