@@ -41,7 +41,8 @@ export PATH="$PWD/$VENV/bin:$PATH"
 [[ $VENV == /* ]] && export PATH="$VENV/bin:$PATH"
 
 if [[ $what == test ]]; then
-    exec python -m pytest "$@"
+    # Two at a time: most tests wait for processes that they started.
+    exec python -m pytest --numprocesses=2 --dist=worksteal "$@"
 fi
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)

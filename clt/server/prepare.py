@@ -11,8 +11,9 @@ import torch
 
 from clt.config import Config
 from clt.data.extract import check_model, check_store, extract
-from clt.data.index import INDEX, STATISTICS, Moments, Statistics, StoreIndex, read_index, write_index
+from clt.data.index import INDEX, STATISTICS, StoreIndex, read_index, write_index
 from clt.data.rows import captured
+from clt.data.statistics import Moments, Statistics
 from clt.errors import UserError
 
 

@@ -118,10 +118,12 @@ def main(path: str, answer: int, lock: int) -> None:
         os.close(lock)
         supervise(config, buffer)
     finally:
-        buffer.set_generator("stopped")
-        _save_position(config, buffer)
-        buffer.unlink()
-        buffer.close()
+        try:
+            buffer.set_generator("stopped")
+            _save_position(config, buffer)
+        finally:  # the segment must go, also when the data directory has gone before
+            buffer.unlink()
+            buffer.close()
 
 
 def _create(config: Config) -> SharedBuffer:
