@@ -387,6 +387,11 @@ def _validate(config: Config, where: typing.Callable[[str], str]) -> None:
         raise UserError("data.source=server but data.url is null: set it to the server's, e.g. http://127.0.0.1:8000")
     if (config.lm.input_site is None) != (config.lm.output_site is None):
         raise UserError("lm.input_site and lm.output_site go together: set both, or neither")
+    if config.data.source == "server" and config.parallel.feature_shards > 1:
+        raise UserError(
+            "parallel.feature_shards above 1 needs ranks that read the same rows, and a server gives each row to one "
+            "rank: set data.source=store, or parallel.feature_shards=1"
+        )
 
 
 # What may differ when a run goes on: none of these changes the numbers that the run computes.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clt.config import LossConfig, OptimConfig
-from clt.train.optim import autocast_dtype, learning_rate, sparsity_coefficient
+from clt.train.optim import NEVER, TERMS, Update, autocast_dtype, learning_rate, sparsity_coefficient
 
 
 def test_learning_rate():
@@ -37,3 +37,80 @@ def test_auto_precision_is_what_the_hardware_multiplies():
     flags = Path("/proc/cpuinfo").read_text()
     native = "amx_bf16" in flags or "avx512_bf16" in flags
     assert autocast_dtype("auto", cpu) == (torch.bfloat16 if native else torch.float32)
+
+
+def problem(scale_of_gradients=1.0):
+    """Two parameters with gradients, twice: one pair for our update, one for torch's own functions."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for shape in ((5, 3), (4,)):
+        value, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
+        pairs.append((value, gradient * scale_of_gradients))
+    return [[torch.nn.Parameter(value.clone()) for value, _ in pairs] for _ in range(2)], [g for _, g in pairs]
+
+
+def updater(parameters, **options):
+    optimizer = torch.optim.Adam(parameters, 0.1, fused=True)
+    defaults = {"clip_norm": 1.0, "fp16": False, "stop": True, "sum_shards": lambda t: t}
+    return Update(optimizer, sharded=parameters[:1], replicated=parameters[1:], **{**defaults, **options})
+
+
+@pytest.mark.parametrize("size", [0.01, 100.0])
+def test_update_is_torchs_clipping_and_adam(size):
+    (ours, theirs), gradients = problem(size)
+    update, adam = updater(ours), torch.optim.Adam(theirs, 0.1)
+    for step in range(1, 4):
+        for a, b, gradient in zip(ours, theirs, gradients):
+            a.grad, b.grad = gradient * step, gradient * step
+        expected = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        adam.step()
+        torch.testing.assert_close(update(step, torch.zeros(3)), expected)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_update_counts_every_shard_once():
+    """Two shards with the same gradients: the sharded part doubles in square, the replicated part does not."""
+    (ours, _), gradients = problem()
+    update = updater(ours, sum_shards=lambda square: 2 * square)
+    for parameter, gradient in zip(ours, gradients):
+        parameter.grad = gradient
+    expected = (2 * gradients[0].square().sum() + gradients[1].square().sum()).sqrt()
+    torch.testing.assert_close(update(1, torch.zeros(3)), expected)
+
+
+def test_the_loss_scale_falls_at_an_overflow_and_rises_after_2000_good_steps():
+    (ours, _), gradients = problem()
+    update, before = updater(ours, fp16=True), [p.detach().clone() for p in ours]
+
+    def step(number, gradients):
+        for parameter, gradient in zip(ours, gradients):
+            parameter.grad = gradient * update.scale
+        return update(number, torch.zeros(3))
+
+    step(1, [gradients[0] * float("inf"), gradients[1]])
+    assert update.scale == 2.0**15
+    assert update.skipped == 1
+    assert (update.failed_at == NEVER).all(), "an overflow is no failure"
+    torch.testing.assert_close(ours, before, rtol=0, atol=0)
+    norm = step(2, gradients)
+    torch.testing.assert_close(norm, torch.cat([g.flatten() for g in gradients]).norm())
+    update.good_steps.fill_(1999)
+    step(3, gradients)
+    assert update.scale == 2.0**16
+    assert update.good_steps == 0
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_failure_is_recorded_with_its_term_and_step(stop):
+    (ours, _), gradients = problem()
+    update, before = updater(ours, stop=stop), [p.detach().clone() for p in ours]
+    nan = [gradient * float("nan") for gradient in gradients]
+    for number, (values, terms) in enumerate([(nan, [0, float("inf"), 0]), (gradients, [0, 0, 0])], 1):
+        for parameter, gradient in zip(ours, values):
+            parameter.grad = gradient.clone()
+        update(number, torch.tensor(terms))
+    assert dict(zip(TERMS, update.failed_at.tolist())) == {
+        "train_mse": NEVER, "train_sparsity": 1, "train_pre_activation": NEVER, "grad_norm": 1,
+    }  # fmt: skip
+    assert update.skipped == (2 if stop else 1)
+    assert all(torch.equal(a, b) for a, b in zip(ours, before)) == stop
