@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clt import cli
 from clt.train import checkpoint
 from clt.train.logger import read_metrics
 
@@ -53,6 +54,19 @@ def test_two_ranks_give_the_run_of_one(train, train_overrides, tmp_path):
     assert summary["config_hash"] == alone.summary["config_hash"]
     assert "fraction of variance explained" in result.stdout
     assert f"The run lies in {tmp_path}" in result.stdout.strip().splitlines()[-1]
+
+
+def test_a_sharded_run_is_evaluated_by_one_process(train_overrides, tmp_path):
+    """Its own evaluation over the shards, replacement model included, against `clt eval` on its checkpoint."""
+    result = launch(*train_overrides, "parallel.feature_shards=2", f"run.dir={tmp_path}", processes=2)
+    assert result.returncode == 0, result.stderr
+    cli.main(["eval", str(tmp_path)])
+    alone = json.loads((tmp_path / "report_step_00000010" / "evaluation.json").read_text())
+    sharded = json.loads((tmp_path / "summary.json").read_text())
+    assert len(alone["l0_per_layer"]) == 3
+    for key in alone:
+        rel = 1e-2 if key == "ce_recovered" else 1e-5  # a random model's cross-entropies differ by little
+        assert sharded[key] == pytest.approx(alone[key], rel=rel, abs=1e-6), key
 
 
 def test_a_missing_store_is_extracted_by_one_process_first(train_overrides, tmp_path):
