@@ -49,8 +49,10 @@ class Watch(threading.Thread):
         self.old_fd = signal.set_wakeup_fd(self.write_end)
         self.old_handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         self.since = time.monotonic()
-        self._beat()
         self.start()
+        if self.store is not None:
+            # A thread of its own, never waited for: when the store's node is cut off, its calls do not come back.
+            threading.Thread(target=self._beat_for_ever, name="clt-heartbeat", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -78,28 +80,32 @@ class Watch(threading.Thread):
                 )
             if now - self.since > self.hang_seconds:
                 self._exit(HUNG, self._hang())
-            self._beat()
 
-    def _beat(self) -> None:
-        self.beats += 1
-        if self.store is not None:
-            try:
-                name = f"{socket.gethostname()}, pid {os.getpid()}"
+    def _beat_for_ever(self) -> None:
+        assert self.store is not None
+        name = f"{socket.gethostname()}, pid {os.getpid()}"
+        try:
+            while self.is_alive():
+                self.beats += 1
                 self.store.set(str(self.world.rank), json.dumps([self.beats, self.step, name]))
-            except RuntimeError:
-                return  # the store's node is gone: the main thread's collectives fail, or `hang_seconds` pass
+                time.sleep(TICK)
+        except RuntimeError:
+            return  # the store's node is gone: the main thread's collectives fail, or `hang_seconds` pass
 
     def _hang(self) -> str:
         """Which ranks hold up the others, from two looks at the heartbeats."""
         what = f"no progress since step {self.step} for parallel.timeout_seconds={self.hang_seconds:g}"
         if self.store is None:
             return what
-        try:
-            before = self._heartbeats()
-            time.sleep(3 * TICK)
-            after = self._heartbeats()
-        except RuntimeError as error:
-            return f"{what}; rank 0's node cannot be reached ({error})"
+        looks: list[dict[int, list]] = []
+        threading.Thread(target=self._look_twice, args=(looks,), daemon=True).start()
+        for _ in range(20):
+            time.sleep(TICK)
+            if len(looks) == 2:
+                break
+        else:
+            return f"{what}: the node of torchrun's store, where the ranks meet, cannot be reached"
+        before, after = looks
         steps = {rank: beat[1] for rank, beat in after.items() if beat}
         silent = [rank for rank, beat in after.items() if beat == before[rank] and rank != self.world.rank]
         behind = [rank for rank, step in steps.items() if step < max(steps.values())]
@@ -110,11 +116,14 @@ class Watch(threading.Thread):
             return f"{what}: {', '.join(named)} did not get beyond step {min(steps.values())}, others did"
         return f"{what}: all ranks answer and are at step {self.step}, so the hang is in a collective or on the device"
 
-    def _heartbeats(self) -> dict[int, list]:
-        self._beat()
-        store = self.store
+    def _look_twice(self, looks: list[dict[int, list]]) -> None:
+        """Append the ranks' heartbeats [count, step, name], and again after a few ticks."""
+        store = shared_store(self.world)  # the heartbeats' own connection may be stuck
         assert store is not None
-        return {r: json.loads(store.get(str(r))) if store.check([str(r)]) else [] for r in range(self.world.size)}
+        for _ in range(2):
+            keys = [str(rank) for rank in range(self.world.size)]
+            looks.append({int(key): json.loads(store.get(key)) if store.check([key]) else [] for key in keys})
+            time.sleep(3 * TICK)
 
     def _exit(self, status: int, message: str) -> None:
         print(f"\n[rank {self.world.rank}] error: {message}", file=sys.stderr, flush=True)
