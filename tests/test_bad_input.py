@@ -248,7 +248,7 @@ def test_a_damaged_store_is_found_before_the_run_begins(
 def test_an_altered_shard_ends_the_run_that_reads_nan(train_overrides, copied, clt, script, tmp_path):
     write_nan(copied / "train", shard=1)
     found = script(*train_overrides, f"data.store={copied}", f"run.dir={tmp_path / 'run'}", "log.every=1")
-    assert "train_loss is nan at step " in found
+    assert "train_mse was not finite at step " in found
     remedy = f"clt inspect --verify {copied / 'train'}"
     assert f"look for bad rows with `{remedy}`" in found
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -68,14 +68,14 @@ def evaluate_activations(
         square += target.square().sum((0, 2))
         total += target.sum(0)
         fired[:, transcoder.features] += (features > 0).sum(1)
-    sums = all_sum(torch.cat([sse, square, total.flatten()]))
+    sums = all_sum(torch.cat([sse, square, total.flatten(), fired.flatten()]))
     if not sums.isfinite().all():
         raise UserError(
             f"an activation in {buffer.path}, or its reconstruction, is nan or inf; look for bad rows with "
             f"`clt inspect --verify {buffer.path}`, or use train.precision=fp32"
         )
-    sse, square, total = sums.split([L, L, L * D])
-    fired = transcoder.sum_shards(all_sum(fired))
+    sse, square, total, fired = sums.split([L, L, L * D, fired.numel()])
+    fired = transcoder.sum_shards(fired.view(L, -1).contiguous())
     rows = len(buffer)
     sst = square - total.view(L, D).square().sum(1) / rows
     density = fired / rows

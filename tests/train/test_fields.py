@@ -69,6 +69,11 @@ HERE = [
 ]  # fmt: skip
 ELSEWHERE = {
     "train.compile": "tests/distributed/test_torchrun.py",
+    "train.nonfinite": "tests/distributed/test_faults.py",
+    "parallel.feature_shards": "tests/distributed/test_parity.py",
+    "parallel.timeout_seconds": "tests/distributed/test_faults.py",
+    "checkpoint.keep_every": "tests/train/test_checkpoint.py",
+    "checkpoint.grace_seconds": "tests/distributed/test_faults.py",
     "text.subset": "tests/lm/test_documents.py",
     "text.split": "tests/lm/test_documents.py",
     **{f"data.{name}": "tests/server/test_source.py" for name in ("source", "url", "token_file")},
