@@ -250,7 +250,7 @@ def test_an_altered_shard_ends_the_run_that_reads_nan(train_overrides, copied, c
     found = script(*train_overrides, f"data.store={copied}", f"run.dir={tmp_path / 'run'}", "log.every=1")
     assert "train_mse was not finite at step " in found
     remedy = f"clt inspect --verify {copied / 'train'}"
-    assert f"look for bad rows with `{remedy}`" in found
+    assert f"Look for bad rows with `{remedy}`" in found
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert half_written(tmp_path / "run") == []
     assert "altered shards: shard_00001.h5 do not have the checksums" in clt(*remedy.split()[1:])
