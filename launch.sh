@@ -42,7 +42,7 @@ export PATH="$PWD/$VENV/bin:$PATH"
 
 if [[ $what == test ]]; then
     # Two at a time: most tests wait for processes that they started.
-    exec python -m pytest --numprocesses=2 --dist=worksteal "$@"
+    exec python -m pytest --numprocesses=2 --dist=loadfile "$@"
 fi
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)

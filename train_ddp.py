@@ -230,6 +230,7 @@ def main(config: Config, prepare: bool) -> int:
                     begin_checkpoint()
                 clock, logged = time.perf_counter(), step
             if stopped and step < steps:
+                watch.stopping = True  # whichever rank was told
                 break
             votes.cast(watch.stopping, checkpoints.written)
         checkpoints.finish()

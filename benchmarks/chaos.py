@@ -78,7 +78,7 @@ def disturb(command: list[str], run: Path, kills: int, seed: int) -> dict[str, A
                     raise SystemExit(f"the job ended (status {job.returncode}) after {done} of {kills} kills")
                 time.sleep(0.02)
             writing = done % 2 == 1
-            until = time.monotonic() + (20 if writing else chance.uniform(0, 0.7))
+            until = time.monotonic() + (20 if writing else chance.uniform(0, 0.3))
             while time.monotonic() < until and not (writing and any(checkpoints.glob("*.tmp"))):
                 time.sleep(0.001)
             victims = ranks_of(job)
@@ -122,7 +122,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         # Long enough that the kills are over before the end; the last checkpoint but one bounds what a kill loses.
-        steps = 40 + 30 * arguments.kills
+        steps = 40 + 12 * arguments.kills
         job = [*small_job(directory), f"train.steps={steps}", "checkpoint.every=5", "eval.replacement_tokens=0"]
         calm, disturbed = directory / "calm", directory / "disturbed"
         restarts = (f"--max-restarts={arguments.kills}", "--monitor-interval=0.1")

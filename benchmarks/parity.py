@@ -132,7 +132,7 @@ def measured_bytes(job: list[str], directory: Path, data: int, feature: int) -> 
     sent = []
     for steps in (10, 40):
         length = [f"train.steps={steps}", "train.batch_tokens=512", "train.accumulate=1", "clt.d_features=256"]
-        length += ["eval.replacement_tokens=0", "log.every=1000"]
+        length += ["log.every=1000"]
         out = run(job, directory / f"{data}x{feature}-{steps}", data, feature, *length, netns=True)
         sent.append(int(out.split()[0]))
     return (sent[1] - sent[0]) / 30
@@ -146,7 +146,7 @@ def main() -> None:
     rows, missed, reference = [], [], None
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
-        job = [*small_job(directory), "train.precision=fp32", "train.accumulate=2"]
+        job = [*small_job(directory), "train.precision=fp32", "train.accumulate=2", "eval.replacement_tokens=0"]
         job += [
             f"clt.d_features={FEATURES}",
             f"train.batch_tokens={TOKENS}",

@@ -99,7 +99,13 @@ def test_two_nodes_give_the_run_of_one_process(start, train, train_overrides, tm
 @pytest.mark.timeout(600)
 def test_a_node_that_comes_back_goes_on_from_the_last_checkpoint(start, train, train_overrides, tmp_path):
     """Node 1's cable is pulled until all ranks have given up. Then it loses power, and its line is run again."""
-    options = ["train.steps=300", "checkpoint.every=20", "checkpoint.keep=99", "eval.every=0"]
+    options = [
+        "train.steps=300",
+        "checkpoint.every=20",
+        "checkpoint.keep=99",
+        "eval.every=0",
+        "eval.replacement_tokens=0",
+    ]
     run_dir, logs = tmp_path / "run", [tmp_path / "0.log", tmp_path / "1.log"]
     arguments = [*train_overrides, *options, f"run.dir={run_dir}", "parallel.timeout_seconds=20"]
     jobs = [start(node, *arguments) for node in range(2)]

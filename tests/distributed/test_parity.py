@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.distributed.test_torchrun import ROOT
 
 
@@ -13,6 +15,7 @@ def run(script, *arguments):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.timeout(600)
 def test_every_layout_computes_the_same(tmp_path):
     run("parity", "--json", tmp_path / "parity.json", "--bytes", "1x2")
     rows = json.loads((tmp_path / "parity.json").read_text())
@@ -24,6 +27,7 @@ def test_every_layout_computes_the_same(tmp_path):
         assert abs(measured["bytes_per_step"] / measured["bytes_formula"] - 1) < 0.05
 
 
+@pytest.mark.timeout(600)
 def test_killed_ranks_leave_no_trace(tmp_path):
     run("chaos", "--kills", 5, "--json", tmp_path / "chaos.json")
     report = json.loads((tmp_path / "chaos.json").read_text())
