@@ -35,7 +35,7 @@ class Watch(threading.Thread):
         super().__init__(name="clt-watch", daemon=True)
         self.world, self.hang_seconds, self.grace_seconds = world, hang_seconds, grace_seconds
         self.stopping = False
-        self.step, self.since, self.beats = 0, time.monotonic(), 0
+        self.step, self.since, self.ended = 0, time.monotonic(), threading.Event()
         self.deadline: float | None = None
         self.store = shared_store(world)
 
@@ -51,8 +51,9 @@ class Watch(threading.Thread):
         self.since = time.monotonic()
         self.start()
         if self.store is not None:
-            # A thread of its own, never waited for: when the store's node is cut off, its calls do not come back.
-            threading.Thread(target=self._beat_for_ever, name="clt-heartbeat", daemon=True).start()
+            # A thread of its own: when the store's node is cut off, its calls do not come back.
+            self.heartbeat = threading.Thread(target=self._beat_until_ended, name="clt-heartbeat", daemon=True)
+            self.heartbeat.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -61,7 +62,10 @@ class Watch(threading.Thread):
                 signal.signal(number, handler)
         signal.set_wakeup_fd(self.old_fd)
         os.close(self.write_end)  # ends the thread
+        self.ended.set()
         self.join()
+        if self.store is not None:
+            self.heartbeat.join(5)  # a thread inside the store would crash the interpreter's end
         os.close(self.read_end)
 
     def run(self) -> None:
@@ -82,14 +86,13 @@ class Watch(threading.Thread):
             if now - self.since > self.hang_seconds:
                 self._exit(HUNG, self._hang())
 
-    def _beat_for_ever(self) -> None:
+    def _beat_until_ended(self) -> None:
         assert self.store is not None
-        name = f"{socket.gethostname()}, pid {os.getpid()}"
+        name, beats = f"{socket.gethostname()}, pid {os.getpid()}", 0
         try:
-            while self.is_alive():
-                self.beats += 1
-                self.store.set(str(self.world.rank), json.dumps([self.beats, self.step, name]))
-                time.sleep(TICK)
+            while beats == 0 or not self.ended.wait(TICK):
+                beats += 1
+                self.store.set(str(self.world.rank), json.dumps([beats, self.step, name]))
         except RuntimeError:
             return  # the store's node is gone: the main thread's collectives fail, or `hang_seconds` pass
 
