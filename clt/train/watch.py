@@ -57,9 +57,9 @@ class Watch(threading.Thread):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if not self.stopping:  # else this process is about to end, and torchrun may ask it to once more
-            for number, handler in self.old_handlers.items():
-                signal.signal(number, handler)
+        for number, handler in self.old_handlers.items():
+            # A stopping process is about to end, and torchrun may ask it to once more.
+            signal.signal(number, signal.SIG_IGN if self.stopping else handler)
         signal.set_wakeup_fd(self.old_fd)
         os.close(self.write_end)  # ends the thread
         self.ended.set()
