@@ -265,7 +265,7 @@ def test_a_failing_generator_says_why_and_recovers(config: MakeConfig, stores: P
         assert buffer.generator()["cause"] == ""
         eventually(
             lambda: buffer.stats()["valid"] == 200
-        )  # "running" comes before the rows that were drawn are replaced
+        )  # the drawn rows are replaced
         with pytest.raises(UserError, match="a server with other settings runs on the buffer"):
             ensure(store_config(config, stores, tmp_path, "server.rows=201"))
     # The place in the order was recorded; another server goes on behind it.
