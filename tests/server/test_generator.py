@@ -263,9 +263,7 @@ def test_a_failing_generator_says_why_and_recovers(config: MakeConfig, stores: P
         (tmp_path / "away").rename(shard)
         eventually(lambda: buffer.generator()["state"] == "running")
         assert buffer.generator()["cause"] == ""
-        eventually(
-            lambda: buffer.stats()["valid"] == 200
-        )  # the drawn rows are replaced
+        eventually(lambda: buffer.stats()["valid"] == 200)  # the drawn rows are replaced
         with pytest.raises(UserError, match="a server with other settings runs on the buffer"):
             ensure(store_config(config, stores, tmp_path, "server.rows=201"))
     # The place in the order was recorded; another server goes on behind it.
