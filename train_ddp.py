@@ -107,8 +107,6 @@ def main(config: Config, prepare: bool) -> int:
     dist.on_rank_zero(world, lambda: claim_run_dir(config))
 
     model: nn.Module = objective
-    if config.train.compile:
-        model = torch.compile(model)  # type: ignore[assignment]
     if data.size > 1:
         DDP = nn.parallel.DistributedDataParallel
         # The statistics are the same everywhere: do not broadcast them each step (the public switch's name varies).

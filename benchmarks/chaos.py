@@ -25,7 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.job import environment, small_job, torchrun, where
+from benchmarks.job import environment, small_job, torchrun
+from benchmarks.machine import where
 
 RANKS = 2
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.job import where
+from benchmarks.machine import where
 
 STEPS_IN_A_ROUND, ROUNDS = 12, 5
 

@@ -1,13 +1,11 @@
-"""What benchmarks of whole training jobs share: the real command, a small real store, the place it was measured."""
+"""What benchmarks of whole training jobs share: the real command, and a small real store."""
 
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,20 +32,3 @@ def small_job(directory: Path) -> list[str]:
     command = [sys.executable, str(ROOT / "train_ddp.py"), "--prepare", *job, f"run.dir={directory / 'unused'}"]
     subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return job
-
-
-def where() -> dict[str, Any]:
-    """Machine, versions, commit and command, for a recorded result."""
-    import torch
-
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "device": gpu or f"{cpu}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": git.stdout.strip(),
-        "command": " ".join(["python", *sys.argv]),
-    }

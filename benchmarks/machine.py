@@ -1,9 +1,11 @@
-"""What this machine can do at most: matrix products, copies, and how much memory a process came to use."""
+"""What this machine is, what it can do at most, and how much memory a process came to use."""
 
 from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,18 +13,25 @@ from typing import Any
 
 import torch
 
+ROOT = Path(__file__).parent.parent
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def describe(device: torch.device) -> str:
-    """The device in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = [line.split(":")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    name = model[0].strip() if model else platform.processor()
-    return (
-        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    )
+def where() -> dict[str, Any]:
+    """The device in words, versions, commit and command: what every recorded result says of itself."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
+        "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:

@@ -30,7 +30,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.job import environment, small_job, torchrun, where
+from benchmarks.job import environment, small_job, torchrun
+from benchmarks.machine import where
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4)]
 BAR = 1e-5

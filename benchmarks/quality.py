@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -53,8 +52,7 @@ def plot(curve: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     sys.path.insert(0, str(ROOT))
-    import torch
-
+    from benchmarks.machine import where
     from clt.config import load_config
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,14 +69,7 @@ def main() -> None:
         summary = train([f"run.seed={seed}", f"loss.sparsity={sparsity}"])
         rows.append({"seed": seed, "sparsity": sparsity, **{key: summary[key] for key in KEYS}})
         print(json.dumps(rows[-1]), flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit.strip(),
-        "device": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "runs": rows,
-    }
+    result = {**where(), "runs": rows}
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     plot([row for row in rows if row["seed"] == 0], arguments.json.with_suffix(".png"))

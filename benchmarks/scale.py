@@ -5,7 +5,7 @@
 The formulas are the functions below; tests/test_scale.py holds them against what small runs really take. F features a
 layer, B tokens a step over all ranks, on a (data, feature) mesh: each of `feature` ranks holds F / feature features of
 every layer, each of `data` groups reads B / data rows. Not counted: the allocator's fragmentation, CUDA's and NCCL's
-own buffers, elementwise arithmetic, evaluation, torch.compile (which saves less for the backward pass than eager mode).
+own buffers, elementwise arithmetic, evaluation.
 """
 
 from __future__ import annotations
@@ -59,28 +59,40 @@ def state_bytes(job: Job) -> int:
     return 2 * FLOAT * parameters(job) + optimizer_bytes(job)
 
 
+def cast_bytes(job: Job, layer: int) -> int:
+    """The decoder of layers 0 .. `layer` in the width of the products, if that is not the weights' own."""
+    L, D, F, _ = job.local
+    return sum(F * (L - s) * D for s in range(layer + 1)) * job.width if job.width < FLOAT else 0
+
+
 def saved_bytes(job: Job) -> int:
     """Kept by the forward pass for the backward pass, parameters not counted again.
 
-    (L, B, F): pre-activations, features, and the float32 tanh of the penalty. (L, B, D): normalised inputs, and the
-    float32 error. (L, F): the decoder's norms, and their scaled copy.
+    (L, B, F): pre-activations and features. (L, B, D): normalised inputs, and the float32 error. (L, F): the decoder's
+    norms. And the decoder as it was multiplied.
     """
     L, D, F, B = job.local
-    return L * B * F * (2 * job.width + FLOAT) + L * B * D * (job.width + FLOAT) + 2 * FLOAT * L * F
+    return L * B * F * 2 * job.width + L * B * D * (job.width + FLOAT) + FLOAT * L * F + cast_bytes(job, L - 1)
 
 
 def backward_bytes(job: Job) -> int:
-    """The most that a step holds at once beyond `state_bytes`: the larger of two moments of the backward pass.
+    """The most that a step holds at once beyond `state_bytes`, without torch.compile, which holds less.
 
-    In the penalty's backward, three float32 tensors of (L, B, F) beside all that was saved. In the decoder's backward,
-    the gradients of all W_dec from the reconstruction and those from the norms, with one tensor's sum of both, beside
-    pre-activations, features, their gradient, the inputs and the gradient of y~.
+    Either at the squared error, with three float32 tensors of (L, B, D) beside all that was saved; or at some layer,
+    from the last to the first: what it and the earlier layers saved, the inputs, the gradient of y~ and the encoder
+    gradients of the later layers, and beside them either (B, F) in float32 eight times, for the pass over the features,
+    or the layer's own gradients.
     """
     L, D, F, B = job.local
-    penalty = saved_bytes(job) + 3 * FLOAT * L * B * F
-    decoder = 2 * FLOAT * decoder_parameters(job) + FLOAT * F * L * D
-    decoder += 3 * job.width * L * B * F + (job.width + FLOAT) * L * B * D
-    return max(penalty, decoder)
+    narrow = job.width if job.width < FLOAT else 0
+    peaks = [saved_bytes(job) + 3 * FLOAT * L * B * D]
+    for s in range(L):
+        held = (s + 1) * B * F * 2 * job.width + L * B * D * (job.width + FLOAT) + cast_bytes(job, s)
+        held += (L - 1 - s) * FLOAT * D * F + narrow * B * (L - s) * D
+        gating = B * F * (job.width + (8 if job.width == FLOAT else 9) * FLOAT)  # narrow ones are widened first
+        own = B * F * job.width + F * (L - s) * D * (FLOAT + narrow) + F * D * FLOAT
+        peaks.append(held + max(gating, own))
+    return max(peaks)
 
 
 def flops(job: Job) -> int:

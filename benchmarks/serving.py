@@ -16,7 +16,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import platform
 import random
 import signal
 import socket
@@ -30,12 +29,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from bad_requests import send_all  # noqa: E402
 
+from benchmarks.bad_requests import send_all  # noqa: E402
+from benchmarks.machine import where  # noqa: E402
 from clt.config import Config, load_config  # noqa: E402
 from clt.data.writer import write_store  # noqa: E402
 from clt.parsing import to_yaml  # noqa: E402
@@ -328,15 +328,8 @@ def main() -> None:
     requests = 5000 if arguments.seconds >= 60 else max(100, round(5000 * arguments.seconds / 60))
     result = measure(arguments.seconds, not arguments.skip_training, requests)
     missed = [name for name, holds in BARS.items() if name in result and not holds(result[name])]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    about = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit.strip(),
-        "device": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps({**about, **result, "missed": missed}, indent=2) + "\n")
+    arguments.json.write_text(json.dumps({**where(), **result, "missed": missed}, indent=2) + "\n")
     print(json.dumps(result, indent=2))
     if missed:
         print(f"below the bar: {', '.join(missed)}", file=sys.stderr)

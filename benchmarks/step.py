@@ -6,54 +6,41 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import machine
+from benchmarks import machine, scale
+from benchmarks.scale import Job
 from benchmarks.textbook import Textbook
 from clt.config import load_config
 from clt.data.store import DiscBuffer
 from clt.data.writer import write_store
-from clt.train.optim import autocast_dtype
+from clt.model.decode import whole
+from clt.train.optim import Update, autocast_dtype
 from clt.train.run import build
 
 WARMUP, TIMED = 3, 10
 
 
-def parameters(L: int, D: int, F: int) -> int:
-    """Parameters of a cross-layer transcoder: W_enc, the packed W_dec, b_enc and threshold, b_dec."""
-    return L * D * F + L * (L + 1) // 2 * F * D + 2 * L * F + L * D
-
-
-def flops(L: int, D: int, F: int, B: int) -> int:
-    """Multiplications and additions that a step needs: the encoder has no gradient to its input, and no zero block of
-    the decoder counts."""
-    encoder, decoder = L * D * F, L * (L + 1) // 2 * F * D
-    return B * (4 * encoder + 6 * decoder)
-
-
-def unavoidable_bytes(L: int, D: int, F: int, B: int, width: int) -> int:
-    """Bytes that a step must move besides its matrix products' operands, with activations of `width` bytes.
+def unavoidable_bytes(job: Job) -> int:
+    """Bytes that a step must move besides its matrix products' operands.
 
     Adam reads weight, gradient and two moments and writes three (28 bytes a parameter), the gradient's norm reads it
     (4), a cast to `width` reads 4 and writes `width`. Features and pre-activations are written once and read once in
     each direction, their gradient is written and read, and the batch is read.
     """
-    cast = 4 + width if width < 4 else 0
-    return parameters(L, D, F) * (28 + 4 + cast) + 6 * B * L * F * width + 2 * B * L * D * 4
+    L, D, F, B = job.local
+    cast = 4 + job.width if job.width < 4 else 0
+    return scale.parameters(job) * (28 + 4 + cast) + 6 * B * L * F * job.width + 2 * B * L * D * 4
 
 
-def formula_memory(L: int, D: int, F: int, B: int, width: int) -> int:
-    """Bytes that a step needs at its peak, with activations of `width` bytes.
-
-    Weight, gradient and two moments in float32; weights once more in `width` if that is less; features and
-    pre-activations kept for the backward pass and one gradient of their size; normalised input, target and
-    reconstruction in float32; and the batch.
-    """
-    cast = width if width < 4 else 0
-    return parameters(L, D, F) * (16 + cast) + B * L * (3 * F * width + 3 * D * 4 + 2 * D * 4)
+def formula_memory(job: Job) -> int:
+    """Bytes that a step needs at its peak: weights, gradients, moments, what it works in, and the float32 batch."""
+    L, D, _, B = job.local
+    return scale.state_bytes(job) + scale.backward_bytes(job) + 2 * B * L * D * 4
 
 
 def measure(case: dict[str, Any], peaks: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -68,11 +55,11 @@ def measure(case: dict[str, Any], peaks: dict[str, Any], device: torch.device) -
     step = prepare(case, batch)
     times = [machine.seconds(lambda: step(batch), device) for _ in range(WARMUP + TIMED)][WARMUP:]
     used = machine.peak(device) - before
-    took, work = statistics.median(times), flops(L, D, F, B)
+    job = Job(L, D, F, B, width=dtype.itemsize)
+    took, work = statistics.median(times), scale.flops(job)
     precision = {value: key for key, value in machine.PRECISIONS.items()}[dtype]
     limit = peaks["matmul_peak_tflops"][precision] * 1e12
-    bytes_ = unavoidable_bytes(L, D, F, B, dtype.itemsize)
-    roofline = work / limit + bytes_ / (peaks["copy_gb_per_s"] * 1e9)
+    roofline = work / limit + unavoidable_bytes(job) / (peaks["copy_gb_per_s"] * 1e9)
     return {
         **case,
         "precision": precision,
@@ -83,35 +70,55 @@ def measure(case: dict[str, Any], peaks: dict[str, Any], device: torch.device) -
         "roofline_seconds": roofline,
         "roofline_share": roofline / took,
         "peak_memory_gb": used / 1e9,
-        "formula_memory_gb": formula_memory(L, D, F, B, dtype.itemsize) / 1e9,
+        "formula_memory_gb": formula_memory(job) / 1e9,
     }
 
 
-def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], None]:
-    """A step as train_ddp.py takes it, of batches (B, 2, L, D) like `batch`, whose statistics normalise them."""
-    device, config = batch.device, load_config(None, [f"clt.d_features={case['F']}"])
+def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
+    """A step of batches (B, 2, L, D) like `batch`, whose statistics normalise them.
+
+    Ours as train_ddp.py takes it; the textbook's as tutorials do, with clip_grad_norm_ and a GradScaler.
+    """
+    device, textbook = batch.device, "textbook" in case["variant"]
+    compiled = "compiled" in case["variant"]
+    config = load_config(None, [f"clt.d_features={case['F']}", f"train.compile={compiled and not textbook}"])
     dtype = autocast_dtype(case["precision"], device)
     with tempfile.TemporaryDirectory() as directory:
         write_store(directory, batch[:64].float().cpu())
         objective = build(config, DiscBuffer(directory)).to(device)
-    textbook, compiled = (word in case["variant"] for word in ("textbook", "compiled"))
     model: nn.Module = Textbook(objective) if textbook else objective
     del objective
-    called = torch.compile(model) if compiled else model
     weights = [p for p in model.parameters() if p.requires_grad]
     beta1, beta2 = config.optim.betas
     optimizer = torch.optim.Adam(weights, config.optim.lr, (beta1, beta2), config.optim.eps, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     sparsity = torch.tensor(config.loss.sparsity, device=device)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    if not textbook:
+        update = Update(
+            optimizer, sharded=weights, replicated=[], sum_shards=whole, clip_norm=config.optim.clip_norm,
+            fp16=dtype == torch.float16, stop=True,
+        )  # fmt: skip
 
-    def step(batch: Tensor) -> None:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            terms = called(batch, sparsity)
-        scaler.scale(terms if textbook else terms.loss).backward()
+        def ours(batch: Tensor) -> None:
+            with autocast():
+                terms = model(batch, sparsity)
+            (terms.loss * update.scale).backward()
+            update(1, torch.stack([terms.mse, terms.sparsity, terms.pre_activation]))
+            optimizer.zero_grad()
+
+        return ours
+
+    called = torch.compile(model) if compiled else model
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def theirs(batch: Tensor) -> None:
+        with autocast():
+            loss = called(batch, sparsity)
+        scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(weights, config.optim.clip_norm or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
-    return step
+    return theirs

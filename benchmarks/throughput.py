@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +36,7 @@ def main() -> None:
         print(json.dumps(step.measure(case, case.pop("peaks"), device)))
         return
     old = json.loads(arguments.compare.read_text()) if arguments.compare else None  # a wrong path ends the run here
-    result = _header(machine.describe(device))
+    result = machine.where()
     budget = 0.5 if arguments.quick else 2.0
     result["matmul_peak_tflops"] = {k: machine.matmul_peak(v, device, budget) for k, v in machine.PRECISIONS.items()}
     result["copy_gb_per_s"] = machine.copy_bandwidth(device)
@@ -71,30 +70,19 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _header(device: str) -> dict[str, Any]:
-    import torch
-
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return {
-        "device": device,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
-        "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip(),
-        "command": " ".join(["python", *sys.argv]),
-    }
-
-
 def cases(arguments: argparse.Namespace, device: Any) -> list[Case]:
     """The steps to measure: those of `--shapes`, or the reference sizes that fit the device."""
     import torch
 
     from benchmarks import step
+    from benchmarks.scale import Job
 
     if arguments.shapes:
         shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes]
     elif device.type == "cuda":
         wanted = [(12, 768, F, B) for F in (6144, 32768) for B in (4096, 16384)][: 1 if arguments.quick else 4]
         free = torch.cuda.mem_get_info(device)[0]
-        shapes = [shape for shape in wanted if step.formula_memory(*shape, width=2) < 0.9 * free]
+        shapes = [shape for shape in wanted if step.formula_memory(Job(*shape)) < 0.9 * free]
     else:
         shapes = [(6, 256, 512, 512)] if arguments.quick else [(12, 768, 1024, 4000)]
     return [_case(shape, arguments.precision, variant) for shape in shapes for variant in arguments.variants]

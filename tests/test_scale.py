@@ -18,7 +18,7 @@ from clt.model.loss import Objective
 from clt.model.transcoder import CrossLayerTranscoder
 
 ROOT = Path(__file__).parent.parent
-SIZES = [Job(4, 16, 128, 1024), Job(6, 64, 256, 8)]  # most memory in activations; most in weights
+SIZES = [Job(4, 16, 128, 1024), Job(4, 64, 128, 256), Job(6, 64, 256, 8)]  # most memory: features, errors, weights
 PRECISIONS = {4: torch.float32, 2: torch.bfloat16}
 
 

@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clt.model.activations import Rule, gate, gate_gradients
+from clt.model.decode import SumOverShards
+from clt.model.source import Kernels, SourceLayer
 from clt.model.transcoder import CrossLayerTranscoder
 
 
@@ -28,6 +31,8 @@ class Objective(nn.Module):
     MSE is over tokens, layers and dimensions, in normalised target units (`target_scale="layer"`) or in the model's
     (`"none"`). The tanh penalty on the norm of the whole write vector is that of Anthropic's "Circuit Tracing" (2025);
     the pre-activation loss is relu(-pre) with `pre_activation_kind="negative"`.
+
+    `compile` compiles what works element by element; matrix products are libraries' calls either way.
     """
 
     def __init__(
@@ -38,42 +43,62 @@ class Objective(nn.Module):
         pre_activation: float = 0.0,
         pre_activation_kind: str = "below_threshold",
         target_scale: str = "layer",
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.transcoder = transcoder
         self.sparsity_scale = sparsity_scale
-        self.pre_activation, self.pre_activation_kind = pre_activation, pre_activation_kind
+        self.pre_activation = pre_activation
         self.target_scale = target_scale
+        floor = "threshold" if pre_activation_kind == "below_threshold" else "zero"
+        self.rule = Rule(
+            transcoder.activation,
+            transcoder.bandwidth,
+            transcoder.straight_through_pre,
+            floor if pre_activation else "none",
+        )
+        self.kernels = Kernels(gate, gate_gradients)
+        self.squared_error = squared_error
+        if compile:
+            self.kernels = Kernels(torch.compile(gate, dynamic=False), torch.compile(gate_gradients, dynamic=False))
+            self.squared_error = torch.compile(squared_error, dynamic=False)
 
     def forward(self, activations: Tensor, sparsity: Tensor) -> Terms:
         """activations (B, 2, L, D) of any float dtype; sparsity: lambda as a 0-d tensor (a float would recompile)."""
-        clt = self.transcoder
-        pre = clt.preactivations(clt.normalization.input(activations[:, 0]))  # (L, B, F)
-        features = clt.activate(pre)
-        error = clt.reconstruct(features) - clt.normalization.target(activations[:, 1])  # (B, L, D) float32
-        if self.target_scale == "none":
-            error = error * clt.normalization.target_sd
-        mse_per_layer = error.square().mean((0, 2))
-        scale = self.sparsity_scale * clt.decoder_norms().unsqueeze(1)  # (L, 1, F)
-        penalty = sum_features(torch.tanh(scale * features))
-        if self.pre_activation:
-            floor = clt.threshold.view(-1, 1, clt.d_features) if self.pre_activation_kind == "below_threshold" else 0.0
-            pre_activation = sum_features(torch.relu(floor - pre))
-        else:
-            pre_activation = penalty.new_zeros(())
-        mse = mse_per_layer.mean()
-        on = features.detach().clone().gt_(0)  # floats, as in `is_on`
+        clt, norm, device = self.transcoder, self.transcoder.normalization, activations.device.type
+        (B, _, L, D), exact = activations.shape, clt.b_dec.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else exact
+        x = norm.input(activations[:, 0]).to(dtype)  # (B, L, D)
+        y = x.new_zeros(B, L * D, dtype=exact)
+        penalties, lows, actives = [], [], []
+        weights = zip(clt.W_enc.unbind(), clt.b_enc.unbind(), clt.threshold[0].unbind(), clt.W_dec)
+        with torch.autocast(device, enabled=False):
+            for s, (W_enc, b_enc, theta, W_dec) in enumerate(weights):
+                y, penalty, low, active = SourceLayer.apply(  # type: ignore[misc]
+                    y, x[:, s], W_enc, b_enc, theta, W_dec, s * D, self.sparsity_scale, self.rule, self.kernels
+                )
+                penalties.append(penalty)
+                lows.append(low)
+                actives.append(active)
+            y = SumOverShards.apply(y, clt.sum_shards)
+            unit = norm.target_sd if self.target_scale == "none" else None
+            mse_per_layer = self.squared_error(y.view(B, L, D), clt.b_dec, norm.target(activations[:, 1]), unit)
+        mse, active = mse_per_layer.mean(), torch.stack(actives)
+        penalty, pre_activation = torch.stack(penalties).sum() / B, torch.stack(lows).sum() / B
         return Terms(
             loss=mse + sparsity * penalty + self.pre_activation * pre_activation,
             mse=mse.detach(),
             sparsity=penalty.detach(),
             pre_activation=pre_activation.detach(),
             mse_per_layer=mse_per_layer.detach(),
-            l0_per_layer=on.sum((1, 2), dtype=torch.float32) / on.shape[1],
-            fired=on.amax(1) > 0,
+            l0_per_layer=active.sum(1) / B,
+            fired=active > 0,
         )
 
 
-def sum_features(values: Tensor) -> Tensor:
-    """Sum over layers and features, mean over the batch, in float32: (L, B, F) -> ()."""
-    return values.sum((0, 2), dtype=torch.promote_types(values.dtype, torch.float32)).mean()
+def squared_error(y: Tensor, b_dec: Tensor, target: Tensor, unit: Tensor | None) -> Tensor:
+    """The mean square of (y~ + b_dec - target), in `unit`s (L, 1) or (L, D) if given: (B, L, D) -> (L,)."""
+    error = y + b_dec - target
+    if unit is not None:
+        error = error * unit
+    return error.square().mean((0, 2))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clt.model.activations import jumprelu
+from clt.model.activations import is_on
 from clt.model.decode import SumShards, decode, whole
 from clt.model.normalization import Normalization
 
@@ -100,11 +100,11 @@ class CrossLayerTranscoder(nn.Module):
         """phi: pre (L, B, F) -> features (L, B, F)."""
         if self.activation == "relu":
             return pre.relu()
-        return jumprelu(pre, self.threshold.view(-1, 1, self.d_features), self.bandwidth, self.straight_through_pre)
+        return pre * is_on(pre, self.threshold.view(-1, 1, self.d_features))
 
     def reconstruct(self, features: Tensor) -> Tensor:
         """features (L, B, F) -> y~ (B, L, D) in normalised target units."""
-        return decode(features, list(self.W_dec), self.sum_shards) + self.b_dec
+        return self.sum_shards(decode(features, list(self.W_dec))) + self.b_dec
 
     def encode(self, x: Tensor) -> Tensor:
         """Residual streams x (B, L, D) in model units -> features (B, L, F)."""
@@ -123,8 +123,7 @@ class CrossLayerTranscoder(nn.Module):
         pre = self.normalization.input_layer(x, layer) @ self.W_enc[layer] + self.b_enc[layer]
         if self.activation == "relu":
             return pre.relu()
-        theta = self.threshold[:, layer : layer + 1]  # (1, 1, F)
-        return jumprelu(pre.unsqueeze(0), theta, self.bandwidth, self.straight_through_pre)[0]
+        return pre * is_on(pre, self.threshold[0, layer])
 
     def decode_layer(self, features: Sequence[Tensor], layer: int) -> Tensor:
         """features[s] (N, F) for s = 0 .. layer -> MLP output yhat (N, D) of `layer`, in model units."""

@@ -103,6 +103,7 @@ def build(
         pre_activation=config.loss.pre_activation,
         pre_activation_kind=config.loss.pre_activation_kind,
         target_scale=config.loss.target_scale,
+        compile=config.train.compile,
     )
 
 

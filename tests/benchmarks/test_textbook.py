@@ -1,5 +1,7 @@
 """The reference step of the benchmark and ours: the same loss and the same gradients."""
 
+import copy
+
 import torch
 
 from benchmarks.textbook import Textbook
@@ -33,3 +35,31 @@ def test_our_step_is_the_textbook_step() -> None:
         wanted = textbook.W_dec.grad[s, s:].transpose(0, 1)  # (F, L - s, D)
         torch.testing.assert_close(weight.grad, wanted, rtol=1e-10, atol=1e-12)
     assert not textbook.W_dec.grad[~textbook.mask.bool()[:, :, 0, 0]].any()
+
+
+def test_in_bf16_our_step_is_no_further_from_the_truth_than_the_textbook_step() -> None:
+    """Against float64, both under autocast, whose products round to 8 bits."""
+    torch.manual_seed(0)
+    L, D, F, B = 3, 16, 24, 64
+    clt = CrossLayerTranscoder(L, D, F, threshold=0.1, bandwidth=0.5)
+    batch, sparsity = torch.randn(B, 2, L, D), torch.tensor(0.03)
+    objective = Objective(clt)
+    textbook, exact = Textbook(objective), Objective(copy.deepcopy(clt).double())
+    exact(batch.double(), sparsity.double()).loss.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = objective(batch, sparsity).loss, textbook(batch, sparsity)
+    ours.backward()
+    theirs.backward()
+
+    def error(gradient: torch.Tensor | None, truth: torch.Tensor | None) -> float:
+        assert gradient is not None
+        assert truth is not None
+        return ((gradient.double() - truth).norm() / truth.norm()).item()
+
+    for name in ("W_enc", "b_enc", "threshold", "b_dec"):
+        found, wanted, truth = (getattr(model, name).grad for model in (clt, textbook, exact.transcoder))
+        assert error(found, truth) < max(1.5 * error(wanted, truth), 2**-8), name
+    assert textbook.W_dec.grad is not None
+    for s, (weight, truth) in enumerate(zip(clt.W_dec, exact.transcoder.W_dec)):
+        wanted = textbook.W_dec.grad[s, s:].transpose(0, 1)
+        assert error(weight.grad, truth.grad) < max(1.5 * error(wanted, truth.grad), 2**-8), s

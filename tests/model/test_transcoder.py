@@ -1,10 +1,12 @@
 """The transcoder against a naive double loop in float64, and its gradients against finite differences."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clt.model.activations import jumprelu
+from clt.model.activations import Gradients, Rule, gate, gate_gradients
 from clt.model.loss import Objective
 from clt.model.transcoder import CrossLayerTranscoder
 
@@ -158,30 +160,40 @@ def test_gradients_of_everything_but_the_threshold(options):
     assert torch.autograd.gradcheck(loss, values, atol=1e-8)
 
 
+@pytest.mark.parametrize("floor", ["none", "zero", "threshold"])
 @pytest.mark.parametrize("through_pre", [False, True])
-def test_straight_through_gradients_equal_their_formula(through_pre):
+@pytest.mark.parametrize("activation", ["jumprelu", "relu"])
+def test_gradients_of_the_gate_equal_their_formula(activation, through_pre, floor):
+    """One element at a time, from the definitions, the straight-through estimate included."""
+    rule = Rule(activation, 0.8, through_pre, floor)
     generator = torch.Generator().manual_seed(0)
-    pre = torch.randn(L, B, F, dtype=torch.float64, generator=generator, requires_grad=True)
-    theta = torch.rand(L, 1, F, dtype=torch.float64, generator=generator, requires_grad=True)
-    g = torch.randn(L, B, F, dtype=torch.float64, generator=generator)
-    bandwidth = 0.8
-    jumprelu(pre, theta, bandwidth, through_pre).backward(g)
-    expected_theta, expected_pre = torch.zeros_like(theta), torch.zeros_like(pre)
-    for l in range(L):
-        for b in range(B):
-            for f in range(F):
-                p, t = pre[l, b, f].item(), theta[l, 0, f].item()
-                near = abs(p - t) < bandwidth / 2
-                expected_theta[l, 0, f] -= t / bandwidth * near * g[l, b, f]
-                expected_pre[l, b, f] = g[l, b, f] * (p > t and p > 0)
-                expected_pre[l, b, f] += through_pre * t / bandwidth * near * g[l, b, f]
-    torch.testing.assert_close(theta.grad, expected_theta)
-    torch.testing.assert_close(pre.grad, expected_pre)
+
+    def draw(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    pre, theta, scale, written = draw(B, F), draw(F).abs(), draw(F).abs(), draw(B, F)
+    of_penalty, of_low = torch.tensor(0.3).double(), torch.tensor(0.2).double()
+    got = gate_gradients(pre, theta, scale, rule, written, of_penalty, of_low)
+    expected = Gradients(torch.zeros_like(pre), *torch.zeros(3, F, dtype=torch.float64))
+    for b in range(B):
+        for f in range(F):
+            p, t, c = pre[b, f].item(), theta[f].item(), scale[f].item()
+            a = p if p > (t if activation == "jumprelu" else 0) else 0
+            slope = 0.3 * (1 - math.tanh(c * a) ** 2)
+            g = written[b, f].item() + slope * c
+            through = t / 0.8 * g * (abs(p - t) < 0.4) * (activation == "jumprelu")
+            below = {"none": 0, "zero": p < 0, "threshold": p < t}[floor] * 0.2
+            expected.pre[b, f] = g * (a > 0) + through * through_pre - below
+            expected.bias[f] += expected.pre[b, f]
+            expected.threshold[f] += below * (floor == "threshold") - through
+            expected.scale[f] += slope * a
+    for name, ours, theirs in zip(Gradients._fields, got, expected):
+        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_jumprelu_is_never_negative_even_under_a_negative_threshold():
-    a = jumprelu(torch.tensor([[[-0.5, 0.5]]]), torch.tensor([[[-1.0, -1.0]]]), 1.0, False)
-    assert a.tolist() == [[[0.0, 0.5]]]
+    pre, theta = torch.tensor([[-0.5, 0.5]]), torch.tensor([-1.0, -1.0])
+    assert gate(pre, theta, torch.ones(2), Rule("jumprelu", 1.0, False, "none")).features.tolist() == [[0.0, 0.5]]
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])

@@ -1,0 +1,74 @@
+"""One source layer of a training step, forward and backward: where the time goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clt.model.activations import Gated, Gradients, Rule
+from clt.model.decode import accumulate
+
+
+class Kernels(NamedTuple):
+    """`activations.gate` and `gate_gradients`, as they are or compiled."""
+
+    gate: Callable[..., Gated]
+    gate_gradients: Callable[..., Gradients]
+
+
+class SourceLayer(torch.autograd.Function):
+    """Layer s reads x~[:, s], and its features write to y~[:, s:].
+
+        pre = x @ W_enc + b_enc      a, penalty = gate(pre)      y[:, s:] += a @ W_dec
+
+    y (B, L * D) accumulates in at least float32 and is changed in place; x (B, D); W_enc (D, F), b_enc and theta (F,),
+    W_dec (F, T, D) with T = L - s targets (1 without cross-layer writes). Products run in x's dtype (bf16 under
+    autocast). Returns y, the sums over rows and features of penalty () and pre-activation loss (), and on how many rows
+    each feature is on (F,).
+
+    Row f of W_dec is everything feature f writes, so that decoding is one product of (B, F) with (F, T * D), the
+    gradient of W_dec another, and its part through the norm ||W_dec,f|| one `addcmul_` on top. x gets no gradient.
+    There is one such function per layer, not one for all, so that DDP can sum a layer's gradients over the ranks while
+    the earlier layers' are computed.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx,
+        y: Tensor,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        theta: Tensor,
+        W_dec: Tensor,
+        first_column: int,
+        c: float,
+        rule: Rule,
+        kernels: Kernels,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        pre = torch.addmm(b_enc.to(x.dtype), x, W_enc.to(x.dtype))  # (B, F)
+        norm = torch.linalg.vector_norm(W_dec.flatten(1), dim=1)  # (F,)
+        features, penalty, low, active = kernels.gate(pre, theta, c * norm, rule)
+        decoder = W_dec.flatten(1).to(x.dtype)  # (F, T * D)
+        accumulate(y[:, first_column:], features, decoder)
+        ctx.save_for_backward(x, pre, features, theta, W_dec, decoder, norm)
+        ctx.first_column, ctx.c, ctx.rule, ctx.kernels = first_column, c, rule, kernels
+        ctx.mark_dirty(y)
+        ctx.mark_non_differentiable(active)
+        return y, penalty, low, active
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor, grad_penalty: Tensor, grad_low: Tensor, _):  # type: ignore[override]
+        x, pre, features, theta, W_dec, decoder, norm = ctx.saved_tensors
+        written = grad_y[:, ctx.first_column :][:, : decoder.shape[1]].to(x.dtype)  # (B, T * D)
+        grad = ctx.kernels.gate_gradients(
+            pre, theta, ctx.c * norm, ctx.rule, written @ decoder.t(), grad_penalty, grad_low
+        )
+        grad_W_dec = (features.t() @ written).to(W_dec.dtype).view_as(W_dec)
+        through_norm = ctx.c * grad.scale / norm.clamp_min(torch.finfo(norm.dtype).tiny)  # a zero row's subgradient: 0
+        grad_W_dec.addcmul_(W_dec, through_norm.view(-1, 1, 1))
+        grad_W_enc = (x.t() @ grad.pre).to(W_dec.dtype)
+        return grad_y, None, grad_W_enc, grad.bias, grad.threshold, grad_W_dec, None, None, None, None
