@@ -90,7 +90,7 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.set_xticks(x, [str(value) for value in x], minor=False)
         axis.minorticks_off()
     axes[0].set_ylabel("seconds a step")
-    axes[0].legend()
+    axes[0].legend(loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

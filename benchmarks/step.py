@@ -88,7 +88,7 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
         objective = build(config, DiscBuffer(directory)).to(device)
     model: nn.Module = Textbook(objective) if textbook else objective
     del objective
-    weights = [p for p in model.parameters() if p.requires_grad]
+    weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     beta1, beta2 = config.optim.betas
     optimizer = torch.optim.Adam(weights, config.optim.lr, (beta1, beta2), config.optim.eps, fused=True)
     sparsity = torch.tensor(config.loss.sparsity, device=device)

@@ -170,7 +170,7 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Autocast dtype; `auto` is bf16 where the hardware multiplies bf16 matrices natively, else fp32."""
     compile: bool = True
-    """Run the transcoder under torch.compile."""
+    """Compile what a step does element by element; its matrix products are library calls either way."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """At a loss or gradient that is not finite: stop the run, or leave out that step and go on."""
 

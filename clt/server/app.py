@@ -88,6 +88,7 @@ async def _frames(
         for sequence in itertools.count(1):
             last = sequence == count or time.monotonic() > end
             ahead = None if last else asyncio.create_task(supply.frame(n, sequence))
+            await asyncio.sleep(0)  # it starts now: sending alone may not give way
             for start in range(0, len(frame), PIECE):
                 if start + PIECE >= len(frame):  # counted before the client can have it whole
                     supply.buffer.add_served(n, len(frame))

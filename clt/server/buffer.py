@@ -14,7 +14,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from clt.data.shards import COLUMN_DTYPES, TENSOR_DTYPES
 from clt.data.writer import Rows
 from clt.errors import UserError
 from clt.server.segment import PREFIX_BYTES, Segment, start_time
+
+if TYPE_CHECKING:
+    from clt.server.generator import StoredRows
 
 FREE, WRITING, VALID, READING = range(4)
 WORKERS = 256
@@ -109,7 +112,7 @@ class SharedBuffer:
 
     # The writer
 
-    def put(self, rows: Rows, mark: tuple[int, int, int] | None = None) -> int:
+    def put(self, rows: Rows | StoredRows, mark: tuple[int, int, int] | None = None) -> int:
         """Write as many of `rows` as there is room for, at most 1024; returns how many.
 
         `mark`, with that many added to its last number, is recorded in the same instant in which the rows become valid.
@@ -118,7 +121,7 @@ class SharedBuffer:
         if len(slots) == 0:
             return 0
         part = rows[: len(slots)]
-        self._payload[slots] = part.tensor.contiguous().view(len(slots), -1).view(torch.uint8).numpy()
+        part.copy_into([self._payload[slot].data for slot in slots.tolist()])
         for name in COLUMN_DTYPES:
             self._columns[name][slots] = getattr(part, name)
         self.publish(slots, mark)

@@ -9,10 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from clt.config import Config, ServerConfig
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from clt.lm.load import LanguageModel
 
 _FULL_SECONDS = 0.01  # between two looks at a full buffer
-_STORE_BATCH = 4096  # rows read from a store at once
+_STORE_BATCH = 4096  # rows of a store in one entry of the record of what has been put
 
 
 def run_generator(config: Config, name: str) -> None:
@@ -72,20 +74,53 @@ def from_model(
         epoch, windows = epoch + 1, 0
 
 
-def from_store(config: Config, epoch: int = 0, step: int = 0) -> Iterator[tuple[tuple[int, int], Rows]]:
+@dataclass
+class StoredRows:
+    """Rows of a store that have not been read yet: they go from its files straight into the buffer."""
+
+    store: DiscBuffer
+    number: np.ndarray
+    """(n,) int64"""
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    def __getitem__(self, part: slice) -> StoredRows:
+        return StoredRows(self.store, self.number[part])
+
+    def copy_into(self, views: list[memoryview]) -> None:
+        """The bytes of each row."""
+        self.store.read_into(self.number, views)
+
+    @property
+    def token(self) -> np.ndarray:
+        """(n,) int32"""
+        return self.store.tokens(self.number)
+
+    @property
+    def position(self) -> np.ndarray:
+        """(n,) int32"""
+        return self.store.positions(self.number)
+
+    @property
+    def document(self) -> np.ndarray:
+        """(n,) int64"""
+        return self.store.documents(self.number)
+
+
+def from_store(config: Config, epoch: int = 0, step: int = 0) -> Iterator[tuple[tuple[int, int], StoredRows]]:
     """((epoch, step), rows) of every batch of the training store, its blocks in an order that `run.seed` determines."""
     store = DiscBuffer(Path(config.data.store) / "train")
     batch = min(_STORE_BATCH, len(store))
     while True:
         at = batch_rows(len(store), config.data.block_rows, batch, config.run.seed, step)
-        rows = Rows(store[at], store.tokens(at), store.positions(at), store.documents(at))
-        yield (step * batch // len(store), step), rows
+        yield (step * batch // len(store), step), StoredRows(store, at)
         step += 1
 
 
 def fill(
     buffer: SharedBuffer,
-    batches: Iterator[tuple[tuple[int, int], Rows]],
+    batches: Iterator[tuple[tuple[int, int], Rows | StoredRows]],
     lm: LanguageModel | None = None,
     config: ServerConfig | None = None,
 ) -> None:

@@ -24,7 +24,7 @@ def write_plots(run_dir: str | Path, evaluation: dict[str, Any], name: str = "re
     left.plot(steps, [line["train_loss"] for line in lines], label="loss")
     left.plot(steps, [line["train_mse"] for line in lines], label="MSE (normalised)")
     left.set(xlabel="step", yscale="log", title="Loss")
-    left.legend()
+    left.legend(loc="upper right")
     right.plot(steps, [line["L0"] for line in lines], color="C2")
     right.set(xlabel="step", yscale="log", ylabel="features on per token", title="L0, all layers")
     figure.savefig(directory / "training.png", dpi=120)

@@ -74,7 +74,7 @@ def test_a_file_that_ends_early_while_it_is_read_is_an_error(tmp_path: Path) -> 
     path.write_bytes(b"x" * 10)
     fd = os.open(path, os.O_RDONLY)
     with pytest.raises(UserError, match="truncated: found 10 bytes, wanted 12"):
-        shards.read_at(fd, memoryview(bytearray(8)), 4, path)
+        shards.read_at(fd, [memoryview(bytearray(8))], 4, path)
     os.close(fd)
 
 

@@ -84,6 +84,17 @@ def test_reading_into_a_buffer(buffer: DiscBuffer, tensor: torch.Tensor) -> None
     assert not out[11].any()
 
 
+def test_reading_each_row_into_a_place_of_its_own(buffer: DiscBuffer, tensor: torch.Tensor) -> None:
+    numbers = np.array([*range(3, 30), 52, 7, 8, 0])
+    out = torch.zeros(N, *tensor.shape[1:], dtype=tensor.dtype)
+    places = np.random.default_rng(0).permutation(N)[: len(numbers)]
+    flat = out.view(N, -1).view(torch.uint8).numpy()
+    buffer.read_into(numbers, [flat[place].data for place in places])
+    wanted = torch.zeros_like(out)
+    wanted[places] = tensor[numbers]
+    assert torch.equal(out, wanted)
+
+
 def test_threads_and_forked_processes_read_the_same(buffer: DiscBuffer, tensor: torch.Tensor) -> None:
     orders = [np.random.default_rng(seed).permutation(N) for seed in range(40)]
     with ThreadPoolExecutor(8) as pool:
