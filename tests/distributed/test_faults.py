@@ -19,7 +19,7 @@ from clt.train import checkpoint
 from clt.train.watch import PREEMPTED, TOO_SLOW
 from tests.distributed.test_torchrun import ROOT
 
-STEPS = 4000
+STEPS = 1000
 
 
 def start(*arguments: str, run_dir: Path, processes: int = 2) -> subprocess.Popen:
