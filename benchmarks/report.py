@@ -48,6 +48,15 @@ def print_extraction(row: Row) -> None:
     )
 
 
+def print_stream(row: dict[str, float]) -> None:
+    """One line for the activation server."""
+    print(
+        f"stream {row['stream_gb_per_s']:.2f} GB/s to one client, {row['stream_share_of_loopback']:.0%} of the loopback "
+        f"server; to sixteen {row['clients16_share']:.0%}",
+        flush=True,
+    )
+
+
 def compare(old: Row, new: Row) -> None:
     """Old and new of every figure that both runs have, with their ratio."""
     before = dict(_figures(old))
@@ -62,8 +71,10 @@ def _figures(result: Row) -> Iterator[tuple[str, float]]:
     for name, value in result["matmul_peak_tflops"].items():
         yield f"matmul_peak_tflops {name}", value
     yield "copy_gb_per_s", result["copy_gb_per_s"]
-    for part in ("step", "reader", "extraction"):
-        for row in result.get(part, []):
+    parts = {"step": result["step"], "extraction": result.get("extraction", [])}
+    parts |= {"reader": result.get("reader", {}).get("shapes", []), "": [result.get("stream", {})]}
+    for part, rows in parts.items():
+        for row in rows:
             label = " ".join(str(value) for value in row.values() if not isinstance(value, float))
             for key, value in row.items():
                 if isinstance(value, float):

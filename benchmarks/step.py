@@ -22,7 +22,7 @@ from clt.model.decode import whole
 from clt.train.optim import Update, autocast_dtype
 from clt.train.run import build
 
-WARMUP, TIMED = 3, 10
+WARMUP, TIMED = 2, 10
 
 
 def unavoidable_bytes(job: Job) -> int:

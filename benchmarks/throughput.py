@@ -1,4 +1,4 @@
-"""How near the machine's limits we run: the training step, the reader, the extraction.
+"""How near the machine's limits we run: the training step, the reader, the extraction, the stream.
 
     python benchmarks/throughput.py [--quick] [--json OUT.json] [--compare OLD.json] [--plot OUT.png]
                                     [--shapes 12x768x6144x4000 ..] [--variants ours textbook ..] [--precision bf16]
@@ -10,6 +10,7 @@ then each part as a share of that and of the textbook step. Each step runs in a 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
     parser.add_argument("--shapes", nargs="+", metavar="LxDxFxB", help="shapes of the step")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--step-only", action="store_true", help="leave reader and extraction out")
+    parser.add_argument("--step-only", action="store_true", help="leave reader, extraction and stream out")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # one step in this process
     return parser.parse_args()
 
@@ -120,13 +121,22 @@ def _data_path(quick: bool, device: Any) -> dict[str, Any]:
     from benchmarks import data_path, report
 
     megabytes, tokens = (128, {"embedded": 65_000, "SmolLM2-135M": 4_000}) if quick else (1024, {})
-    found: dict[str, Any] = {"reader": [], "extraction": []}
+    shapes, extraction = [], []
     for name in data_path.SHAPES:
-        found["reader"].append(data_path.reader(name, megabytes, device))
-        report.print_reader(found["reader"][-1])
+        shapes.append(data_path.reader(name, megabytes, device))
+        report.print_reader(shapes[-1])
     for name in data_path.models():
-        found["extraction"].append(data_path.extraction(name, tokens.get(name, 100_000), device))
-        report.print_extraction(found["extraction"][-1])
+        extraction.append(data_path.extraction(name, tokens.get(name, 100_000), device))
+        report.print_extraction(extraction[-1])
+    reader = {  # of the worse shape
+        "share_of_raw": min(row["share_of_raw"] for row in shapes),
+        "stall_share": max(row["stall_share"] for row in shapes),
+        "shapes": shapes,
+    }
+    found: dict[str, Any] = {"reader": reader, "extraction": extraction}
+    if importlib.util.find_spec("starlette"):
+        found["stream"] = data_path.stream(5 if quick else 60)
+        report.print_stream(found["stream"])
     return found
 
 
