@@ -75,7 +75,8 @@ def _figures(result: Row) -> Iterator[tuple[str, float]]:
     parts |= {"reader": result.get("reader", {}).get("shapes", []), "": [result.get("stream", {})]}
     for part, rows in parts.items():
         for row in rows:
-            label = " ".join(str(value) for value in row.values() if not isinstance(value, float))
+            inputs = (v for k, v in row.items() if not isinstance(v, float) and k != "timed_steps")
+            label = " ".join(map(str, inputs))
             for key, value in row.items():
                 if isinstance(value, float):
                     yield f"{part} {label} {key}", value
