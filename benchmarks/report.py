@@ -51,8 +51,8 @@ def print_extraction(row: Row) -> None:
 def print_stream(row: dict[str, float]) -> None:
     """One line for the activation server."""
     print(
-        f"stream {row['stream_gb_per_s']:.2f} GB/s to one client, {row['stream_share_of_loopback']:.0%} of the loopback "
-        f"server; to sixteen {row['clients16_share']:.0%}",
+        f"stream {row['stream_gb_per_s']:.2f} GB/s, {row['stream_share_of_loopback']:.0%} of the loopback; "
+        f"to sixteen clients {row['clients16_share']:.0%}",
         flush=True,
     )
 
