@@ -66,6 +66,11 @@ def main(config: Config, prepare: bool) -> int:
     steps, batch_tokens = config.train.steps, config.train.batch_tokens
     order = (len(store), config.data.block_rows, batch_tokens, config.run.seed, data.rank, data.size)
     DistributedSampler(*order)  # refuses a batch that cannot be made
+    if batch_tokens // data.size < config.train.accumulate:
+        raise UserError(
+            f"train.accumulate={config.train.accumulate} micro-batches cannot be made of a rank's share of "
+            f"train.batch_tokens={batch_tokens}, {batch_tokens // data.size} rows: lower the one or raise the other"
+        )
     lm, windows = None, []
     if config.eval.replacement_tokens:
         lm = load_language_model(config.lm, device)

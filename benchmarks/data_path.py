@@ -35,8 +35,8 @@ SHAPES = {  # L, D, batch, and the features of the step that runs beside the rea
 def reader(name: str, megabytes: int, device: torch.device) -> dict[str, Any]:
     """Read a synthetic float16 store with the training loader and with `readinto`, then train from it for ten steps.
 
-    share_of_raw: bytes/s of shuffled batches on the device over bytes/s of whole files into one buffer, both from the
-    page cache, taken in turns; stall_share: the loop's waiting over its time.
+    share_of_raw: bytes/s of shuffled batches on the device over bytes/s of whole files into a buffer of a batch's size,
+    both from the page cache, taken in turns; stall_share: the loop's waiting over its time.
     """
     L, D, B, F = SHAPES[name]
     rows = max(2 * B, megabytes * 1_000_000 // (2 * L * D * 2))
@@ -55,8 +55,8 @@ def reader(name: str, megabytes: int, device: torch.device) -> dict[str, Any]:
                 took = machine.seconds(lambda: [None for _ in loader], device)
             return (steps - 2 * ahead) * B * 4 * L * D / took  # the first of the rest had been read before
 
-        turns = [(_raw(files), load()) for _ in range(7)]
-        case = {"L": L, "D": D, "F": F, "B": B, "precision": "auto", "variant": "ours"}
+        turns = [(_raw(files, B * 4 * L * D), load()) for _ in range(7)]
+        case = {"L": L, "D": D, "F": F, "B": B, "precision": "auto", "variant": "ours_compiled"}
         share = statistics.median(loaded / raw for raw, loaded in turns)
         return {
             "shape": name, "L": L, "D": D, "B": B, "share_of_raw": share,
@@ -66,9 +66,9 @@ def reader(name: str, megabytes: int, device: torch.device) -> dict[str, Any]:
         }  # fmt: skip
 
 
-def _raw(files: list[Path]) -> float:
-    """Bytes/s of reading the files from end to end."""
-    buffer, total = memoryview(bytearray(16 << 20)), 0
+def _raw(files: list[Path], size: int) -> float:
+    """Bytes/s of reading the files from end to end, `size` bytes at a time."""
+    buffer, total = memoryview(bytearray(size)), 0
     start = time.perf_counter()
     for file in files:
         with open(file, "rb", buffering=0) as source:
@@ -78,18 +78,19 @@ def _raw(files: list[Path]) -> float:
 
 
 def _stall_share(store: DiscBuffer, case: dict[str, Any], device: torch.device) -> float:
-    """Share of ten training steps that is spent waiting for their batches."""
+    """Share of thirty training steps that is spent waiting for their batches, once those read ahead are used up."""
     batch = torch.empty(case["B"], 2, case["L"], case["D"], device=device).normal_()
-    train = step.prepare(case, batch)
-    sampler = DistributedSampler(len(store), load_config().data.block_rows, case["B"], seed=0, stop_step=12)
-    with Loader(store, sampler, device) as loader:
-        for rows in islice(loader, 2):
+    train, data = step.prepare(case, batch), load_config().data
+    first = data.prefetch + 2
+    sampler = DistributedSampler(len(store), data.block_rows, case["B"], seed=0, stop_step=first + 30)
+    with Loader(store, sampler, device, data.prefetch) as loader:
+        for rows in islice(loader, first):
             train(rows)
         machine.wait(device)
         start, stalled = time.perf_counter(), loader.stalled
         for rows in loader:
             train(rows)
-        machine.wait(device)
+            machine.wait(device)  # else the host would wait for batches while the device still works
         return (loader.stalled - stalled) / (time.perf_counter() - start)
 
 
@@ -106,12 +107,12 @@ def extraction(name: str, tokens: int, device: torch.device) -> dict[str, Any]:
     """Extract about `tokens` rows of a model, and run its body alone over the same windows.
 
     share_of_forward compares with the body as transformers has it, share_of_own_forward with the body as
-    `clt.lm.load` prepares it (GPT-2's activation fused); both end with the last hooked module.
+    `clt.lm.load` prepares it (GPT-2's activation fused); both end with the last hooked module. Medians of three turns.
     """
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as directory:
-        config = load_config(ROOT / "configs" / CONFIGS[name], [f"data.store={directory}"])
+        config = load_config(ROOT / "configs" / CONFIGS[name])
         lm = load_language_model(config.lm, device)
         batches = _batches(config, lm, tokens)
         ids = [torch.from_numpy(np.stack([window.tokens for window in batch])).long().to(device) for batch in batches]
@@ -119,12 +120,18 @@ def extraction(name: str, tokens: int, device: torch.device) -> dict[str, Any]:
         source, gguf = locate(config.lm.model)
         stock = AutoModelForCausalLM.from_pretrained(source, dtype=lm.model.dtype, gguf_file=gguf)
         stock = stock.to(device).eval()  # type: ignore[arg-type]
-        forward, own = (_forward_seconds(model, lm.sites[-1].output_path, ids) for model in (stock, lm.model))
-        took = machine.seconds(lambda: extract(config, "train", lm, progress=False), device)
+        turns = []
+        for turn in range(3):
+            config.data.store = f"{directory}/{turn}"
+            took = machine.seconds(lambda: extract(config, "train", lm, progress=False), device)
+            turns.append([took, *(_forward_seconds(m, lm.sites[-1].output_path, ids) for m in (stock, lm.model))])
+        shares = [[forward / took, own / took] for took, forward, own in turns]
+        share, own_share = (statistics.median(column) for column in zip(*shares))
+        took, forward, _ = (statistics.median(column) for column in zip(*turns))
     return {
         "model": name, "rows": rows, "store_dtype": config.data.dtype, "layers": len(lm.layers),
         "tokens_per_s": rows / took, "forward_tokens_per_s": rows / forward,
-        "share_of_forward": forward / took, "share_of_own_forward": own / took,
+        "share_of_forward": share, "share_of_own_forward": own_share,
     }  # fmt: skip
 
 

@@ -19,11 +19,14 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 
 def where() -> dict[str, Any]:
     """The device in words, versions, commit and command: what every recorded result says of itself."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    commit = os.environ.get("CLT_COMMIT", "")  # for a copy of the tree without its history
+    if (ROOT / ".git").exists():
+        git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
-        "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": commit,
         "command": " ".join(["python", *sys.argv]),
     }
 

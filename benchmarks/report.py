@@ -22,12 +22,23 @@ def print_step(row: Row) -> None:
     if "error" in row:
         print(f"{name:58s} {row['error']}", flush=True)
         return
+    memory, formula = row["peak_memory_gb"], row.get("formula_memory_gb")
     print(
         f"{name:58s} {row['tokens_per_s']:10,.0f} tokens/s {row['tflops']:8.3f} TFLOP/s  "
         f"{row['share_of_peak']:4.0%} of peak, {row['roofline_share']:4.0%} of roofline, "
-        f"{row['peak_memory_gb']:.2f} GB ({row['peak_memory_gb'] / row['formula_memory_gb']:.2f} of formula)",
+        f"{memory:.2f} GB"
+        + (f" ({memory / formula:.2f} of formula)" if formula else "")
+        + (f", {row['timed_steps']} steps timed" if row["timed_steps"] < 10 else ""),
         flush=True,
     )
+
+
+def print_ratios(rows: list[Row]) -> None:
+    """How many times as fast as the textbook step ours is."""
+    for row in rows:
+        for key in ("over_textbook", "over_textbook_compiled"):
+            if key in row:
+                print(f"{row['variant']} at F={row['F']} B={row['B']}: {row[key]:.2f} x {key.removeprefix('over_')}")
 
 
 def print_reader(row: Row) -> None:
@@ -62,8 +73,9 @@ def compare(old: Row, new: Row) -> None:
     before = dict(_figures(old))
     print(f"\nagainst commit {old['commit']} on {old['device']}: old, new, new / old")
     for name, value in _figures(new):
-        if before.get(name):
-            print(f"{name:72s} {before[name]:12.4g} {value:12.4g} {value / before[name]:8.3f}")
+        if name in before:
+            ratio = f"{value / before[name]:8.3f}" if before[name] else ""
+            print(f"{name:72s} {before[name]:12.4g} {value:12.4g} {ratio}")
 
 
 def _figures(result: Row) -> Iterator[tuple[str, float]]:

@@ -54,16 +54,18 @@ def measure(case: dict[str, Any], peaks: dict[str, Any], device: torch.device) -
     before = machine.reset_peak(device)
     batch = torch.randn(B, 2, L, D, device=device)
     step = prepare(case, batch)
-    times = []
-    while len(times) < WARMUP + TIMED and (len(times) < WARMUP + 1 or sum(times) < PATIENCE):
+    for _ in range(WARMUP):
+        step(batch)
+    times: list[float] = []
+    while len(times) < TIMED and sum(times) < PATIENCE:
         times.append(machine.seconds(lambda: step(batch), device))
-    times = times[WARMUP:]
     used = machine.peak(device) - before
     job = Job(L, D, F, B, width=dtype.itemsize)
     took, work = statistics.median(times), scale.flops(job)
     precision = {value: key for key, value in machine.PRECISIONS.items()}[dtype]
     limit = peaks["matmul_peak_tflops"][precision] * 1e12
-    roofline = work / limit + unavoidable_bytes(job) / (peaks["copy_gb_per_s"] * 1e9)
+    roofline = max(work / limit, unavoidable_bytes(job) / (peaks["copy_gb_per_s"] * 1e9))
+    formula = {} if "textbook" in case["variant"] else {"formula_memory_gb": formula_memory(job) / 1e9}
     return {
         **case,
         "precision": precision,
@@ -75,7 +77,7 @@ def measure(case: dict[str, Any], peaks: dict[str, Any], device: torch.device) -
         "roofline_seconds": roofline,
         "roofline_share": roofline / took,
         "peak_memory_gb": used / 1e9,
-        "formula_memory_gb": formula_memory(job) / 1e9,
+        **formula,
     }
 
 

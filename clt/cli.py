@@ -92,10 +92,9 @@ def _config(arguments: argparse.Namespace, preset: str | None = None, environmen
 
 def _extract(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
-    from clt.data.extract import extract
+    from clt.data.extract import extract_all
 
-    for part in ("train", "heldout"):
-        index = extract(config, part)
+    for part, index in zip(("train", "heldout"), extract_all(config)):
         print(f"{config.data.store}/{part}: {index.rows} rows in {len(index.shards)} shards")
 
 

@@ -262,3 +262,9 @@ def test_an_altered_heldout_shard_ends_its_evaluation(train_overrides, copied, s
     assert f"is nan or inf; look for bad rows with `clt inspect --verify {copied / 'heldout'}`" in found
     assert not (tmp_path / "run" / "summary.json").exists()
     assert half_written(tmp_path / "run") == []
+
+
+def test_more_micro_batches_than_rows(script, train_overrides, tmp_path):
+    found = script(*train_overrides, "train.batch_tokens=4", "train.accumulate=5", f"run.dir={tmp_path / 'run'}")
+    assert found is not None
+    assert "train.accumulate=5 micro-batches cannot be made of a rank's share of train.batch_tokens=4, 4 rows" in found

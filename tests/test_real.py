@@ -25,16 +25,13 @@ def test_smollm2_end_to_end(tmp_path):
         "data.heldout_tokens=2000", "data.shard_rows=5000", "clt.d_features=512", "train.steps=60",
         "train.batch_tokens=1024", "eval.replacement_tokens=1024",
     ]  # fmt: skip
-    command = [sys.executable, "train_ddp.py", "--prepare", "configs/smollm2-135m.yaml", *overrides]
-    prepared = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert prepared.returncode == 0, prepared.stderr
-    index = json.loads((tmp_path / "stores" / "train" / "index.json").read_text())
-    assert (index["rows"], index["n_layers"], index["d_acts"]) == (20_000, 5, 576)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_ddp.py"]
     command += ["configs/smollm2-135m.yaml", *overrides]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     trained = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert trained.returncode == 0, trained.stderr
+    index = json.loads((tmp_path / "stores" / "train" / "index.json").read_text())
+    assert (index["rows"], index["n_layers"], index["d_acts"]) == (20_000, 5, 576)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     # The text begins in Moby-Dick, hard reading for a 4-bit chat model: 4.4 nats a token, where guessing costs 10.8.
     assert summary["ce_original"] < 5, "SmolLM2 does not model this text: was it loaded right?"

@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from clt.lm.load import LanguageModel
 
 
+def extract_all(config: Config, progress: bool = True) -> list[StoreIndex]:
+    """`extract` the training and the held-out store; a language model that both need is loaded once."""
+    parts: tuple[Part, ...] = ("train", "heldout")
+    missing = [part for part in parts if not (Path(config.data.store) / part / INDEX).exists()]
+    lm = _load(config) if missing else None
+    return [extract(config, part, lm, progress) for part in parts]
+
+
 def extract(config: Config, part: Part, lm: LanguageModel | None = None, progress: bool = True) -> StoreIndex:
     """Make the store `<data.store>/<part>`, or finish it, or return its index when it is already there.
 
@@ -35,15 +43,18 @@ def extract(config: Config, part: Part, lm: LanguageModel | None = None, progres
     path = Path(config.data.store) / part
     if (path / INDEX).exists():
         return _finished(path, config)
-    if lm is None:
-        from clt.lm.load import load_language_model
-
-        lm = load_language_model(config.lm, "cuda" if torch.cuda.is_available() else "cpu")
+    lm = lm or _load(config)
     path.mkdir(parents=True, exist_ok=True)
     with locked(path):
         if (path / INDEX).exists():  # another process made it meanwhile
             return _finished(path, config)
         return _extract(path, config, part, lm, progress)
+
+
+def _load(config: Config) -> LanguageModel:
+    from clt.lm.load import load_language_model
+
+    return load_language_model(config.lm, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _finished(path: Path, config: Config) -> StoreIndex:

@@ -31,8 +31,8 @@ class SourceLayer(torch.autograd.Function):
 
     Row f of W_dec is everything feature f writes, so that decoding is one product of (B, F) with (F, T * D), the
     gradient of W_dec another, and its part through the norm ||W_dec,f|| one `addcmul_` on top. x gets no gradient.
-    There is one such function per layer, not one for all, so that DDP can sum a layer's gradients over the ranks while
-    the earlier layers' are computed.
+    There is one such function per layer, not one for all, so that DDP can sum a layer's decoder gradient over the ranks
+    while the earlier layers' are computed. (The encoder is one tensor for all layers, so its gradient comes last.)
     """
 
     @staticmethod

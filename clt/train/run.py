@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clt.config import Config, identity, load_config
-from clt.data.extract import check_store, extract
+from clt.data.extract import check_store, extract_all
 from clt.data.index import write_whole
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
@@ -33,8 +33,7 @@ def make_stores(config: Config, progress: bool = True) -> None:
         from clt.server.source import fetch_heldout
 
         return fetch_heldout(config)
-    for part in ("train", "heldout"):
-        extract(config, part, progress=progress)
+    extract_all(config, progress)
 
 
 def open_stores(config: Config) -> tuple[DiscBuffer | ServerStore, DiscBuffer]:

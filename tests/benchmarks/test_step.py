@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import report, step
+from benchmarks import report, scale, step
 
 SIZES = {"L": 3, "D": 4, "F": 16, "B": 64}
+JOB = scale.Job(3, 4, 16, 64, width=4)
 
 
 @pytest.mark.parametrize("variant", ["ours", "textbook"])
@@ -17,7 +18,10 @@ def test_a_measured_step(variant: str) -> None:
     row = step.measure({**SIZES, "precision": "fp32", "variant": variant}, peaks, torch.device("cpu"))
     assert row["tokens_per_s"] * row["seconds"] == pytest.approx(64)
     assert row["share_of_peak"] == pytest.approx(row["tflops"] / 0.1)
-    assert 0 < row["share_of_peak"] < row["roofline_share"] < 1
+    assert 0 < row["share_of_peak"] <= row["roofline_share"] < 1
+    work, moved = scale.flops(JOB) / 0.1e12, step.unavoidable_bytes(JOB) / 10e9
+    assert row["roofline_seconds"] == pytest.approx(max(work, moved))
+    assert ("formula_memory_gb" in row) == (variant == "ours")
 
 
 def test_comparison_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

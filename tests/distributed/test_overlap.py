@@ -1,4 +1,4 @@
-"""DDP sums the gradients of the last layers while those of the first are still being computed."""
+"""DDP sums the decoder gradients of the last layers while those of the first are still being computed."""
 
 from collections.abc import Iterator
 
@@ -20,7 +20,7 @@ def group() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("group")
-def test_gradients_are_summed_as_soon_as_their_layer_is_done() -> None:
+def test_decoder_gradients_are_summed_as_soon_as_their_layer_is_done() -> None:
     layers, events = 4, []
     objective = Objective(CrossLayerTranscoder(layers, 16, 64))
     gate, gate_gradients = objective.kernels

@@ -56,10 +56,16 @@ def test_two_ranks_give_the_run_of_one(train, train_overrides, tmp_path):
     assert f"The run lies in {tmp_path}" in result.stdout.strip().splitlines()[-1]
 
 
-def test_a_sharded_run_is_evaluated_by_one_process(train_overrides, tmp_path):
-    """Its own evaluation over the shards, replacement model included, against `clt eval` on its checkpoint."""
-    result = launch(*train_overrides, "parallel.feature_shards=2", f"run.dir={tmp_path}", processes=2)
+def test_a_sharded_run_is_evaluated_by_one_process(train, train_overrides, tmp_path):
+    """Its own evaluation over the shards, replacement model included, against `clt eval` on its checkpoint.
+
+    Trained with compiled kernels, to the weights of one eager process.
+    """
+    options = ["parallel.feature_shards=2", "train.compile=true", f"run.dir={tmp_path}"]
+    result = launch(*train_overrides, *options, processes=2)
     assert result.returncode == 0, result.stderr
+    for name, tensor in train().weights.items():
+        torch.testing.assert_close(weights(tmp_path)[name], tensor, rtol=1e-4, atol=1e-5)
     cli.main(["eval", str(tmp_path)])
     alone = json.loads((tmp_path / "report_step_00000010" / "evaluation.json").read_text())
     sharded = json.loads((tmp_path / "summary.json").read_text())

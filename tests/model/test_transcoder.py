@@ -191,6 +191,23 @@ def test_gradients_of_the_gate_equal_their_formula(activation, through_pre, floo
         torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_compiled_kernels_in_bf16_are_the_eager_ones():
+    """In between they compute in float32, so that only the last bit of a bf16 result may differ."""
+    rule, generator = Rule("jumprelu", 0.8, True, "threshold"), torch.Generator().manual_seed(0)
+    pre, written = (torch.randn(64, 48, generator=generator).bfloat16() for _ in range(2))
+    theta, scale = (torch.rand(48, generator=generator) for _ in range(2))
+    low = torch.tensor(0.1)
+    for kernel, arguments in (
+        (gate, (pre, theta, scale, rule)),
+        (gate_gradients, (pre, theta, scale, rule, written, low, low)),
+    ):
+        for eager, compiled in zip(kernel(*arguments), torch.compile(kernel, dynamic=False)(*arguments)):
+            assert eager.dtype == compiled.dtype
+            tight = {"rtol": 2**-7, "atol": 1e-6} if eager.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
+            torch.testing.assert_close(compiled, eager, **tight)
+
+
 def test_jumprelu_is_never_negative_even_under_a_negative_threshold():
     pre, theta = torch.tensor([[-0.5, 0.5]]), torch.tensor([-1.0, -1.0])
     assert gate(pre, theta, torch.ones(2), Rule("jumprelu", 1.0, False, "none")).features.tolist() == [[0.0, 0.5]]

@@ -27,7 +27,7 @@ from clt.lm.capture import Capture
 from clt.lm.load import load_language_model
 from clt.lm.text import windows
 from clt.server.buffer import SharedBuffer
-from clt.server.generator import device_for, fill, from_model, from_store
+from clt.server.generator import StoredRows, device_for, fill, from_model, from_store
 from clt.server.prepare import folder, needs_model, prepare, tag
 from clt.server.segment import start_time
 from clt.server.supervisor import ensure, segment_name
@@ -42,6 +42,10 @@ def keys(tensor: torch.Tensor, token: np.ndarray, position: np.ndarray, document
     """Rows as (bits, token, position, document)."""
     data = tensor.reshape(len(tensor), -1).view(torch.uint8).numpy()
     return list(zip([row.tobytes() for row in data], token.tolist(), position.tolist(), document.tolist()))
+
+
+def stored_keys(rows: StoredRows) -> list[tuple[bytes, int, int, int]]:
+    return keys(rows.store[rows.number], rows.token, rows.position, rows.document)
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +95,14 @@ def test_the_store_gives_each_row_once_an_epoch_in_changing_order(config: MakeCo
     made = config(f"data.store={stores}", "data.block_rows=7")
     store = DiscBuffer(stores / "train")
     batches = list(islice(from_store(made), 3))
-    orders = [keys(rows.tensor, rows.token, rows.position, rows.document) for _, rows in batches]
+    orders = [stored_keys(rows) for _, rows in batches]
     assert [mark for mark, _ in batches] == [(0, 0), (1, 1), (2, 2)]
     everything = slice(None)
     wanted = keys(store[:], store.tokens(everything), store.positions(everything), store.documents(everything))
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(wanted)
     assert orders[0] != orders[1]
     mark, rows = next(from_store(made, 2, 2))
-    assert (mark, keys(rows.tensor, rows.token, rows.position, rows.document)) == ((2, 2), orders[2])
+    assert (mark, stored_keys(rows)) == ((2, 2), orders[2])
 
 
 def test_filling_goes_on_at_the_mark(buffer: SharedBuffer) -> None:
@@ -274,7 +278,7 @@ def test_a_failing_generator_says_why_and_recovers(config: MakeConfig, stores: P
     with served(made) as buffer:
         eventually(lambda: take(buffer, seen) >= 100)
     rows = next(from_store(made))[1]
-    order = keys(rows.tensor, rows.token, rows.position, rows.document)[210:]
+    order = stored_keys(rows)[210:]
     assert all(seen[row] == order[row] for row in seen)
 
 
