@@ -22,7 +22,7 @@ from clt.model.decode import whole
 from clt.train.optim import Update, autocast_dtype
 from clt.train.run import build
 
-WARMUP, TIMED, PATIENCE = 2, 10, 400  # steps, steps, seconds
+WARMUP = 2
 
 
 def unavoidable_bytes(job: Job) -> int:
@@ -44,9 +44,9 @@ def formula_memory(job: Job) -> int:
 
 
 def measure(case: dict[str, Any], peaks: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Run the step of `case` {L, D, F, B, precision, variant} and return the case with what came out.
+    """Run the step of `case` {L, D, F, B, precision, variant, timed_steps} and return the case with what came out.
 
-    The time is the median of ten steps after two, or of fewer when these take more than 400 seconds.
+    The time is the median of `timed_steps` steps, after two.
     Variants: `ours` and `textbook`, each also with `_compiled`. Memory is what building and running takes.
     """
     L, D, F, B = (case[key] for key in "LDFB")
@@ -56,9 +56,7 @@ def measure(case: dict[str, Any], peaks: dict[str, Any], device: torch.device) -
     step = prepare(case, batch)
     for _ in range(WARMUP):
         step(batch)
-    times: list[float] = []
-    while len(times) < TIMED and sum(times) < PATIENCE:
-        times.append(machine.seconds(lambda: step(batch), device))
+    times = [machine.seconds(lambda: step(batch), device) for _ in range(case["timed_steps"])]
     used = machine.peak(device) - before
     job = Job(L, D, F, B, width=dtype.itemsize)
     took, work = statistics.median(times), scale.flops(job)
@@ -70,7 +68,6 @@ def measure(case: dict[str, Any], peaks: dict[str, Any], device: torch.device) -
         **case,
         "precision": precision,
         "seconds": took,
-        "timed_steps": len(times),
         "tokens_per_s": B / took,
         "tflops": work / took / 1e12,
         "share_of_peak": work / took / limit,

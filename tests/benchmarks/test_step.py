@@ -15,7 +15,7 @@ JOB = scale.Job(3, 4, 16, 64, width=4)
 @pytest.mark.parametrize("variant", ["ours", "textbook"])
 def test_a_measured_step(variant: str) -> None:
     peaks = {"matmul_peak_tflops": {"fp32": 0.1}, "copy_gb_per_s": 10.0}
-    row = step.measure({**SIZES, "precision": "fp32", "variant": variant}, peaks, torch.device("cpu"))
+    row = step.measure({**SIZES, "precision": "fp32", "variant": variant, "timed_steps": 3}, peaks, torch.device("cpu"))
     assert row["tokens_per_s"] * row["seconds"] == pytest.approx(64)
     assert row["share_of_peak"] == pytest.approx(row["tflops"] / 0.1)
     assert 0 < row["share_of_peak"] <= row["roofline_share"] < 1
