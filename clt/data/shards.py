@@ -54,7 +54,7 @@ def create_shard(path: Path, rows: int, n_layers: int, d_acts: int, dtype: str) 
     dtypes = {"tensor": TENSOR_DTYPES[dtype], **COLUMN_DTYPES}
     try:
         offsets = _create_datasets(path, shapes, dtypes, dtype)
-    except RuntimeError as error:  # HDF5 drops the errno of a write that fails while it closes a file
+    except (RuntimeError, OSError) as error:  # HDF5 hides the errno, or tells it in many lines with memory addresses
         if found := re.search(r"errno = (\d+)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
         raise
