@@ -68,7 +68,7 @@ def reader(name: str, megabytes: int, device: torch.device) -> dict[str, Any]:
 
 def _raw(files: list[Path], size: int) -> float:
     """Bytes/s of reading the files from end to end, `size` bytes at a time."""
-    buffer, total = np.ones(size, np.uint8).data, 0  # written once, as the loader's buffers have been
+    buffer, total = torch.ones(size, dtype=torch.uint8).numpy().data, 0  # the kind of memory that the loader has
     start = time.perf_counter()
     for file in files:
         with open(file, "rb", buffering=0) as source:

@@ -1,4 +1,4 @@
-"""Batches of activations on the training device, read ahead by one thread."""
+"""Batches of activations on the training device, read ahead by background threads."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import queue
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol
 
@@ -23,28 +24,33 @@ class Readable(Protocol):
     """Where rows come from: a DiscBuffer, or a server."""
 
     index: StoreIndex
+    threads: int
+    """How many threads may call `read` at once; one alone calls it in the order of the batches."""
 
     def read(self, rows: np.ndarray, out: Tensor) -> Tensor:
-        """Rows (n,) -> (n, 2, L, D), into `out`; called by one thread."""
+        """Rows (n,) -> (n, 2, L, D), into `out`."""
         ...
 
 
 @dataclass
 class _Slot:
-    """A host buffer of the ring; `copied` is the CUDA event after which its last copy to the device is over."""
+    """A host buffer of the ring, for the `rows` that are read into it."""
 
     buffer: Tensor
-    rows: int = 0
+    rows: np.ndarray
+    done: queue.SimpleQueue[BaseException | None] = field(default_factory=queue.SimpleQueue)
+    """Filled once for each batch: what went wrong, or None when the rows are there"""
     copied: torch.cuda.Event | None = None
+    """After which the last copy to the device is over"""
 
 
 class Loader:
     """Iterates over the batches (b, 2, L, D) that `sampler` names, in storage dtype, on `device`.
 
-    A thread reads up to `prefetch` batches ahead into a ring of host buffers. On the CPU a batch *is* such a buffer
+    Threads read up to `prefetch` batches ahead into a ring of host buffers. On the CPU a batch *is* such a buffer
     and valid until the next one is asked for: clone it to keep it. On CUDA it is a fresh tensor, copied from pinned
-    memory on a stream of its own. An error of the thread is raised by the iteration. Close it (or use `with`) to end
-    the thread.
+    memory on a stream of its own. Errors of the sampler and of the threads are raised by the iteration, when it comes
+    to their batch. Close it (or use `with`) to end the threads.
     """
 
     stalled: float
@@ -56,33 +62,56 @@ class Loader:
         self.device = torch.device(device)
         self.stalled = 0.0
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._sampler = iter(sampler)
+        self._end: BaseException | None = None  # what is raised when no batch is left
         self._held: _Slot | None = None
-        self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
-        self._ready: queue.SimpleQueue[_Slot | BaseException | None] = queue.SimpleQueue()
-        for _ in range(prefetch + 1):  # one more than are ready: the one that the consumer holds
-            self._free.put(_Slot(torch.empty(0)))
-        pinned = self._stream is not None
-        arguments = (buffer, sampler, pinned, self._free, self._ready)
-        self._thread = threading.Thread(target=_read_ahead, args=arguments, daemon=True, name="clt-reader")
-        self._stop = weakref.finalize(self, _stop, self._free)  # a forgotten loader ends its thread as well
-        self._thread.start()
+        self._reading: deque[_Slot] = deque()  # in the order of the batches
+        self._work: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(
+                target=_read, args=(buffer, self._stream is not None, self._work), daemon=True, name="clt-reader"
+            )
+            for _ in range(min(buffer.threads, prefetch))
+        ]
+        self._stop = weakref.finalize(self, _stop, self._work, len(self._threads))  # also when a loader is forgotten
+        for thread in self._threads:
+            thread.start()
+        for _ in range(prefetch + 1):  # one more than are read ahead: the one that the consumer holds
+            self._ask(_Slot(torch.empty(0), np.empty(0, np.int64)))
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
 
     def __next__(self) -> Tensor:
         if self._held is not None:
-            self._free.put(self._held)
+            self._ask(self._held)
             self._held = None
-        start = time.perf_counter()
-        slot = self._ready.get()
-        self.stalled += time.perf_counter() - start
-        if not isinstance(slot, _Slot):
-            self._ready.put(slot)  # whoever asks again hears the same
-            if slot is None:
-                raise StopIteration
-            raise slot
-        batch = slot.buffer[: slot.rows]
+        if self._reading:
+            slot = self._reading.popleft()
+            start = time.perf_counter()
+            error = slot.done.get()
+            self.stalled += time.perf_counter() - start
+            if error is None:
+                return self._batch(slot)
+            self._end = error
+            self._reading.clear()
+        assert self._end is not None
+        raise self._end
+
+    def _ask(self, slot: _Slot) -> None:
+        """Have the slot filled with the sampler's next batch, if there is one."""
+        if self._end is not None:
+            return
+        try:
+            slot.rows = next(self._sampler)
+        except BaseException as error:  # noqa: BLE001 - raised after the batches before it
+            self._end = error
+            return
+        self._reading.append(slot)
+        self._work.put(slot)
+
+    def _batch(self, slot: _Slot) -> Tensor:
+        batch = slot.buffer[: len(slot.rows)]
         if self._stream is None:
             self._held = slot
             return batch
@@ -97,15 +126,16 @@ class Loader:
         consumer = torch.cuda.current_stream(self.device)
         consumer.wait_event(slot.copied)
         copy.record_stream(consumer)
-        self._free.put(slot)
+        self._ask(slot)
         return copy
 
     def close(self) -> None:
-        """End and join the reader thread. Batches that were not consumed are dropped."""
+        """End and join the threads. Batches that were not consumed are dropped."""
         self._stop()
-        self._thread.join()
-        self._ready = queue.SimpleQueue()
-        self._ready.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._held, self._end = None, StopIteration()
+        self._reading.clear()
 
     def __enter__(self) -> Loader:
         return self
@@ -116,35 +146,25 @@ class Loader:
         self.close()
 
 
-def _stop(free: queue.SimpleQueue[_Slot | None]) -> None:
-    """Leave None as the only thing that the reader finds."""
+def _stop(work: queue.SimpleQueue[_Slot | None], threads: int) -> None:
+    """Leave a None for each thread as all that it finds."""
     with contextlib.suppress(queue.Empty):
         while True:
-            free.get_nowait()
-    free.put(None)
+            work.get_nowait()
+    for _ in range(threads):
+        work.put(None)
 
 
-def _read_ahead(
-    buffer: Readable,
-    sampler: Iterable[np.ndarray],
-    pinned: bool,
-    free: queue.SimpleQueue[_Slot | None],
-    ready: queue.SimpleQueue[_Slot | BaseException | None],
-) -> None:
-    """The reader thread: fills free slots in the sampler's order until the sampler ends or None is among the slots."""
+def _read(buffer: Readable, pinned: bool, work: queue.SimpleQueue[_Slot | None]) -> None:
+    """A thread: reads the rows of slot after slot, until it finds None."""
     shape, dtype = (2, buffer.index.n_layers, buffer.index.d_acts), getattr(torch, buffer.index.dtype)
-    try:
-        for rows in sampler:
-            slot = free.get()
-            if slot is None:
-                return
+    while (slot := work.get()) is not None:
+        try:
             if slot.copied is not None:
                 slot.copied.synchronize()
-            if len(slot.buffer) < len(rows):
-                slot.buffer = torch.empty(len(rows), *shape, dtype=dtype, pin_memory=pinned)
-            buffer.read(rows, out=slot.buffer[: len(rows)])
-            slot.rows = len(rows)
-            ready.put(slot)
-        ready.put(None)
-    except BaseException as error:  # noqa: BLE001 - raised again by the consumer, in its own thread
-        ready.put(error)
+            if len(slot.buffer) < len(slot.rows):
+                slot.buffer = torch.empty(len(slot.rows), *shape, dtype=dtype, pin_memory=pinned)
+            buffer.read(slot.rows, out=slot.buffer[: len(slot.rows)])
+            slot.done.put(None)
+        except BaseException as error:  # noqa: BLE001 - raised again by the consumer, in its own thread
+            slot.done.put(error)

@@ -6,7 +6,9 @@ import os
 import resource
 import threading
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,15 @@ class DiscBuffer(Dataset[Tensor]):
     fork. Raises UserError when the store is unfinished or damaged, IndexError for rows that do not exist.
     """
 
+    threads = 2  # as many read a page cache at the speed of memory, and keep a disc busy
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.index = read_index(path)
         shape = (self.index.n_layers, self.index.d_acts, self.index.dtype)
         self._files = [self.path / shard["file"] for shard in self.index.shards]
         self._layouts = [read_layout(f, s["rows"], *shape) for f, s in zip(self._files, self.index.shards)]
-        self._firsts = np.cumsum([0] + [shard["rows"] for shard in self.index.shards])
+        self._firsts = [0, *accumulate(shard["rows"] for shard in self.index.shards)]
         self.statistics = Statistics.load(self.path / STATISTICS)
         self._lock = threading.Lock()
         self._descriptors: dict[int, int] = {}
@@ -124,14 +128,16 @@ class DiscBuffer(Dataset[Tensor]):
         """Read one dataset's rows (n,), each run of consecutive ones at once: numbers start .. end - 1 into `views`."""
         if len(rows) == 0:
             return
-        shards = np.searchsorted(self._firsts, rows, side="right") - 1
-        breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(shards) != 0)) + 1
-        starts, ends = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(rows)]])
-        size = self._layouts[shards[0]].row_bytes[name]
-        within = (rows - self._firsts[shards])[starts] * size
-        for shard, start, end, at in zip(shards[starts].tolist(), starts.tolist(), ends.tolist(), within.tolist()):
-            offset = self._layouts[shard].offsets[name] + at
-            read_at(self._descriptor(shard), views(start, end), offset, self._files[shard])
+        size, firsts = self._layouts[0].row_bytes[name], self._firsts
+        starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+        ends = [*starts[1:].tolist(), len(rows)]
+        for start, end, row in zip(starts.tolist(), ends, rows[starts].tolist()):
+            shard = bisect_right(firsts, row) - 1
+            while start < end:  # a run may go on in the next shard
+                stop = min(end, start + firsts[shard + 1] - row)
+                offset = self._layouts[shard].offsets[name] + (row - firsts[shard]) * size
+                read_at(self._descriptor(shard), views(start, stop), offset, self._files[shard])
+                start, row, shard = stop, row + stop - start, shard + 1
 
     def _descriptor(self, shard: int) -> int:
         found = self._descriptors.get(shard)

@@ -33,6 +33,8 @@ class ServerStore:
     for less than `patience` seconds.
     """
 
+    threads = 1  # the rows come in the stream's order
+
     consumed: dict[str, int]
     """Rows read, by the buffer of the server (its `segment`) that they came from."""
 
