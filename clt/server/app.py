@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ from clt.data.store import DiscBuffer
 from clt.server.buffer import Batch
 from clt.server.limits import Guard, parameters
 from clt.server.prepare import folder
-from clt.server.responses import PIECE, Counted, Pieces, until_gone
+from clt.server.responses import Counted, Pieces, until_gone
 from clt.server.run import environment_config
-from clt.server.supply import Supply, Unavailable
+from clt.server.supply import Drawn, Supply, Unavailable
 from clt.server.token import read_token
-from clt.server.wire import Layout, as_bytes, error_frame, layout
+from clt.server.wire import PIECE, Layout, as_bytes, error_frame, layout
 
 PAGE = Path(__file__).parent / "page.html"
 
@@ -73,34 +73,36 @@ async def stream(request: Request) -> Response:
     given = parameters(request, batch_size=(1, most, min(256, most)), max_batches=(1, 10**9, None))
     n, count = given["batch_size"] or 0, given["max_batches"]
     # An error before the first frame is a status, not a frame.
-    first = await until_gone(request.receive, supply.frame(n, 0))
-    size = None if count is None else count * len(first)
-    return Pieces(_frames(supply, n, count, first), size, {"x-clt-segment": supply.buffer.segment})
+    drawn = await until_gone(request.receive, supply.draw(n))
+    size = None if count is None else count * _layout(drawn).size
+    return Pieces(_frames(supply, count, drawn), size, {"x-clt-segment": drawn.buffer.segment})
 
 
-async def _frames(
-    supply: Supply, n: int, count: int | None, frame: memoryview
-) -> AsyncGenerator[bytes | memoryview, None]:
-    """The pieces of a stream's frames; one frame is drawn ahead while the one before is sent."""
-    end, sequence = time.monotonic() + supply.config.server.stream_seconds, 0
-    ahead: asyncio.Task[memoryview] | None = None
+async def _frames(supply: Supply, count: int | None, drawn: Drawn) -> AsyncGenerator[bytes | memoryview, None]:
+    """The pieces of a stream's frames; `drawn` are the rows of the first."""
+    end, sequence, n = time.monotonic() + supply.config.server.stream_seconds, 0, len(drawn)
     try:
         for sequence in itertools.count(1):
-            last = sequence == count or time.monotonic() > end
-            ahead = None if last else asyncio.create_task(supply.frame(n, sequence))
-            await asyncio.sleep(0)  # it starts now: sending alone may not give way
-            for start in range(0, len(frame), PIECE):
-                if start + PIECE >= len(frame):  # counted before the client can have it whole
-                    supply.buffer.add_served(n, len(frame))
-                yield frame[start : start + PIECE]
-            if ahead is None:
+            form = _layout(drawn)
+            left = form.size
+            for piece in form.pieces(drawn.columns, sequence - 1, drawn.copy):
+                left -= len(piece)
+                if left == 0:  # counted before the client can have it whole
+                    drawn.release()
+                    supply.buffer.add_served(n, form.size)
+                yield piece
+            if sequence == count or time.monotonic() > end:
                 return
-            frame = await ahead
+            drawn = await supply.draw(n)
     except Unavailable as error:
         yield error_frame(sequence, str(error), error.retry_after)
     finally:
-        if ahead is not None:
-            ahead.cancel()
+        drawn.release()
+
+
+def _layout(drawn: Drawn) -> Layout:
+    buffer = drawn.buffer
+    return layout(len(drawn), buffer.n_layers, buffer.d_acts, buffer.dtype, buffer.segment)
 
 
 async def tensor(request: Request) -> Response:
@@ -159,24 +161,31 @@ async def heldout(request: Request) -> Response:
 
     async def pieces() -> AsyncGenerator[memoryview, None]:
         for sequence, rows in enumerate(parts):
-            frame = await supply.run(_heldout_frame, store, rows, sequence)
-            for first in range(0, len(frame), PIECE):
-                yield frame[first : first + PIECE]
+            frame = _heldout_frame(store, rows, sequence)
+            while piece := await supply.run(_next, frame):  # it reads the disc, so in a thread
+                yield piece
 
     return Pieces(pieces(), sum(_heldout_layout(store, len(rows)).size for rows in parts), {})
+
+
+def _next(pieces: Iterator[memoryview]) -> memoryview | None:
+    return next(pieces, None)
 
 
 def _heldout_layout(store: DiscBuffer, n: int) -> Layout:
     return layout(n, store.index.n_layers, store.index.d_acts, store.index.dtype)
 
 
-def _heldout_frame(store: DiscBuffer, rows: range, sequence: int) -> memoryview:
+def _heldout_frame(store: DiscBuffer, rows: range, sequence: int) -> Iterator[memoryview]:
     form, numbers = _heldout_layout(store, len(rows)), np.array(rows)
-    frame = np.empty(form.size, np.uint8).data
-    batch = Batch(store.read(numbers), store.tokens(rows), store.positions(rows), store.documents(rows), numbers)
-    form.activations(frame)[:] = as_bytes(batch.activations)
-    form.put(frame, batch, sequence)
-    return frame
+    names = ("token", "position", "document")
+    columns = dict(zip(names, (store.tokens(rows), store.positions(rows), store.documents(rows))))
+
+    def copy(part: slice, out: memoryview) -> None:
+        views = [out[start : start + form.row_bytes] for start in range(0, len(out), form.row_bytes)]
+        store.read_into(numbers[part], views)
+
+    yield from form.pieces({**columns, "row": numbers}, sequence, copy)
 
 
 async def stats(request: Request) -> Response:

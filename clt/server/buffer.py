@@ -77,6 +77,7 @@ class SharedBuffer:
         self._state, self._pid, self._start = arrays["state"], arrays["claim_pid"], arrays["claim_start"]
         self._valid, self._free = arrays["valid"], arrays["free"]
         self._columns = {name: arrays[name] for name in (*COLUMN_DTYPES, "row")}
+        self.row_bytes = self._payload.shape[1]
         self._me = (os.getpid(), start_time(os.getpid()))
         self._worker: int | None = None
         self.random = np.random.default_rng()
@@ -163,28 +164,24 @@ class SharedBuffer:
 
     # The readers
 
-    def draw(self, n: int, out: memoryview | None = None) -> Batch | None:
+    def draw(self, n: int) -> Batch | None:
         """n rows drawn uniformly without replacement; None while fewer than max(n, min_fill) are valid.
 
-        `out` (n rows of bytes, writable) receives the activations. Every row is drawn once at most, by whomever. Once
-        the generator has stopped for good, min_fill no longer counts.
+        Every row is drawn once at most, by whomever. Once the generator has stopped for good, min_fill no longer
+        counts.
         """
         slots = self.claim(n)
         if slots is None:
             return None
         try:
-            shape, dtype = (n, 2, self.n_layers, self.d_acts), getattr(torch, self.dtype)
-            activations = (
-                torch.empty(shape, dtype=dtype) if out is None else torch.frombuffer(out, dtype=dtype).view(shape)
-            )
-            target = activations.view(n, -1).view(torch.uint8).numpy()
-            np.take(self._payload, slots, axis=0, out=target, mode="clip")  # "raise" would copy twice
-            return Batch(activations, **{name: column[slots] for name, column in self._columns.items()})
+            activations = torch.empty((n, 2, self.n_layers, self.d_acts), dtype=getattr(torch, self.dtype))
+            self.copy(slots, activations.view(-1).view(torch.uint8).numpy().data)
+            return Batch(activations, **self.columns(slots))
         finally:
             self.release(slots)
 
     def claim(self, n: int) -> np.ndarray | None:
-        """The first half of `draw`: n random valid slots (n,) for reading, VALID -> READING, or None."""
+        """The first part of `draw`: n random valid slots (n,) for reading, VALID -> READING, or None."""
         if not 0 < n <= self.rows:
             raise ValueError(f"a batch of {n} rows of a buffer of {self.rows}; wanted 1 to {self.rows}")
         with self._locked() as header:
@@ -202,8 +199,17 @@ class SharedBuffer:
             header["n_valid"] = end
             return slots
 
+    def copy(self, slots: np.ndarray, out: memoryview) -> None:
+        """The bytes of the activations in claimed slots (n,), into `out`."""
+        rows = np.frombuffer(out, np.uint8).reshape(len(slots), -1)
+        np.take(self._payload, slots, axis=0, out=rows, mode="clip")  # "raise" would copy twice
+
+    def columns(self, slots: np.ndarray) -> dict[str, np.ndarray]:
+        """token, position, document and row (n,) of claimed slots."""
+        return {name: column[slots] for name, column in self._columns.items()}
+
     def release(self, slots: np.ndarray) -> None:
-        """The second half of `draw`: claimed slots that have been read, READING -> FREE."""
+        """The last part of `draw`: claimed slots that have been read, READING -> FREE."""
         with self._locked() as header:
             self._give_back(slots)
             header["drawn"] += len(slots)

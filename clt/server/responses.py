@@ -13,8 +13,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
-PIECE = 1 << 19
-"""Bytes handed to the transport at once: it waits for the client to read them before it takes the next."""
 
 
 class ClientGone(Exception):

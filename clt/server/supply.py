@@ -1,4 +1,4 @@
-"""The shared buffer as a serving process sees it: frames drawn in threads, waited for, and counted."""
+"""The shared buffer as a serving process sees it: rows waited for, held while they are sent, and counted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -18,11 +18,11 @@ from clt.config import Config
 from clt.errors import UserError
 from clt.server.buffer import Batch, SharedBuffer
 from clt.server.supervisor import ensure
-from clt.server.wire import layout
 
 T = TypeVar("T")
 log = logging.getLogger("uvicorn.error")
 _POLL = (0.002, 0.05)  # seconds between two looks at a buffer that is too empty: the first, and at most
+_HOLD_SECONDS = 1.0
 _SAMPLE_SECONDS = 2.0
 _SAMPLES = 300
 
@@ -35,6 +35,45 @@ class Unavailable(Exception):
         self.retry_after = retry_after
 
 
+class Drawn:
+    """n rows that were drawn for a client, and are copied out of the shared buffer as they are sent.
+
+    Where that takes longer than _HOLD_SECONDS, all of them are copied: who reads slowly, or not at all, must not keep
+    the slots from the generator.
+    """
+
+    def __init__(self, buffer: SharedBuffer, slots: np.ndarray, held: set[Drawn]) -> None:
+        self.buffer, self.columns = buffer, buffer.columns(slots)
+        self._slots, self._held, self._own = slots, held, b""
+        self._timer = asyncio.get_running_loop().call_later(_HOLD_SECONDS, self.detach)
+        held.add(self)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def copy(self, rows: slice, out: memoryview) -> None:
+        """The bytes of some of the rows, into `out`."""
+        if self in self._held:
+            self.buffer.copy(self._slots[rows], out)
+        else:
+            size = len(self._own) // len(self._slots)
+            out[:] = self._own[rows.start * size : rows.stop * size]
+
+    def detach(self) -> None:
+        """Go on without the buffer."""
+        if self in self._held:
+            self._own = np.empty(len(self._slots) * self.buffer.row_bytes, np.uint8).data
+            self.buffer.copy(self._slots, self._own)
+            self.release()
+
+    def release(self) -> None:
+        """Free the slots, unless that is done."""
+        if self in self._held:
+            self._held.remove(self)
+            self._timer.cancel()
+            self.buffer.release(self._slots)
+
+
 class Supply:
     """`open` it first, run `watch` beside, `close` it in the end. All methods are called in the event loop's thread."""
 
@@ -43,6 +82,7 @@ class Supply:
         self.buffer: SharedBuffer
         self._pool = _pool()
         self._clients = 0
+        self._held: set[Drawn] = set()
         self._samples: deque[tuple[float, int, float]] = deque(maxlen=_SAMPLES)  # time, rows served, fill
 
     async def open(self) -> None:
@@ -51,8 +91,7 @@ class Supply:
 
     async def close(self) -> None:
         """Wait for the draws under way and leave the buffer."""
-        await asyncio.to_thread(self._pool.shutdown)
-        self.buffer.close()
+        await self._leave(self.buffer, self._pool)
 
     async def watch(self) -> None:
         """Sample the counters, and look for the next buffer when the owner of this one has died; never returns."""
@@ -73,8 +112,13 @@ class Supply:
         old, pool, self.buffer, self._pool = self.buffer, self._pool, buffer, _pool()
         buffer.clients(self._clients)
         self._samples.clear()
-        await asyncio.to_thread(pool.shutdown)  # draws that are under way still use the old one
-        old.close()
+        await self._leave(old, pool)
+
+    async def _leave(self, buffer: SharedBuffer, pool: ThreadPoolExecutor) -> None:
+        await asyncio.to_thread(pool.shutdown)  # draws that are under way still use the buffer
+        for drawn in [drawn for drawn in self._held if drawn.buffer is buffer]:
+            drawn.detach()
+        buffer.close()
 
     @contextlib.contextmanager
     def client(self) -> Iterator[None]:
@@ -90,31 +134,26 @@ class Supply:
             self._clients -= 1
             self.buffer.clients(-1)
 
-    async def frame(self, n: int, sequence: int) -> memoryview:
-        """A frame of n drawn rows; waits for them. Raises Unavailable with the cause."""
+    async def draw(self, n: int) -> Drawn:
+        """n drawn rows, to be released; waits for them. Raises Unavailable with the cause."""
 
-        def draw(buffer: SharedBuffer) -> memoryview | None:
-            form = layout(n, buffer.n_layers, buffer.d_acts, buffer.dtype, buffer.segment)
-            frame = np.empty(form.size, np.uint8).data  # its own: the transport may keep pieces of the last one
-            batch = buffer.draw(n, form.activations(frame))
-            if batch is None:
-                return None
-            form.put(frame, batch, sequence)
-            return frame
+        async def claim(buffer: SharedBuffer) -> Drawn | None:
+            slots = buffer.claim(n)
+            return None if slots is None else Drawn(buffer, slots, self._held)
 
-        return await self._wait_for(n, draw)
+        return await self._wait_for(n, claim)
 
     async def batch(self, n: int) -> Batch:
-        """n drawn rows; waits for them. Raises Unavailable with the cause."""
-        return await self._wait_for(n, lambda buffer: buffer.draw(n))
+        """n drawn rows in memory of their own; waits for them. Raises Unavailable with the cause."""
+        return await self._wait_for(n, lambda buffer: self.run(buffer.draw, n))
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
         """`work(*arguments)` in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
 
-    async def _wait_for(self, n: int, draw: Callable[[SharedBuffer], T | None]) -> T:
+    async def _wait_for(self, n: int, draw: Callable[[SharedBuffer], Awaitable[T | None]]) -> T:
         end, pause = time.monotonic() + self.config.server.wait_seconds, _POLL[0]
-        while (drawn := await self.run(draw, self.buffer)) is None:
+        while (drawn := await draw(self.buffer)) is None:
             generator = self.buffer.generator()
             if generator["state"] == "failed":
                 raise Unavailable(f"the generator of activations failed: {generator['cause']}", 2)

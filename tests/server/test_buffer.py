@@ -71,16 +71,6 @@ def test_rows_come_back_as_they_were(name: str, dtype: str) -> None:
     buffer.close()
 
 
-def test_a_batch_can_be_drawn_into_the_callers_memory(buffer: SharedBuffer) -> None:
-    fill_up(buffer)
-    memory = bytearray(5 * 2 * L * D * 2)
-    batch = buffer.draw(5, memoryview(memory))
-    assert batch is not None
-    check(batch)
-    memory[:] = bytes(len(memory))
-    assert batch.activations.abs().sum() == 0
-
-
 def test_rows_are_drawn_once_and_their_slots_used_again(buffer: SharedBuffer) -> None:
     seen, first = [], 0
     for n in (7, 64, 30, 1, 50):

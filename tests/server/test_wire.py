@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
+from clt.server import wire
 from clt.server.buffer import Batch
-from clt.server.wire import HEADER, StreamEnded, WireError, decode, error_frame, layout, read_frame
+from clt.server.wire import CHECKSUM, HEADER, StreamEnded, WireError, decode, error_frame, layout, read_frame
 
 DTYPES = ["float16", "bfloat16", "float32"]
 
@@ -19,13 +20,17 @@ def make(n: int, n_layers: int, d_acts: int, dtype: str, sequence: int = 0) -> t
     """A batch of random bits (infinities and NaNs included) and its frame."""
     random = np.random.default_rng(n)
     form = layout(n, n_layers, d_acts, dtype, "5e9")
-    frame = memoryview(bytearray(form.size))
-    form.activations(frame)[:] = random.bytes(form.size - form.offsets["activations"])
-    rows = torch.frombuffer(form.activations(frame), dtype=getattr(torch, dtype)).view(n, 2, n_layers, d_acts)
+    data = memoryview(bytearray(random.bytes(n * form.row_bytes)))
+    rows = torch.frombuffer(data, dtype=getattr(torch, dtype)).view(n, 2, n_layers, d_acts)
     columns = [random.integers(0, 2**31, n).astype(kind) for kind in ("i4", "i4", "i8", "i8")]
-    batch = Batch(rows.clone(), *columns)
-    form.put(frame, batch, sequence)
-    return batch, frame.obj  # type: ignore[return-value]
+    batch = Batch(rows, *columns)
+
+    def copy(part: slice, out: memoryview) -> None:
+        out[:] = data[part.start * form.row_bytes : part.stop * form.row_bytes]
+
+    frame = b"".join(form.pieces(batch._asdict(), sequence, copy))
+    assert len(frame) == form.size
+    return batch, bytearray(frame)
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -40,13 +45,23 @@ def test_what_is_sent_arrives_and_is_plain_safetensors(dtype, n, n_layers, d_act
     found = read_frame(io.BytesIO(frame).readinto, sequence)
     assert found is not None
     assert (found.sequence, found.segment) == (sequence, "5e9")
-    independent = load(bytes(frame[HEADER.size :]))
+    independent = load(bytes(frame[HEADER.size : -CHECKSUM.size]))
     for got in (found.batch._asdict(), {k: v if k == "activations" else v.numpy() for k, v in independent.items()}):
         assert got["activations"].dtype == getattr(torch, dtype)
         assert bits(got["activations"]) == bits(batch.activations)
         for name in ("token", "position", "document", "row"):
             assert np.array_equal(got[name], getattr(batch, name))
             assert got[name].dtype == getattr(batch, name).dtype
+
+
+@pytest.mark.parametrize("piece", [1, 100, 1000])
+def test_a_frame_is_the_same_in_pieces_of_any_size(monkeypatch, piece):
+    whole = make(9, 2, 5, "float16", 3)[1]
+    monkeypatch.setattr(wire, "PIECE", piece)
+    assert make(9, 2, 5, "float16", 3)[1] == whole
+    found = read_frame(io.BytesIO(whole).readinto, 3)
+    assert found is not None
+    assert found.sequence == 3
 
 
 def test_every_bit_of_a_frame_is_guarded():
@@ -90,7 +105,7 @@ def test_arbitrary_bytes_are_a_wire_error(data):
 
 def test_arrival_copies_nothing():
     batch, frame = make(3, 2, 4, "bfloat16")
-    payload = memoryview(frame)[HEADER.size :]
+    payload = memoryview(frame)[HEADER.size : -CHECKSUM.size]
     found, _ = decode(payload)
     payload[-1] ^= 0xFF
     assert bits(found.activations) != bits(batch.activations)

@@ -1,0 +1,76 @@
+"""Rows that are held while they are sent: for a moment in the shared buffer, then in memory of their own."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+
+import numpy as np
+import pytest
+
+from clt.server import supply
+from clt.server.buffer import SharedBuffer
+from clt.server.supply import Drawn
+from tests.server.conftest import known_rows
+
+N = 10
+
+
+def hold(buffer: SharedBuffer, work: Callable[[Drawn, set[Drawn]], Coroutine[object, object, None]]) -> None:
+    """Run `work` with ten rows drawn from a buffer of known ones."""
+    buffer.put(known_rows(60))
+
+    async def main() -> None:
+        held: set[Drawn] = set()
+        slots = buffer.claim(N)
+        assert slots is not None
+        await work(Drawn(buffer, slots, held), held)
+
+    asyncio.run(main())
+
+
+def check(drawn: Drawn, rows: slice) -> None:
+    """Each value of a row is its document's number."""
+    out = bytearray((rows.stop - rows.start) * drawn.buffer.row_bytes)
+    drawn.copy(rows, memoryview(out))
+    values = np.frombuffer(out, np.float16).reshape(rows.stop - rows.start, -1)
+    assert (values == drawn.columns["document"][rows, None]).all()
+
+
+def test_rows_are_copied_in_parts_and_freed_once(buffer: SharedBuffer) -> None:
+    async def work(drawn: Drawn, held: set[Drawn]) -> None:
+        assert len(drawn) == N
+        for first in range(0, N, 3):
+            check(drawn, slice(first, min(first + 3, N)))
+        assert buffer.stats()["in_flight"] == N
+        for _ in range(2):
+            drawn.release()
+            assert (buffer.stats()["in_flight"], buffer.stats()["rows_drawn"]) == (0, N)
+        assert not held
+
+    hold(buffer, work)
+
+
+def test_who_reads_slowly_does_not_keep_the_slots(buffer: SharedBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supply, "_HOLD_SECONDS", 0.05)
+
+    async def work(drawn: Drawn, held: set[Drawn]) -> None:
+        check(drawn, slice(0, 4))
+        await asyncio.sleep(0.5)
+        assert (buffer.stats()["in_flight"], buffer.stats()["rows_drawn"]) == (0, N)
+        while buffer.put(known_rows(60, first=500)):  # others have the slots now
+            pass
+        check(drawn, slice(4, N))
+        drawn.release()
+        assert buffer.stats()["rows_drawn"] == N
+
+    hold(buffer, work)
+
+
+def test_rows_outlive_the_buffer_that_is_left(buffer: SharedBuffer) -> None:
+    async def work(drawn: Drawn, held: set[Drawn]) -> None:
+        drawn.detach()
+        assert not held
+        assert buffer.stats()["in_flight"] == 0
+        check(drawn, slice(0, N))
+        drawn.detach()
+
+    hold(buffer, work)
