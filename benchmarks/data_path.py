@@ -117,6 +117,8 @@ def extraction(name: str, tokens: int, device: torch.device) -> dict[str, Any]:
         batches = _batches(config, lm, tokens)
         ids = [torch.from_numpy(np.stack([window.tokens for window in batch])).long().to(device) for batch in batches]
         rows = config.data.train_tokens = sum(int(window.keep.sum()) for batch in batches for window in batch)
+        config.data.shard_rows = -(-rows // (4 * config.data.open_shards))  # four groups: as in a long run, all but the
+        # last are hashed and synced while the model goes on
         source, gguf = locate(config.lm.model)
         stock = AutoModelForCausalLM.from_pretrained(source, dtype=lm.model.dtype, gguf_file=gguf)
         stock = stock.to(device).eval()  # type: ignore[arg-type]

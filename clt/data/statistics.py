@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clt.data.index import STATISTICS_TENSORS, read_statistics, write_whole
 
-_CHUNK = (64, 1024)  # rows widened to float64 at once: few enough for a CPU's cache, enough to fill a GPU
+_CHUNK = (256, 1024)  # rows widened to float64 at once: few enough for a CPU's cache, enough to fill a GPU
 
 
 @dataclass(frozen=True)
