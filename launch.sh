@@ -41,8 +41,8 @@ export PATH="$PWD/$VENV/bin:$PATH"
 [[ $VENV == /* ]] && export PATH="$VENV/bin:$PATH"
 
 if [[ $what == test ]]; then
-    # Two at a time: most tests wait for processes that they started.
-    exec python -m pytest --numprocesses=2 --dist=loadfile "$@"
+    # Three at a time: most tests wait for processes that they started. The order is that of tests/conftest.py.
+    exec python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder "$@"
 fi
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)

