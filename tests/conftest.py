@@ -13,7 +13,7 @@ from clt.config import Config, load_config
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files with tests that are allowed more time come first: started last, they would keep one process busy alone."""
+    """The files with tests that are allowed more time come first: started last, one would keep the others waiting."""
     long = {item.path for item in items if item.get_closest_marker("timeout")}
     items.sort(key=lambda item: item.path not in long)
 

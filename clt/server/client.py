@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import random
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -177,8 +180,8 @@ class ActivationClient:
                 response = self._open(connection, path, "GET", asked)
                 if response.length == 0:  # behind the last held-out row
                     return
-                sequence = 0
-                while (frame := read_frame(response.readinto, sequence)) is not None:
+                sequence, wake = 0, _waker(connection.sock)
+                while (frame := read_frame(response.readinto, sequence, wake)) is not None:
                     wait.reset()
                     sequence, frames, rows = sequence + 1, frames + 1, rows + len(frame.batch.row)
                     yield frame
@@ -210,6 +213,13 @@ class _Waiting:
             raise ServerError(f"{error} (tried for {time.monotonic() - self.since:.0f} s)", 503) from error
         time.sleep(delay)
         self.delay = min(2 * self.delay, _BACKOFF[1])
+
+
+def _waker(connection: socket.socket | None) -> Callable[[int], None]:
+    """Has the kernel wake this process when so many bytes are there: for each packet, both ends would pay dearly."""
+    if connection is None or sys.platform != "linux":
+        return lambda _: None
+    return functools.partial(connection.setsockopt, socket.SOL_SOCKET, socket.SO_RCVLOWAT)
 
 
 def _read_json(response: http.client.HTTPResponse) -> Any:

@@ -34,6 +34,7 @@ MAX_PAYLOAD = 8 << 30
 """Bytes that a reader takes for a payload at most: more is a damaged header."""
 PIECE = 1 << 19
 """Bytes that are copied, hashed and sent at once: they stay in the processor's cache meanwhile."""
+_READ_AHEAD = 1 << 16  # bytes of a frame that buffers between `readinto` and the socket may hold already, at most
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 # Before the activations, whose start is then a multiple of 8 in the payload.
@@ -137,10 +138,13 @@ def error_frame(sequence: int, reason: str, retry_after: float) -> bytes:
     return frame + CHECKSUM.pack(xxhash.xxh3_64_intdigest(frame))
 
 
-def read_frame(readinto: Callable[[memoryview], int], sequence: int) -> Frame | None:
+def read_frame(
+    readinto: Callable[[memoryview], int], sequence: int, wake: Callable[[int], None] = lambda _: None
+) -> Frame | None:
     """The next frame from `readinto` (fills some of a buffer, returns how much; 0 at the end), or None at the end.
 
-    Raises StreamEnded for an error frame and WireError for anything but an intact frame number `sequence`.
+    `wake` is told how many bytes are worth waiting for: never more than are still to come of the frame. Raises
+    StreamEnded for an error frame and WireError for anything but an intact frame number `sequence`.
     """
     header = memoryview(bytearray(HEADER.size))
     if not _fill(readinto, header, may_end=True):
@@ -151,6 +155,7 @@ def read_frame(readinto: Callable[[memoryview], int], sequence: int) -> Frame | 
     payload, digest = np.empty(size, np.uint8).data, xxhash.xxh3_64(header)
     for start in range(0, size, PIECE):
         part = payload[start : start + PIECE]
+        wake(PIECE if size - start - len(part) > PIECE + _READ_AHEAD else 1)
         _fill(readinto, part)
         digest.update(part)
     checksum = memoryview(bytearray(CHECKSUM.size))

@@ -1,6 +1,9 @@
 """Frames: what safetensors reads in them, what a damaged one does, and that nothing is copied on arrival."""
 
 import io
+import socket
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from safetensors.torch import load
 
 from clt.server import wire
 from clt.server.buffer import Batch
+from clt.server.client import ActivationClient
 from clt.server.wire import CHECKSUM, HEADER, StreamEnded, WireError, decode, error_frame, layout, read_frame
 
 DTYPES = ["float16", "bfloat16", "float32"]
@@ -71,6 +75,30 @@ def test_every_bit_of_a_frame_is_guarded():
         bad[at] ^= 1 << at % 8
         with pytest.raises((WireError, StreamEnded)):
             read_frame(io.BytesIO(bad).readinto, 0)
+
+
+@pytest.mark.parametrize("size", [300, 5000, 1 << 19, (1 << 20) + 1, 3_000_000])
+def test_a_frame_is_not_kept_waiting_for_what_follows_it(size):
+    """The kernel may wake the client late, but never wait for bytes that are not of this frame."""
+    frame = make(2, 1, size // 8, "float16")[1]
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 99999999\r\n\r\n")
+        for start in range(0, len(frame), 300_007):
+            time.sleep(0.02)
+            connection.sendall(frame[start : start + 300_007])
+        connections.append(connection)  # open, and silent
+
+    connections: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        client = ActivationClient(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=10, patience=0)
+        assert len(next(client.stream_activations(2)).row) == 2
+        thread.join()
+        connections[0].close()
 
 
 def test_every_cut_is_noticed_but_for_the_one_between_frames():
