@@ -58,6 +58,7 @@ class Pieces(Response):
                 async for piece in pieces:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
                     sent += len(piece)
+                    await asyncio.sleep(0)  # sending alone does not give way, least of all when the client has gone
             if self.size is None or sent == self.size:
                 await send({"type": "http.response.body", "body": b""})
 

@@ -121,7 +121,7 @@ for store, *renames in (argument.split(",") for argument in sys.argv[2:]):
             sys.addaudithook(count)
             extract(load_config(sys.argv[1], [f"data.store={store}"]), "train", progress=False)
             os._exit(0)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)  # a child must not inherit it
 """
 
 
