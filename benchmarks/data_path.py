@@ -168,11 +168,11 @@ def _forward_seconds(model: Any, last: str, batches: list[Tensor]) -> float:
     return took
 
 
-def stream(seconds: float) -> dict[str, float]:
+def stream(rounds: int) -> dict[str, float]:
     """One client of an activation server against a bare asyncio server on the same loopback, as serving.py measures."""
     from benchmarks import serving
 
     with tempfile.TemporaryDirectory() as directory:
         config = serving.make_store(Path(directory, "store"), 8192)
         with serving.Server(config, Path(directory)) as server:
-            return serving.throughput(server, seconds)
+            return serving.throughput(server, rounds)

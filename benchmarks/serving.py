@@ -169,22 +169,25 @@ def read_stream(url: str, begin: float, end: float, answer: Any = None) -> float
     return rate
 
 
-def throughput(server: Server, seconds: float) -> dict[str, float]:
-    """Rounds of: bare loopback (asyncio, uvloop), one client, sixteen clients; medians over the rounds."""
+def throughput(server: Server, rounds: int) -> dict[str, float]:
+    """Rounds of a second each: bare loopback (asyncio, uvloop), one client, sixteen clients; medians over the rounds.
+
+    A share is the median of its shares within the rounds: a shared machine changes its speed from one to the next.
+    """
     rates: dict[str, list[float]] = {"asyncio": [], "uvloop": [], "one": [], "sixteen": []}
-    window, bare = max(1.0, seconds / 20), {}
+    bare = {}
     for loop in ("asyncio", "uvloop"):
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         bare[loop] = (FORK.Process(target=bare_server, args=(port, bytes(BATCH * WIDTH * 2), loop), daemon=True), port)
         bare[loop][0].start()
     time.sleep(1)
-    for _ in range(5 if seconds >= 6 else 1):
+    for _ in range(rounds):
         for loop, (_, port) in bare.items():
-            rates[loop].append(read_bare(port, window, BATCH * WIDTH * 2))
+            rates[loop].append(read_bare(port, 1.0, BATCH * WIDTH * 2))
         for name, count in (("one", 1), ("sixteen", 16)):
             answer, begin = FORK.SimpleQueue(), time.monotonic() + 1
-            arguments = (server.url, begin, begin + window, answer)
+            arguments = (server.url, begin, begin + 1, answer)
             clients = [FORK.Process(target=read_stream, args=arguments) for _ in range(count)]
             for client in clients:
                 client.start()
@@ -194,12 +197,16 @@ def throughput(server: Server, seconds: float) -> dict[str, float]:
     for process, _ in bare.values():
         process.kill()
     middle = {name: statistics.median(values) for name, values in rates.items()}
+    share = {
+        name: statistics.median(ours / bare for ours, bare in zip(rates[name], rates["asyncio"]))
+        for name in ("one", "sixteen")
+    }
     return {
         "loopback_gb_per_s": middle["asyncio"],
         "loopback_uvloop_gb_per_s": middle["uvloop"],
         "stream_gb_per_s": middle["one"],
-        "stream_share_of_loopback": middle["one"] / middle["asyncio"],
-        "clients16_share": middle["sixteen"] / middle["asyncio"],
+        "stream_share_of_loopback": share["one"],
+        "clients16_share": share["sixteen"],
     }
 
 
@@ -295,7 +302,7 @@ def measure(seconds: float, with_training: bool, requests: int) -> dict[str, flo
         directory = Path(name)
         with Server(make_store(directory / "store", 8192), directory) as server:
             for part in (
-                lambda: throughput(server, seconds / 10),
+                lambda: throughput(server, max(1, min(15, round(seconds / 10)))),
                 lambda: faults(server, seconds / 5, directory),
                 lambda: memory(server, seconds),
                 lambda: bad(server, requests),

@@ -160,7 +160,7 @@ def _data_path(quick: bool, device: Any) -> dict[str, Any]:
     }
     found: dict[str, Any] = {"reader": reader, "extraction": extraction}
     if all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn", "uvloop", "xxhash")):
-        found["stream"] = data_path.stream(5 if quick else 60)
+        found["stream"] = data_path.stream(2 if quick else 15)
         report.print_stream(found["stream"])
     return found
 

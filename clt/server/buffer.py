@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 FREE, WRITING, VALID, READING = range(4)
 WORKERS = 256
 """Serving processes that one buffer can have."""
-_PUT = 1024  # rows written at once: bounds how long the lock is held, and lets readers have the first rows early
+PUT_ROWS = 1024
+"""Rows written at once: bounds how long the lock is held, and lets readers have the first rows early."""
 _HEADER = np.dtype(
     [
         ("rows", "i8"), ("n_layers", "i8"), ("d_acts", "i8"), ("dtype", "S16"), ("min_fill", "i8"),
@@ -118,11 +119,12 @@ class SharedBuffer:
 
         `mark`, with that many added to its last number, is recorded in the same instant in which the rows become valid.
         """
-        slots = self.reserve(min(len(rows), _PUT))
+        slots = self.reserve(min(len(rows), PUT_ROWS))
         if len(slots) == 0:
             return 0
         part = rows[: len(slots)]
-        part.copy_into([self._payload[slot].data for slot in slots.tolist()])
+        memory, size = self._payload.reshape(-1).data, self.row_bytes
+        part.copy_into([memory[start : start + size] for start in (slots.astype(np.int64) * size).tolist()])
         for name in COLUMN_DTYPES:
             self._columns[name][slots] = getattr(part, name)
         self.publish(slots, mark)

@@ -23,12 +23,12 @@ from clt.data.sampler import batch_rows
 from clt.data.store import DiscBuffer
 from clt.data.writer import Rows
 from clt.errors import UserError
-from clt.server.buffer import SharedBuffer
+from clt.server.buffer import PUT_ROWS, SharedBuffer
 
 if TYPE_CHECKING:
     from clt.lm.load import LanguageModel
 
-_FULL_SECONDS = 0.01  # between two looks at a full buffer
+_FULL_SECONDS = 0.003  # between two looks at a full buffer
 _STORE_BATCH = 4096  # rows of a store in one entry of the record of what has been put
 
 
@@ -76,36 +76,28 @@ def from_model(
 
 @dataclass
 class StoredRows:
-    """Rows of a store that have not been read yet: they go from its files straight into the buffer."""
+    """Rows of a store whose activations have not been read yet: they go from its files straight into the buffer."""
 
     store: DiscBuffer
     number: np.ndarray
+    """(n,) int64"""
+    token: np.ndarray
+    """(n,) int32"""
+    position: np.ndarray
+    """(n,) int32"""
+    document: np.ndarray
     """(n,) int64"""
 
     def __len__(self) -> int:
         return len(self.number)
 
     def __getitem__(self, part: slice) -> StoredRows:
-        return StoredRows(self.store, self.number[part])
+        columns = (self.token[part], self.position[part], self.document[part])
+        return StoredRows(self.store, self.number[part], *columns)
 
     def copy_into(self, views: list[memoryview]) -> None:
         """The bytes of each row."""
         self.store.read_into(self.number, views)
-
-    @property
-    def token(self) -> np.ndarray:
-        """(n,) int32"""
-        return self.store.tokens(self.number)
-
-    @property
-    def position(self) -> np.ndarray:
-        """(n,) int32"""
-        return self.store.positions(self.number)
-
-    @property
-    def document(self) -> np.ndarray:
-        """(n,) int64"""
-        return self.store.documents(self.number)
 
 
 def from_store(config: Config, epoch: int = 0, step: int = 0) -> Iterator[tuple[tuple[int, int], StoredRows]]:
@@ -114,7 +106,8 @@ def from_store(config: Config, epoch: int = 0, step: int = 0) -> Iterator[tuple[
     batch = min(_STORE_BATCH, len(store))
     while True:
         at = batch_rows(len(store), config.data.block_rows, batch, config.run.seed, step)
-        yield (step * batch // len(store), step), StoredRows(store, at)
+        columns = (store.tokens(at), store.positions(at), store.documents(at))
+        yield (step * batch // len(store), step), StoredRows(store, at, *columns)
         step += 1
 
 
@@ -130,9 +123,10 @@ def fill(
     for (epoch, position), rows in batches:
         done, skip = skip, 0
         while done < len(rows):
-            written = buffer.put(rows[done:], (epoch, position, done))
+            wanted = min(len(rows) - done, PUT_ROWS)
+            written = buffer.put(rows[done : done + wanted], (epoch, position, done))
             done += written
-            if written == 0:
+            if written < wanted:  # full: to come back for every few rows that are drawn would cost more than they do
                 _move(buffer, lm, config)
                 time.sleep(_FULL_SECONDS)
         _move(buffer, lm, config)
