@@ -74,7 +74,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     _add_config(command)
     command.set_defaults(run=lambda arguments: print(to_yaml(_config(arguments), docs=True), end=""))
 
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    stray = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(arguments, "overrides")]
+    if stray:
+        parser.error(f"unrecognized arguments: {' '.join(stray)}")
+    if rest:  # overrides behind an option, which argparse does not take
+        arguments.overrides += rest
     exit_on_user_error(arguments.run, arguments)
 
 
@@ -87,7 +92,7 @@ def _config(arguments: argparse.Namespace, preset: str | None = None, environmen
     path, overrides = arguments.config, arguments.overrides
     if path is not None and "=" in path:  # no file, only overrides
         path, overrides = None, [path, *overrides]
-    return load_config(path or DEFAULT_CONFIG, [*environment, *overrides], preset)
+    return load_config(path or DEFAULT_CONFIG, overrides, preset, environment)
 
 
 def _extract(arguments: argparse.Namespace) -> None:

@@ -316,12 +316,15 @@ class Config:
 
 
 def load_config(
-    path: str | Path | None = None, overrides: typing.Sequence[str] = (), preset: str | Path | None = None
+    path: str | Path | None = None,
+    overrides: typing.Sequence[str] = (),
+    preset: str | Path | None = None,
+    environment: typing.Sequence[str] = (),
 ) -> Config:
     """Read a YAML file over the defaults, a preset over it, and `section.key=value` overrides over all.
 
-    `preset` is one of PRESETS or another YAML file. Raises UserError for a missing file, an unknown key (naming the
-    nearest), a value of the wrong type or out of range.
+    `preset` is one of PRESETS or another YAML file; `environment` are overrides below the others. Raises UserError for
+    a missing file, an unknown key (naming the nearest), a value of the wrong type or out of range.
     """
     config = Config()
     if path is not None:
@@ -333,9 +336,10 @@ def load_config(
         if not file.is_file():
             raise UserError(f"{preset} is neither a preset ({', '.join(PRESETS)}) nor an existing YAML file")
         merge(config, file)
-    given = {override(config, text) for text in overrides}
+    places = (("the environment", environment), ("the command line", overrides))
+    given = {override(config, text, place): place for place, texts in places for text in texts}
     files = " and ".join(str(name) for name in (path, preset) if name is not None)
-    _validate(config, lambda key: "the command line" if key in given else files or "the defaults")
+    _validate(config, lambda key: given.get(key, files or "the defaults"))
     return config
 
 

@@ -26,7 +26,7 @@ def merge(root: Any, path: str | Path) -> None:
     _merge(root, root, {} if tree is None else tree, str(path), "")
 
 
-def override(root: Any, text: str, where: str = "the command line") -> str:
+def override(root: Any, text: str, where: str) -> str:
     """Set one `section.key=value` on the dataclass `root`, in place; returns the key. Raises UserError."""
     key, equals, value = text.partition("=")
     if not equals:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -13,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def clt(*arguments: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"OMP_NUM_THREADS": "2"}
+def clt(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"OMP_NUM_THREADS": "2"} | environment
     return subprocess.run(
         [sys.executable, "-m", "clt.cli", *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True
     )
@@ -41,6 +42,17 @@ def test_help_and_config_errors_do_not_wait_for_torch():
     assert clt("--help").returncode == 0
     assert "did you mean 'steps'" in refused(clt("extract", "train.stepz=3"))
     assert time.perf_counter() - began < 20  # a hang, not a speed: the light imports are tested in test_house.py
+
+
+def test_serve_says_what_is_wrong_before_it_makes_anything():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found = refused(clt("serve", "configs/quickstart.yaml", "--config", "test", f"server.port={port}"))
+    assert f"server.host=127.0.0.1 server.port={port}: Address already in use; choose others" in found
+    assert "CLT_SERVER_ROW in the environment sets nothing; known:" in refused(clt("serve", CLT_SERVER_ROW="5"))
+    assert "server.rows in the environment is 'abc'; wanted int" in refused(clt("serve", CLT_SERVER_ROWS="abc"))
+    result = clt("serve", "--config", "test", "--prot", "server.rows=9", "x")
+    assert (result.returncode, "unrecognized arguments: --prot" in result.stderr) == (2, True), result.stderr
 
 
 def test_extract_then_inspect_then_verify(config, tmp_path):

@@ -89,6 +89,15 @@ def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress
 
 def check_store(index: StoreIndex, config: Config) -> None:
     """Check that a store is the one that the config asks for; raises UserError that names every field that is not."""
+    if odd := differences(index, config):
+        raise UserError(
+            f"the {index.text['part']} store in {config.data.store} is not the one that the config asks for: {odd}; "
+            "set data.store to another directory, or delete this store to extract it again, or change the config"
+        )
+
+
+def differences(index: StoreIndex, config: Config) -> str:
+    """The fields in which rows are not those that the config asks for: what was found and what was wanted."""
     part, lm, text = index.text["part"], config.lm, index.text
     layers = list(range(index.lm_layers or index.n_layers)) if lm.layers is None else lm.layers
     rows = "train_tokens" if part == "train" else "heldout_tokens"
@@ -106,12 +115,9 @@ def check_store(index: StoreIndex, config: Config) -> None:
         template = getattr(lm, key)
         if template is not None:
             pairs[f"lm.{key}"] = (sites, [template.format(layer=layer) for layer in index.layers])
-    odd = [f"{key}: found {found!r}, wanted {wanted!r}" for key, (found, wanted) in pairs.items() if found != wanted]
-    if odd:
-        raise UserError(
-            f"the {part} store in {config.data.store} is not the one that the config asks for: {'; '.join(odd)}; "
-            "set data.store to another directory, or delete this store to extract it again, or change the config"
-        )
+    return "; ".join(
+        f"{key}: found {found!r}, wanted {wanted!r}" for key, (found, wanted) in pairs.items() if found != wanted
+    )
 
 
 def check_model(index: StoreIndex, lm: LanguageModel) -> None:

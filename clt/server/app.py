@@ -189,9 +189,9 @@ def _heldout_frame(store: DiscBuffer, rows: range, sequence: int) -> Iterator[me
 
 
 async def stats(request: Request) -> Response:
-    """GET /stats: the buffer's counters, the rate of serving and its history, the generator's state."""
+    """GET /stats: the buffer's counters, the rate of serving and its history, the generator, the largest batch_size."""
     parameters(request)
-    return JSONResponse(request.state.supply.stats())
+    return JSONResponse({**request.state.supply.stats(), "max_batch": _most(request)})
 
 
 async def index(request: Request) -> Response:
@@ -235,7 +235,12 @@ def _most(request: Request) -> int:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    reason = error.detail
+    if error.status_code == 404:
+        reason = f"this activation server has nothing there; wanted one of {', '.join(route.path for route in ROUTES)}"
+    elif error.status_code == 405 and error.headers:
+        reason = f"{request.method} is not what this answers to; wanted {error.headers.get('Allow', 'GET')}"
+    return JSONResponse({"error": reason}, error.status_code, error.headers)
 
 
 async def _unavailable(request: Request, error: Exception) -> Response:
@@ -247,19 +252,20 @@ async def _failed(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": f"a bug in the server ({type(error).__name__}); its log has the traceback"}, 500)
 
 
+ROUTES = [
+    Route("/", page, methods=["GET"]),
+    Route("/healthz", health, methods=["GET"]),
+    Route("/stats", stats, methods=["GET"]),
+    Route("/index", index, methods=["GET"]),
+    Route("/statistics", statistics, methods=["GET"]),
+    Route("/heldout", Counted(heldout), methods=["GET"]),
+    Route("/activations", Counted(activations), methods=["GET"]),
+    Route("/activations/tensor", Counted(tensor), methods=["GET"]),
+    Route("/activations/stream", Counted(stream), methods=["GET"]),
+    Route("/refresh", refresh, methods=["POST"]),
+]
 app = Starlette(
-    routes=[
-        Route("/", page, methods=["GET"]),
-        Route("/healthz", health, methods=["GET"]),
-        Route("/stats", stats, methods=["GET"]),
-        Route("/index", index, methods=["GET"]),
-        Route("/statistics", statistics, methods=["GET"]),
-        Route("/heldout", Counted(heldout), methods=["GET"]),
-        Route("/activations", Counted(activations), methods=["GET"]),
-        Route("/activations/tensor", Counted(tensor), methods=["GET"]),
-        Route("/activations/stream", Counted(stream), methods=["GET"]),
-        Route("/refresh", refresh, methods=["POST"]),
-    ],
+    routes=ROUTES,
     middleware=[Middleware(Guard)],
     exception_handlers={HTTPException: _refused, Unavailable: _unavailable, Exception: _failed},
     lifespan=lifespan,

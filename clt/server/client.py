@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.client
 import json
+import logging
 import random
 import socket
 import sys
@@ -26,6 +27,7 @@ from clt.server.buffer import Batch
 from clt.server.wire import Frame, StreamEnded, WireError, read_frame
 
 T = TypeVar("T")
+log = logging.getLogger("clt")
 _BACKOFF = (0.1, 10.0)  # seconds before the first and before the slowest new try
 _ROUND = 1 << 20  # batches asked for at once: an answer of known length costs the server a copy less
 
@@ -60,7 +62,7 @@ class ActivationClient:
         if parts.scheme not in ("http", "https") or parts.hostname is None:
             raise UserError(f"url {url!r} is not of the form http://HOST:PORT or https://HOST:PORT")
         self.url, self.timeout, self.patience = url.rstrip("/"), timeout, patience
-        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._headers = {} if token is None else {"Authorization": f"Bearer {token.strip()}"}
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._connect = lambda: kind(parts.hostname or "", parts.port, timeout=timeout)
         self._prefix = parts.path.rstrip("/")
@@ -211,6 +213,8 @@ class _Waiting:
         delay = max(error.after, self.delay * random.uniform(0.5, 1.0))  # many clients do not come back at once
         if time.monotonic() + delay - self.since > self.patience:
             raise ServerError(f"{error} (tried for {time.monotonic() - self.since:.0f} s)", 503) from error
+        if self.delay == _BACKOFF[0]:  # once, so that nobody sits before a silent program
+            log.warning("%s; trying again for %.0f s. Does the server run (clt serve)?", error, self.patience)
         time.sleep(delay)
         self.delay = min(2 * self.delay, _BACKOFF[1])
 

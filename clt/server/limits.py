@@ -14,6 +14,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 PUBLIC = ("/", "/healthz")
 """Paths that need no token: they tell nothing but whether the server works."""
+_NO_TOKEN = (
+    "this server wants its token, as Authorization: Bearer TOKEN (in Python ActivationClient(url, token), in a config "
+    "data.token_file, in the environment of a run CLT_SERVER_TOKEN)"
+)
+_OTHER_TOKEN = (
+    "the token is not this server's (its server.token_file or CLT_SERVER_TOKEN), or not of the form Bearer TOKEN"
+)
 
 
 def is_loopback(host: str) -> bool:
@@ -54,7 +61,7 @@ def _refusal(scope: Scope) -> JSONResponse | None:
             return JSONResponse({"error": "requests from pages of other sites are refused"}, 403, close)
     elif scope["path"] not in PUBLIC and not _is_bearer(headers.getlist("authorization"), state["token"]):
         ask = {"www-authenticate": "Bearer"}
-        return JSONResponse({"error": "a valid bearer token is needed: Authorization: Bearer TOKEN"}, 401, ask)
+        return JSONResponse({"error": _NO_TOKEN if "authorization" not in headers else _OTHER_TOKEN}, 401, ask)
     return None
 
 

@@ -75,6 +75,7 @@ class Counted:
         if scope["method"] == "HEAD":  # rows would be drawn in vain
             raise HTTPException(405, "the answer to HEAD would cost its rows", {"allow": "GET"})
         request = Request(scope, receive)
-        with contextlib.suppress(ClientGone), request.state.supply.client():
+        # A shutdown cancels the streams that go on for longer than it waits: no bug, and no traceback.
+        with contextlib.suppress(ClientGone, asyncio.CancelledError), request.state.supply.client():
             response = await self.endpoint(request)
             await response(scope, receive, send)

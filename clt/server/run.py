@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +25,9 @@ _GRACE_SECONDS = 5  # for streams to end after Ctrl-C or SIGTERM
 def environment_overrides() -> list[str]:
     """What CLT_SERVER_<FIELD> set, as overrides of a config."""
     known = {_variable(name): f"server.{name}" for name in names(ServerConfig)}
+    for name in os.environ:
+        if name.startswith("CLT_SERVER_") and name not in {*known, "CLT_SERVER_TOKEN", "CLT_SERVER_OPEN"}:
+            raise UserError(f"{name} in the environment sets nothing; known: CLT_SERVER_TOKEN, {', '.join(known)}")
     return [f"{key}={os.environ[name]}" for name, key in known.items() if name in os.environ]
 
 
@@ -31,8 +35,8 @@ def environment_config() -> Config:
     """The config that the environment asks for; raises UserError as `load_config` does."""
     path = os.environ.get("CLT_CONFIG")
     if path is None or path in PRESETS:
-        return load_config(DEFAULT_CONFIG, environment_overrides(), preset=path or "test")
-    return load_config(path, environment_overrides())
+        return load_config(DEFAULT_CONFIG, preset=path or "test", environment=environment_overrides())
+    return load_config(path, environment=environment_overrides())
 
 
 def _variable(field: str) -> str:
@@ -51,6 +55,14 @@ def serve(config: Config, without_token: bool = False, **options: Any) -> None:
             f"server.host={server.host} lets other machines in but there is no token: set server.token_file (or "
             "CLT_SERVER_TOKEN), or say --without-token if the network itself keeps strangers out"
         )
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((server.host, server.port))
+        except OSError as error:
+            raise UserError(
+                f"server.host={server.host} server.port={server.port}: {error.strerror}; choose others"
+            ) from error
     # Batches are allocated and freed all the time: glibc would return their memory and fault it back in. For children.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 28))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clt.config import Config
-from clt.data.extract import check_store
+from clt.data.extract import differences
 from clt.data.index import INDEX, read_index
 from clt.data.shards import COLUMN_DTYPES
 from clt.data.writer import write_store
@@ -37,10 +37,13 @@ class ServerStore:
 
     consumed: dict[str, int]
     """Rows read, by the buffer of the server (its `segment`) that they came from."""
+    most: int
+    """Rows that the server sends at once."""
 
     def __init__(self, client: ActivationClient, rows: int) -> None:
         self.client, self.path, self.consumed = client, client.url, {}
         self.index, self.statistics = dataclasses.replace(client.index(), rows=rows), client.statistics()
+        self.most = client.stats()["max_batch"]
         self._frames: Iterator[Frame] | None = None
         self._rest = torch.empty(0)
 
@@ -61,7 +64,7 @@ class ServerStore:
     def _next(self, rows: int) -> Tensor:
         if self._frames is None:
             row_bytes = 2 * self.index.n_layers * self.index.d_acts * getattr(torch, self.index.dtype).itemsize
-            self._frames = self.client.stream_frames(min(rows, max(1, _FRAME_BYTES // row_bytes)))
+            self._frames = self.client.stream_frames(min(rows, self.most, max(1, _FRAME_BYTES // row_bytes)))
         frame = next(self._frames)
         tensor = frame.batch.activations
         if tensor.shape[1:] != (2, self.index.n_layers, self.index.d_acts):
@@ -81,10 +84,11 @@ def open_server(config: Config) -> ServerStore:
     assert config.data.url is not None, "load_config has seen to it"
     client = ActivationClient(config.data.url, read_token(config.data.token_file), patience=_PATIENCE)
     store = ServerStore(client, config.data.train_tokens)
-    try:
-        check_store(store.index, config)
-    except UserError as error:
-        raise UserError(f"the server {client.url} has another config: {error}") from error
+    if odd := differences(store.index, config):
+        raise UserError(
+            f"the server {client.url} has other rows than the config asks for: {odd}; change the config, or start the "
+            "server with this one"
+        )
     return store
 
 
@@ -103,7 +107,7 @@ def fetch_heldout(config: Config) -> None:
                 "data.store to another directory"
             )
     else:
-        batches = list(store.client.heldout())
+        batches = list(store.client.heldout(min(256, store.most)))
         columns = {name: np.concatenate([getattr(batch, name) for batch in batches]) for name in COLUMN_DTYPES}
         write_store(path, torch.cat([batch.activations for batch in batches]), columns=columns, **fields)
-    check_store(read_index(path), config)
+    differences(read_index(path), config)

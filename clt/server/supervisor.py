@@ -108,15 +108,16 @@ def main(path: str, answer: int, lock: int) -> None:
         buffer = _create(config)
     except BaseException as error:
         cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        os.write(answer, json.dumps({"error": cause}).encode() + b"\n")
+        _answer(answer, cause)
         if isinstance(error, UserError):
             sys.exit(2)
         raise
     try:
-        os.write(answer, b'{"error": null}\n')
+        heard = _answer(answer, None)
         os.close(answer)
         os.close(lock)
-        supervise(config, buffer)
+        if heard:
+            supervise(config, buffer)
     finally:
         try:
             buffer.set_generator("stopped")
@@ -124,6 +125,15 @@ def main(path: str, answer: int, lock: int) -> None:
         finally:  # the segment must go, also when the data directory has gone before
             buffer.unlink()
             buffer.close()
+
+
+def _answer(descriptor: int, error: str | None) -> bool:
+    """Tell the process that started this one; False when it has gone."""
+    try:
+        os.write(descriptor, json.dumps({"error": error}).encode() + b"\n")
+    except BrokenPipeError:
+        return False
+    return True
 
 
 def _create(config: Config) -> SharedBuffer:

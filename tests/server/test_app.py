@@ -194,9 +194,9 @@ def test_refresh_makes_other_rows(server):
         ("/activations/tensor?max_batches=1", 400, "unknown parameter"),
         ("/heldout?start=151", 422, "wanted 0 to 150"),
         ("/stats?x", 400, "unknown parameter"),
-        ("/nowhere", 404, "Not Found"),
-        ("/activations/", 404, "Not Found"),
-        ("/../../etc/passwd", 404, "Not Found"),
+        ("/nowhere", 404, "nothing there; wanted one of /, /healthz"),
+        ("/activations/", 404, "nothing there; wanted one of /, /healthz"),
+        ("/../../etc/passwd", 404, "nothing there; wanted one of /, /healthz"),
     ],
 )
 def test_mistakes_are_told(server, path, status, reason):

@@ -21,7 +21,7 @@ TOKEN = "a-token-of-the-tests-0123456789"
 
 @pytest.fixture(scope="module")
 def server(serve) -> Server:
-    return serve(CLT_SERVER_TOKEN=TOKEN)
+    return serve("server.max_batch=100", CLT_SERVER_TOKEN=TOKEN)  # less than some of the reader's batches
 
 
 @pytest.fixture
@@ -63,13 +63,13 @@ def test_heldout_rows_become_a_store(server, reader):
 
 
 def test_another_config_is_refused(reader):
-    with pytest.raises(UserError, match=r"the server http.* has another config: .*lm\.layers"):
+    with pytest.raises(UserError, match=r"the server http.* has other rows than the config asks for: .*lm\.layers"):
         open_server(reader("lm.layers=[0]"))
 
 
 def test_the_token_file_and_the_url_are_used(reader, tmp_path):
     (tmp_path / "other").write_text("another-token-0123456789")
-    with pytest.raises(ServerError, match="answered 401: a valid bearer token is needed"):
+    with pytest.raises(ServerError, match="answered 401: the token is not this server's"):
         open_server(reader(f"data.token_file={tmp_path / 'other'}"))
     with pytest.raises(UserError, match="is not of the form"):
         open_server(reader("data.url=localhost"))
@@ -101,9 +101,11 @@ def test_a_server_that_is_killed_and_started_again_is_waited_out(serve):
     assert len(got) == len(set(got)) == 4000
 
 
-def test_patience_has_an_end():
+def test_patience_has_an_end_and_says_that_it_waits(caplog):
     with pytest.raises(ServerError, match=r"127.0.0.1:9/stats: .*refused.*\(tried for"):
         ActivationClient("http://127.0.0.1:9", patience=0.3).stats()
+    (waits,) = [record.message for record in caplog.records]
+    assert "refused; trying again for 0 s. Does the server run (clt serve)?" in waits
     with pytest.raises(ServerError, match="refused"):
         next(ActivationClient("http://127.0.0.1:9", patience=0.3).stream_activations())
 
