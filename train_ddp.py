@@ -109,6 +109,8 @@ def main(config: Config, prepare: bool) -> int:
         path = checkpoints.directory / f"step_{newest:08d}"
         state = checkpoint.restore(path, transcoder, optimizer, tensors, identity)
         start, busy, wandb_id = state["step"], state["busy_seconds"], state["wandb_id"]
+        if not isinstance(store, DiscBuffer) and rank_zero:
+            store.consumed |= state["rows_by_segment"]
     dist.on_rank_zero(world, lambda: claim_run_dir(config))
 
     model: nn.Module = objective
@@ -132,6 +134,8 @@ def main(config: Config, prepare: bool) -> int:
         tensors = update.tensors() | {"last_fired": data.max(last_fired.clone())}
         parts = checkpoint.parts(transcoder, optimizer, tensors, (data.rank, data.size))
         state = {"step": step, "busy_seconds": busy, "wandb_id": logger.wandb_id, "world_size": world.size}
+        if not isinstance(store, DiscBuffer):
+            state |= {"rows_by_segment": dist.sum_counts(world, store.consumed)}
         checkpoints.begin(parts, transcoder.config, state | identity)
 
     def forward_backward(batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,6 +250,7 @@ def main(config: Config, prepare: bool) -> int:
 
     # The end: report and tear down. A run that was already finished is evaluated again, and only reported.
     numbers, tensors = evaluation() if start == steps else results
+    consumed = {} if isinstance(store, DiscBuffer) else dist.sum_counts(world, store.consumed)
     if rank_zero:
         summary = {
             **numbers,
@@ -261,7 +266,7 @@ def main(config: Config, prepare: bool) -> int:
             "config_hash": config_hash(config),
         }
         if not isinstance(store, DiscBuffer):
-            summary |= {"server": store.path, "rows_by_segment": store.consumed}  # of this rank's own stream
+            summary |= {"server": store.path, "rows_by_segment": consumed}
         write_json(run_dir / "summary.json", summary)
         report.write_plots(run_dir, tensors)
         print(f"\n{report.table(summary)}\n\nThe run lies in {run_dir} (summary.json, report/, checkpoints/).")

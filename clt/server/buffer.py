@@ -146,11 +146,11 @@ class SharedBuffer:
         """Hand reserved and written slots to the readers: WRITING -> VALID."""
         with self._locked() as header:
             valid = int(header["n_valid"])
+            if mark is not None:  # first: a writer that is killed here loses its rows, and none comes twice
+                header["mark"] = (mark[0], mark[1], mark[2] + len(slots))
             self._state[slots] = VALID
             self._valid[valid : valid + len(slots)] = slots
             header["n_valid"] = valid + len(slots)
-            if mark is not None:
-                header["mark"] = (mark[0], mark[1], mark[2] + len(slots))
 
     @property
     def mark(self) -> tuple[int, int, int]:

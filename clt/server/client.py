@@ -200,20 +200,24 @@ class ActivationClient:
 
 
 class _Waiting:
-    """Back-off: `after(error)` sleeps, ever longer, or raises when nothing has succeeded for `patience` seconds."""
+    """Back-off: `after(error)` sleeps, ever longer, or raises `patience` seconds after the first error since a success.
+
+    What a consumer does between two batches is not waiting.
+    """
 
     def __init__(self, patience: float) -> None:
         self.patience = patience
         self.reset()
 
     def reset(self) -> None:
-        self.since, self.delay = time.monotonic(), _BACKOFF[0]
+        self.since, self.delay = None, _BACKOFF[0]
 
     def after(self, error: _Again) -> None:
         delay = max(error.after, self.delay * random.uniform(0.5, 1.0))  # many clients do not come back at once
+        first, self.since = self.since is None, self.since or time.monotonic()
         if time.monotonic() + delay - self.since > self.patience:
             raise ServerError(f"{error} (tried for {time.monotonic() - self.since:.0f} s)", 503) from error
-        if self.delay == _BACKOFF[0]:  # once, so that nobody sits before a silent program
+        if first:  # so that nobody sits before a silent program
             log.warning("%s; trying again for %.0f s. Does the server run (clt serve)?", error, self.patience)
         time.sleep(delay)
         self.delay = min(2 * self.delay, _BACKOFF[1])

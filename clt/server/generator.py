@@ -28,7 +28,7 @@ from clt.server.buffer import PUT_ROWS, SharedBuffer
 if TYPE_CHECKING:
     from clt.lm.load import LanguageModel
 
-_FULL_SECONDS = 0.003  # between two looks at a full buffer
+_FULL_SECONDS = (0.003, 0.03)  # between two looks at a full buffer: after rows were drawn, and at most
 _STORE_BATCH = 4096  # rows of a store in one entry of the record of what has been put
 
 
@@ -118,7 +118,7 @@ def fill(
     config: ServerConfig | None = None,
 ) -> None:
     """Put batches into the buffer as there is room, from its mark on; `lm` changes devices as the buffer fills."""
-    skip = buffer.mark[2]  # rows of the first batch that are in the buffer already
+    skip, pause = buffer.mark[2], _FULL_SECONDS[0]  # skip: rows of the first batch that are in the buffer already
     buffer.set_generator("running", pid=os.getpid())
     for (epoch, position), rows in batches:
         done, skip = skip, 0
@@ -128,7 +128,9 @@ def fill(
             done += written
             if written < wanted:  # full: to come back for every few rows that are drawn would cost more than they do
                 _move(buffer, lm, config)
-                time.sleep(_FULL_SECONDS)
+                # Whoever trains beside this process pays for every look.
+                pause = min(2 * pause, _FULL_SECONDS[1]) if written == 0 else _FULL_SECONDS[0]
+                time.sleep(pause)
         _move(buffer, lm, config)
 
 

@@ -56,9 +56,15 @@ def _refusal(scope: Scope) -> JSONResponse | None:
     if state["token"] is None:
         if not state["open"] and here is not None and not is_loopback(here[0]):
             return JSONResponse({"error": "this server has no token and so serves its own machine alone"}, 403, close)
-        origin = headers.get("origin")  # a page of another site, in a browser on this machine
-        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        # Pages of other sites, in a browser on this machine; their own name may stand for its address.
+        origin, host, asker = headers.get("origin"), headers.get("host", ""), headers.get("sec-fetch-site")
+        foreign = asker in ("cross-site", "same-site") and scope["path"] not in PUBLIC
+        if foreign or (origin is not None and urlsplit(origin).netloc != host):
             return JSONResponse({"error": "requests from pages of other sites are refused"}, 403, close)
+        name = urlsplit(f"//{host}").hostname or "localhost"
+        if not state["open"] and not is_loopback(name):
+            reason = f"a server without a token answers to this machine's own names alone, not to {name[:80]!r}"
+            return JSONResponse({"error": reason}, 403, close)
     elif scope["path"] not in PUBLIC and not _is_bearer(headers.getlist("authorization"), state["token"]):
         ask = {"www-authenticate": "Bearer"}
         return JSONResponse({"error": _NO_TOKEN if "authorization" not in headers else _OTHER_TOKEN}, 401, ask)

@@ -41,12 +41,11 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:  # no response under way: this is (part of) a head
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD:
-                return self.refuse(431, f"the request's line and headers are longer than {MAX_HEAD} bytes")
-            if self._head_timer is None:
-                self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+        self._head_bytes += len(data)  # no request here has a body
+        if self._head_bytes > MAX_HEAD:
+            return self.refuse(431, f"the request's line and headers are longer than {MAX_HEAD} bytes")
+        if self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
         super().data_received(data)
 
     def on_headers_complete(self) -> None:

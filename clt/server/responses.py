@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
@@ -75,7 +75,12 @@ class Counted:
         if scope["method"] == "HEAD":  # rows would be drawn in vain
             raise HTTPException(405, "the answer to HEAD would cost its rows", {"allow": "GET"})
         request = Request(scope, receive)
-        # A shutdown cancels the streams that go on for longer than it waits: no bug, and no traceback.
-        with contextlib.suppress(ClientGone, asyncio.CancelledError), request.state.supply.client():
-            response = await self.endpoint(request)
-            await response(scope, receive, send)
+        response = None
+        try:
+            with contextlib.suppress(ClientGone), request.state.supply.client():
+                response = await self.endpoint(request)
+                await response(scope, receive, send)
+        except asyncio.CancelledError:  # a shutdown: it waits for a while, and then for nobody
+            if response is None:
+                refusal = {"error": "the server is shutting down"}
+                await JSONResponse(refusal, 503, {"retry-after": "5"})(scope, receive, send)

@@ -55,7 +55,7 @@ def serve(config: Config, without_token: bool = False, **options: Any) -> None:
             f"server.host={server.host} lets other machines in but there is no token: set server.token_file (or "
             "CLT_SERVER_TOKEN), or say --without-token if the network itself keeps strangers out"
         )
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in server.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((server.host, server.port))

@@ -156,7 +156,9 @@ def check_memory(size: int) -> None:
     }
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and (text := limit.read_text().strip()) != "max":
-        free["the container's memory"] = int(text) - int(used.read_text())
+        # What the page cache holds there is given up when memory is wanted.
+        stat = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+        free["the container's memory"] = int(text) - int(used.read_text()) + int(stat["inactive_file"])
     place = min(free, key=lambda name: free[name])
     if free[place] < size:
         raise UserError(_too_large(size, f"{place} has {free[place] / 1e9:.2f} GB free"))

@@ -232,9 +232,13 @@ def _position(config: Config) -> Path:
 def _save_position(config: Config, buffer: SharedBuffer) -> None:
     """Record the place in the text: a server that is started again goes on behind the rows that were in the buffer.
 
-    One that was killed repeats the rows of the seconds since the last record.
+    One that was killed repeats the rows of the seconds since the last record. A disk that is full or gone is no reason
+    to stop serving.
     """
-    write_json(_position(config), {"tag": buffer.tag, "mark": buffer.mark})
+    try:
+        write_json(_position(config), {"tag": buffer.tag, "mark": buffer.mark})
+    except OSError as error:
+        print(f"the place in the text was not recorded: {error}", file=sys.stderr, flush=True)
 
 
 def _load_position(config: Config) -> tuple[int, int, int]:

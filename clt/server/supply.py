@@ -106,7 +106,7 @@ class Supply:
     async def _replace(self) -> None:
         try:
             buffer = await asyncio.to_thread(ensure, self.config)
-        except UserError as error:
+        except (UserError, OSError) as error:  # tried again as long as there is no other
             log.error("%s", error)
             return
         old, pool, self.buffer, self._pool = self.buffer, self._pool, buffer, _pool()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from typing import NamedTuple
@@ -138,6 +139,14 @@ def same_everywhere(world: World, value: int, what: str) -> int:
             "run.dir must lie on a file system that all nodes share"
         )
     return value
+
+
+def sum_counts(world: World, counts: dict[str, int]) -> dict[str, int]:
+    """Counts by name, summed over all ranks."""
+    everyone: list[dict[str, int]] = [dict(counts)] * world.size
+    if world.size > 1:
+        dist.all_gather_object(everyone, dict(counts), world.control)
+    return dict(sum(map(Counter, everyone), Counter()))
 
 
 def all_sum(tensor: Tensor) -> Tensor:

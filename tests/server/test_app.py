@@ -221,6 +221,22 @@ def test_wrong_methods_and_bodies(server):
 def test_pages_of_other_sites_cannot_use_a_browser_on_this_machine(server):
     assert ask(server, "/refresh", "POST", origin="http://evil.example")[0] == 403
     assert ask(server, "/stats", origin=server.url)[0] == 200
+    for site in ("cross-site", "same-site"):  # e.g. of an <img>, which has no origin
+        assert ask(server, "/activations/stream", sec_fetch_site=site)[0] == 403
+    assert ask(server, "/", sec_fetch_site="cross-site")[0] == 200, "a link to the page"
+    status, _, body = ask(server, "/stats", host="evil.example:8000", origin="http://evil.example:8000")
+    assert (status, b"'evil.example'" in body) == (403, True), "a name that stands for this machine's address"
+    assert ask(server, "/stats", host=f"localhost:{server.port}")[0] == 200
+
+
+def test_headers_have_a_limit_while_an_answer_is_under_way(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(b"GET /activations/stream?batch_size=1 HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(b"GET /stats HTTP/1.1\r\nhost: 127.0.0.1\r\na: " + b"b" * 20_000)
+        with contextlib.suppress(ConnectionError):
+            while connection.recv(1 << 20):
+                pass  # the stream is without end, unless the server drops the connection
 
 
 def test_broken_requests_get_a_reason(server):

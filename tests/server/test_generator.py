@@ -30,7 +30,7 @@ from clt.server.buffer import SharedBuffer
 from clt.server.generator import StoredRows, device_for, fill, from_model, from_store
 from clt.server.prepare import folder, needs_model, prepare, tag
 from clt.server.segment import start_time
-from clt.server.supervisor import ensure, segment_name
+from clt.server.supervisor import _save_position, ensure, segment_name
 from tests.server.conftest import eventually, known_rows
 
 MakeConfig = Callable[..., Config]
@@ -351,3 +351,16 @@ def test_mistakes_reach_the_one_who_asked(config: MakeConfig, stores: Path, tmp_
     with pytest.raises(UserError, match=r"the shared buffer needs .* GB but .*lower server\.rows"):
         ensure(store_config(config, stores, tmp_path, "server.rows=1_000_000_000"))
     assert not Path(f"/dev/shm/clt-{segment_name(config())}").exists()
+
+
+def test_a_disk_that_is_full_or_gone_does_not_end_the_server(
+    config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    buffer = SharedBuffer.create(f"test-{os.getpid()}-position", 4, 1, 2, "float32", 0)
+    try:
+        _save_position(config(f"data.store={tmp_path / 'file' / 'store'}"), buffer)
+    finally:
+        buffer.unlink()
+        buffer.close()
+    assert "the place in the text was not recorded: " in capsys.readouterr().err

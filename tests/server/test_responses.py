@@ -1,12 +1,16 @@
 """Bodies end with their clients."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, MutableMapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
 
-from clt.server.responses import ClientGone, Pieces
+from clt.server.responses import ClientGone, Counted, Pieces
 
 
 def test_a_body_that_never_waits_ends_when_the_client_has_gone() -> None:
@@ -28,3 +32,30 @@ def test_a_body_that_never_waits_ends_when_the_client_has_gone() -> None:
     with pytest.raises(ClientGone):
         asyncio.run(Pieces(pieces(), None, {})({"type": "http"}, receive, send))
     assert sent < 100_000
+
+
+def test_who_waits_for_rows_when_the_server_is_shut_down_is_asked_to_come_again() -> None:
+    """uvicorn cancels what is under way; without an answer it would say 500, which no client tries again."""
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def endpoint(request: Request) -> Response:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.request"}
+
+    async def shut_down() -> None:
+        scope = {"type": "http", "method": "GET", "state": {"supply": SimpleNamespace(client=contextlib.nullcontext)}}
+        task = asyncio.create_task(Counted(endpoint)(scope, receive, send))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await task
+
+    asyncio.run(shut_down())
+    assert sent[0]["status"] == 503
+    assert (b"retry-after", b"5") in sent[0]["headers"]
+    assert sent[1]["body"] == b'{"error":"the server is shutting down"}'

@@ -2,7 +2,12 @@
 
 import dataclasses
 import itertools
+import json
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +17,8 @@ from clt.config import Config, load_config
 from clt.data.loader import Loader
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
-from clt.server.client import ActivationClient, ServerError
+from clt.parsing import to_yaml
+from clt.server.client import ActivationClient, ServerError, _Again, _Waiting
 from clt.server.source import ServerStore, fetch_heldout, open_server
 from tests.server.conftest import Server, eventually
 
@@ -108,6 +114,34 @@ def test_patience_has_an_end_and_says_that_it_waits(caplog):
     assert "refused; trying again for 0 s. Does the server run (clt serve)?" in waits
     with pytest.raises(ServerError, match="refused"):
         next(ActivationClient("http://127.0.0.1:9", patience=0.3).stream_activations())
+
+
+def test_patience_counts_from_the_first_failure():
+    """Not from the last batch, after which the consumer may have been busy for long."""
+    waiting = _Waiting(0.5)
+    time.sleep(0.6)
+    waiting.after(_Again("cut off"))
+    time.sleep(0.6)
+    with pytest.raises(ServerError, match="cut off"):
+        waiting.after(_Again("cut off"))
+
+
+def test_two_ranks_train_from_the_server_and_their_run_is_evaluated_again(server, reader, tmp_path):
+    """Each rank has its own stream, no row is read twice, and the rows of both are counted."""
+    config = tmp_path / "config.yaml"
+    config.write_text(to_yaml(reader("clt.d_features=24", "train.steps=20", "train.batch_tokens=60",
+        "train.compile=false", "eval.replacement_tokens=0", f"run.dir={tmp_path / 'run'}")))  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_ddp.py"]
+    before, root = ActivationClient(server.url, TOKEN).stats()["rows_drawn"], Path(__file__).parents[2]
+    subprocess.run([*command, str(config)], cwd=root, check=True, timeout=240)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (read,) = summary["rows_by_segment"].values()
+    assert 20 * 60 <= read <= ActivationClient(server.url, TOKEN).stats()["rows_drawn"] - before
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000020" / "state.json").read_text())
+    assert 20 * 60 <= sum(state["rows_by_segment"].values()) <= read
+    subprocess.run([sys.executable, "-m", "clt.cli", "eval", str(tmp_path / "run")], cwd=root, check=True, timeout=120)
+    again = json.loads((tmp_path / "run" / "report_step_00000020" / "evaluation.json").read_text())
+    assert again["fve"] == pytest.approx(summary["fve"], abs=1e-6)
 
 
 def test_a_run_trains_from_the_server_and_records_what_it_read(server, train, monkeypatch):
