@@ -83,7 +83,7 @@ def ratios(rows: list[dict[str, Any]]) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small shape and little data: under three minutes")
+    parser.add_argument("--quick", action="store_true", help="one small shape and little data: a few minutes")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures")
     parser.add_argument("--compare", type=Path, metavar="OLD", help="show what changed since figures written earlier")
     parser.add_argument(

@@ -117,7 +117,7 @@ class SharedBuffer:
     def put(self, rows: Rows | StoredRows, mark: tuple[int, int, int] | None = None) -> int:
         """Write as many of `rows` as there is room for, at most 1024; returns how many.
 
-        `mark`, with that many added to its last number, is recorded in the same instant in which the rows become valid.
+        `mark`, with that many added to its last number, is recorded under the lock that makes the rows valid.
         """
         slots = self.reserve(min(len(rows), PUT_ROWS))
         if len(slots) == 0:

@@ -33,7 +33,7 @@ BATCH, ERROR = 0, 1
 MAX_PAYLOAD = 8 << 30
 """Bytes that a reader takes for a payload at most: more is a damaged header."""
 PIECE = 1 << 20
-"""Bytes that are copied, hashed and sent at once: they stay in the processor's cache meanwhile."""
+"""Bytes that are copied, hashed and sent at once: less costs more calls of Python, more did not gain (measured)."""
 _READ_AHEAD = 1 << 16  # bytes of a frame that buffers between `readinto` and the socket may hold already, at most
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
