@@ -28,7 +28,8 @@ from clt.server.buffer import PUT_ROWS, SharedBuffer
 if TYPE_CHECKING:
     from clt.lm.load import LanguageModel
 
-_FULL_SECONDS = (0.003, 0.03)  # between two looks at a full buffer: after rows were drawn, and at most
+_FULL_SECONDS = (0.003, 0.06)  # between two looks at a full buffer, at least and at most
+_WORTH = 1 / 16  # the share of the buffer that is worth a look: each costs those who read or train beside this process
 _STORE_BATCH = 4096  # rows of a store in one entry of the record of what has been put
 
 
@@ -118,18 +119,20 @@ def fill(
     config: ServerConfig | None = None,
 ) -> None:
     """Put batches into the buffer as there is room, from its mark on; `lm` changes devices as the buffer fills."""
-    skip, pause = buffer.mark[2], _FULL_SECONDS[0]  # skip: rows of the first batch that are in the buffer already
+    skip = buffer.mark[2]  # rows of the first batch that are in the buffer already
+    pause, since = _FULL_SECONDS[0], 0  # since: rows put since the last pause
     buffer.set_generator("running", pid=os.getpid())
     for (epoch, position), rows in batches:
         done, skip = skip, 0
         while done < len(rows):
             wanted = min(len(rows) - done, PUT_ROWS)
             written = buffer.put(rows[done : done + wanted], (epoch, position, done))
-            done += written
-            if written < wanted:  # full: to come back for every few rows that are drawn would cost more than they do
+            done, since = done + written, since + written
+            if written < wanted:  # full
                 _move(buffer, lm, config)
-                # Whoever trains beside this process pays for every look.
-                pause = min(2 * pause, _FULL_SECONDS[1]) if written == 0 else _FULL_SECONDS[0]
+                shortest, longest = _FULL_SECONDS
+                pause = min(2 * pause, longest) if since < _WORTH * buffer.rows else max(pause / 2, shortest)
+                since = 0
                 time.sleep(pause)
         _move(buffer, lm, config)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
+_TURN_SECONDS = 0.003  # of sending, before it is others' turn
 
 
 class ClientGone(Exception):
@@ -53,12 +55,14 @@ class Pieces(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def answer() -> None:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            sent = 0
+            sent, turn_ends = 0, time.monotonic()
             async with contextlib.aclosing(self.pieces) as pieces:
                 async for piece in pieces:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
                     sent += len(piece)
-                    await asyncio.sleep(0)  # sending alone does not give way, least of all when the client has gone
+                    if (now := time.monotonic()) > turn_ends:  # sending alone does not give way to others, ever
+                        await asyncio.sleep(0)
+                        turn_ends = now + _TURN_SECONDS
             if self.size is None or sent == self.size:
                 await send({"type": "http.response.body", "body": b""})
 

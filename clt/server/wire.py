@@ -34,6 +34,7 @@ MAX_PAYLOAD = 8 << 30
 """Bytes that a reader takes for a payload at most: more is a damaged header."""
 PIECE = 1 << 20
 """Bytes that are copied, hashed and sent at once: less costs more calls of Python, more did not gain (measured)."""
+_LINE = 64  # bytes of a cache line
 _READ_AHEAD = 1 << 16  # bytes of a frame that buffers between `readinto` and the socket may hold already, at most
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -94,7 +95,7 @@ class Layout:
             before = self._opening(columns, sequence) if first == 0 else b""
             end = len(before) + (rows.stop - first) * self.row_bytes
             last = rows.stop == self.n
-            piece = np.empty(end + last * CHECKSUM.size, np.uint8).data
+            piece = _aligned(end + last * CHECKSUM.size, len(before))
             piece[: len(before)] = before
             copy(rows, piece[len(before) : end])
             digest.update(piece[:end])
@@ -124,6 +125,17 @@ def layout(n: int, n_layers: int, d_acts: int, dtype: str, segment: str = "") ->
     start = HEADER.size + len(head)
     offsets = {name: start + tensor["data_offsets"][0] for name, tensor in tensors.items()}
     return Layout(n, head, offsets, start + end + CHECKSUM.size, row_bytes)
+
+
+def _aligned(size: int, at: int) -> memoryview:
+    """Memory of which byte `at` starts a cache line, as most rows in the buffer do.
+
+    `rep movsb`, glibc's and the kernel's way to copy, runs at a fifth of its speed (measured on Zen 3) when the
+    destination lies a few bytes further into its page than the source does into its own.
+    """
+    memory = np.empty(size + _LINE, np.uint8)
+    start = -(memory.__array_interface__["data"][0] + at) % _LINE
+    return memory[start : start + size].data
 
 
 def as_bytes(rows: torch.Tensor) -> memoryview:
