@@ -32,14 +32,14 @@ SHAPES = {  # L, D, batch, and the features of the step that runs beside the rea
 }
 
 
-def reader(name: str, device: torch.device, quick: bool) -> dict[str, Any]:
+def reader(name: str, megabytes: int, train_steps: int, device: torch.device) -> dict[str, Any]:
     """Read a synthetic float16 store with the training loader and with `readinto`, then train from it.
 
     share_of_raw: bytes/s of shuffled batches on the device over bytes/s of whole files into a buffer of a batch's size,
     both from the page cache, taken in turns; stall_share: the loop's waiting over its time.
     """
     L, D, B, F = SHAPES[name]
-    rows = max(2 * B, (128_000_000 if quick else 1_024_000_000) // (4 * L * D))
+    rows = max(2 * B, megabytes * 1_000_000 // (4 * L * D))
     with tempfile.TemporaryDirectory() as directory:
         write_store(directory, torch.randn(rows, 2, L, D).half(), shard_rows=min(rows, 32_768))
         store, steps = DiscBuffer(directory), max(40, rows // B)
@@ -55,14 +55,14 @@ def reader(name: str, device: torch.device, quick: bool) -> dict[str, Any]:
                 took = machine.seconds(lambda: [None for _ in loader], device)
             return (steps - 2 * ahead) * B * 4 * L * D / took  # the first of the rest had been read before
 
-        turns = [(_raw(files, B * 4 * L * D), load()) for _ in range(3 if quick else 7)]
+        turns = [(_raw(files, B * 4 * L * D), load()) for _ in range(7)]
         case = {"L": L, "D": D, "F": F, "B": B, "precision": "auto", "variant": "ours_compiled"}
         share = statistics.median(loaded / raw for raw, loaded in turns)
         return {
             "shape": name, "L": L, "D": D, "B": B, "share_of_raw": share,
             "gb_per_s": statistics.median(loaded for _, loaded in turns) / 1e9,
             "raw_gb_per_s": statistics.median(raw for raw, _ in turns) / 1e9,
-            "stall_share": _stall_share(store, case, device, 5 if quick else 30),
+            "stall_share": _stall_share(store, case, device, train_steps),
         }  # fmt: skip
 
 

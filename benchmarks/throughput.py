@@ -144,10 +144,11 @@ def sweep(precision: str, device: Any) -> list[Case]:
 def _data_path(quick: bool, device: Any) -> dict[str, Any]:
     from benchmarks import data_path, report
 
+    megabytes, train_steps = (128, 5) if quick else (1024, 30)
     tokens = {"embedded": 20_000 if quick else 100_000, "SmolLM2-135M": 20_000}
     shapes, extraction = [], []
     for name in data_path.SHAPES:
-        shapes.append(data_path.reader(name, device, quick))
+        shapes.append(data_path.reader(name, megabytes, train_steps, device))
         report.print_reader(shapes[-1])
     for name in ["embedded"] if quick else data_path.models():
         extraction.append(data_path.extraction(name, tokens[name], device))
