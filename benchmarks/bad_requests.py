@@ -32,6 +32,8 @@ NAMES = [
 VALUES = ["0", "-1", "1e9", "9" * 30, "9" * 5000, "NaN", "inf", "", " 1", "1 ", "0x10", "1.5", "true", "null", "٣",
           "1;drop table", "../../etc/passwd", "%00", "\xed\xa0\x80", "[1]"]  # fmt: skip
 
+HOSTS = ["x", "[", "[::1", "]", "", "127.0.0.1:x", "127.0.0.1:99999", "evil.example:8000", "a b", "é", "//", "@"]
+
 
 class Request(NamedTuple):
     """What goes over the wire, in parts with a pause (seconds) between them, and how the sending ends."""
@@ -78,7 +80,8 @@ def _target(dice: random.Random) -> str:
 
 
 def _request(dice: random.Random, target: str, headers: str) -> bytes:
-    return f"{dice.choice(METHODS)} {target} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{headers}\r\n".encode()
+    host = dice.choice(HOSTS) if dice.random() < 0.05 else "127.0.0.1"  # another one is refused before all else
+    return f"{dice.choice(METHODS)} {target} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n{headers}\r\n".encode()
 
 
 def _headers(dice: random.Random) -> str:
@@ -90,6 +93,8 @@ def _headers(dice: random.Random) -> str:
             "upgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-key: x\r\nsec-websocket-version: 13\r\n",
             "expect: 100-continue\r\ncontent-length: 10\r\n",
             "origin: http://elsewhere.example\r\n",
+            "origin: http://[\r\n",
+            "origin: null\r\n",
             "\x00: \x01\r\n",
             "no colon\r\n",
         ]

@@ -56,6 +56,7 @@ BARS: dict[str, Callable[[float], bool]] = {
     "worker_crashes": lambda v: v == 0,
     "server_errors": lambda v: v == 0,
     "hangs": lambda v: v == 0,
+    "faults_rss_growth_mb": lambda v: v <= 64,
     "rss_growth_mb": lambda v: v <= 64,
     "stats_add_up": lambda v: v == 1,
 }
@@ -247,9 +248,11 @@ def faults(server: Server, seconds: float, directory: Path) -> dict[str, float]:
         client.start()
     dice = random.Random(0)
     victims = dice.sample(clients, 21)
+    samples = []
     for victim in victims:
         time.sleep(seconds * 0.9 / len(victims))
         victim.kill()
+        samples.append(server.rss_mb())
     for client in clients:
         client.join(seconds + 120)
     failed = sum(client.exitcode != 0 for client in clients if client not in victims)
@@ -265,6 +268,7 @@ def faults(server: Server, seconds: float, directory: Path) -> dict[str, float]:
         "rows_corrupt": int((records[:, 2] == 0).sum()),
         "clients_killed": len(victims),
         "clients_failed": failed,
+        "faults_rss_growth_mb": statistics.mean(samples[-5:]) - statistics.mean(samples[5:10]),
         "stats_add_up": int(adds_up and failed == 0),
     }
 

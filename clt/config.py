@@ -278,7 +278,7 @@ class ServerConfig:
     idle_seconds: float = 60.0
     """How long a client may take to read what it was sent before it is dropped."""
     stream_seconds: float = 86_400.0
-    """How long a stream lasts at most; its client opens the next."""
+    """How long a stream lasts at most; its client opens the next. Any answer is cut off `idle_seconds` after that."""
 
 
 @dataclass

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from clt.data.index import StoreIndex
 
+_CLOSE_SECONDS = 10.0
+
 
 class Readable(Protocol):
     """Where rows come from: a DiscBuffer, or a server."""
@@ -130,10 +132,13 @@ class Loader:
         return copy
 
     def close(self) -> None:
-        """End and join the threads. Batches that were not consumed are dropped."""
+        """End the threads and drop the batches that were not consumed.
+
+        A thread that waits for a server that is away is left behind: it ends with the process, or when it gives up.
+        """
         self._stop()
         for thread in self._threads:
-            thread.join()
+            thread.join(_CLOSE_SECONDS)
         self._held, self._end = None, StopIteration()
         self._reading.clear()
 

@@ -125,20 +125,27 @@ def read_at(fd: int, views: list[memoryview], offset: int, path: Path) -> None:
 
     Raises UserError when the file ends early.
     """
-    views, at, end = list(views), 0, offset + sum(map(len, views))
-    while at < len(views):
-        count = os.preadv(fd, views[at : at + _VIEWS], offset)
+    end = offset + sum(map(len, views))
+    while views:
+        part = views[:_VIEWS]
+        count = os.preadv(fd, part, offset)
         if count == 0:
             raise UserError(
                 f"shard {path} is truncated: found {os.fstat(fd).st_size} bytes, wanted {end}; "
                 "it changed while it was read: copy this file again"
             )
         offset += count
-        while at < len(views) and count >= len(views[at]):
-            count -= len(views[at])
-            at += 1
-        if count:
-            views[at] = views[at][count:]
+        # As a rule all of it came; a loop over the views would take longer than small rows do.
+        views = views[_VIEWS:] if count == sum(map(len, part)) else _unfilled(views, count)
+
+
+def _unfilled(views: list[memoryview], count: int) -> list[memoryview]:
+    """What remains of `views` behind their first `count` bytes."""
+    at = 0
+    while count >= len(views[at]):
+        count -= len(views[at])
+        at += 1
+    return [views[at][count:], *views[at + 1 :]]
 
 
 def write_at(fd: int, view: memoryview, offset: int) -> None:

@@ -56,6 +56,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
             "token": token,
             "open": os.environ.get("CLT_SERVER_OPEN") == "1",
             "idle_seconds": config.server.idle_seconds,
+            "answer_seconds": config.server.stream_seconds + config.server.idle_seconds,
             "index": {**dataclasses.asdict(read_index(folder(config))), "shards": []},
             "statistics": (folder(config) / STATISTICS).read_bytes(),
             "heldout": DiscBuffer(Path(config.data.store) / "heldout"),

@@ -33,6 +33,8 @@ WORKERS = 256
 """Serving processes that one buffer can have."""
 PUT_ROWS = 1024
 """Rows written at once: bounds how long the lock is held, and lets readers have the first rows early."""
+SLOW_SHARE = 1 / 4
+"""What a serving process may keep in memory of its own for clients that read slowly, of the buffer's size."""
 _HEADER = np.dtype(
     [
         ("rows", "i8"), ("n_layers", "i8"), ("d_acts", "i8"), ("dtype", "S16"), ("min_fill", "i8"),
@@ -317,6 +319,18 @@ class SharedBuffer:
                 header["closing"] = 1
             return bool(header["closing"])
 
+    def give_up(self) -> None:
+        """Of a buffer whose owner has died: drop the valid rows and return the memory, unless rows are just being read.
+
+        Clients get no rows from it any more, but another buffer may not fit beside it.
+        """
+        self.refresh()
+        self.reclaim()
+        with self._locked() as header:
+            if int(header["n_free"]) == self.rows:
+                offset, shape, _ = _layout(self.rows, self.n_layers, self.d_acts, self.dtype)[0]["payload"]
+                self._segment.memory.madvise(mmap.MADV_REMOVE, offset, int(np.prod(shape)))
+
     @property
     def filled(self) -> float:
         """The share of the slots that are not free."""
@@ -331,9 +345,12 @@ class SharedBuffer:
         """Remove the segment's name; the memory goes when the last process has closed it."""
         self._segment.unlink()
 
-    def close(self) -> None:
-        """Leave the buffer. If its owner is dead, its name is removed."""
-        if self._worker is not None:
+    def close(self, stay: bool = False) -> None:
+        """Unmap the buffer and leave it, or `stay` among those that keep it alive for as long as this process lives.
+
+        If its owner is dead, its name is removed.
+        """
+        if self._worker is not None and not stay:
             with self._locked():
                 self._workers[self._worker] = (0, 0, 0)
         del self._header, self._workers, self._payload, self._state, self._pid, self._start

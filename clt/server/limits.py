@@ -58,10 +58,13 @@ def _refusal(scope: Scope) -> JSONResponse | None:
             return JSONResponse({"error": "this server has no token and so serves its own machine alone"}, 403, close)
         # Pages of other sites, in a browser on this machine; their own name may stand for its address.
         origin, host, asker = headers.get("origin"), headers.get("host", ""), headers.get("sec-fetch-site")
-        foreign = asker in ("cross-site", "same-site") and scope["path"] not in PUBLIC
-        if foreign or (origin is not None and urlsplit(origin).netloc != host):
+        try:
+            site, name = host if origin is None else urlsplit(origin).netloc, urlsplit(f"//{host}").hostname
+        except ValueError:
+            return JSONResponse({"error": "the Host or the Origin header is no address"}, 400, close)
+        if site != host or (asker in ("cross-site", "same-site") and scope["path"] not in PUBLIC):
             return JSONResponse({"error": "requests from pages of other sites are refused"}, 403, close)
-        name = urlsplit(f"//{host}").hostname or "localhost"
+        name = name or "localhost"
         if not state["open"] and not is_loopback(name):
             reason = f"a server without a token answers to this machine's own names alone, not to {name[:80]!r}"
             return JSONResponse({"error": reason}, 403, close)

@@ -6,20 +6,33 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from clt.config import Config
 from clt.data.extract import check_model, check_store, extract
-from clt.data.index import INDEX, STATISTICS, StoreIndex, read_index, write_index
+from clt.data.index import INDEX, STATISTICS, StoreIndex, read_index, write_index, write_json
 from clt.data.rows import captured
 from clt.data.statistics import Moments, Statistics
 from clt.errors import UserError
+from clt.server.generator import device_for
+
+if TYPE_CHECKING:
+    from clt.lm.load import LanguageModel
+
+_ASKED = "statistics.json"  # how many rows the statistics were asked of: a short text has fewer
 
 
 def folder(config: Config) -> Path:
     """The directory whose index.json and stats.safetensors describe the rows that are served."""
-    return Path(config.data.store) / ("train" if config.server.source == "store" else "server")
+    return Path(config.data.store) / "train" if config.server.source == "store" else own_folder(config)
+
+
+def own_folder(config: Config) -> Path:
+    """The directory of what one server keeps: a lock, its config, its place in the text, statistics."""
+    name = config.server.name
+    return Path(config.data.store) / ("server" if name is None else f"server-{name}")
 
 
 def tag(config: Config) -> str:
@@ -37,7 +50,12 @@ def prepare(config: Config, progress: bool = False) -> StoreIndex:
     """
     if config.server.device == "gpu" and not torch.cuda.is_available():
         raise UserError("server.device=gpu but no CUDA device is available; set server.device=cpu")
-    heldout = extract(config, "heldout", progress=progress)
+    lm = None
+    if needs_model(config):
+        from clt.lm.load import load_language_model
+
+        lm = load_language_model(config.lm, device_for(config.server, 0.0, "cpu", torch.cuda.is_available()))
+    heldout = extract(config, "heldout", lm, progress)
     directory = folder(config)
     if config.server.source == "store":
         index = read_index(directory)
@@ -47,7 +65,9 @@ def prepare(config: Config, progress: bool = False) -> StoreIndex:
     if not _has_statistics(config, index):
         directory.mkdir(parents=True, exist_ok=True)
         (directory / INDEX).unlink(missing_ok=True)
-        _statistics(config, heldout).save(directory / STATISTICS)
+        assert lm is not None, "needs_model has seen to it"
+        _statistics(config, heldout, lm).save(directory / STATISTICS)
+        write_json(directory / _ASKED, config.server.statistics_tokens)
         write_index(directory, index)
     return index
 
@@ -66,16 +86,15 @@ def _description(heldout: StoreIndex) -> StoreIndex:
 
 def _has_statistics(config: Config, index: StoreIndex) -> bool:
     directory = folder(config)
-    if not (directory / INDEX).exists() or read_index(directory) != index:
+    if not (directory / INDEX).exists() or not (directory / _ASKED).exists():
         return False
-    return Statistics.load(directory / STATISTICS).rows == config.server.statistics_tokens
+    return read_index(directory) == index and json.loads((directory / _ASKED).read_text()) == (
+        config.server.statistics_tokens
+    )
 
 
-def _statistics(config: Config, heldout: StoreIndex) -> Statistics:
+def _statistics(config: Config, heldout: StoreIndex, lm: LanguageModel) -> Statistics:
     """The statistics of the first `server.statistics_tokens` rows of the training text, or of all if it is shorter."""
-    from clt.lm.load import load_language_model
-
-    lm = load_language_model(config.lm, "cuda" if torch.cuda.is_available() else "cpu")
     check_model(heldout, lm)
     moments = Moments.zero(heldout.n_layers, heldout.d_acts)
     for _, rows in captured(config, "train", lm, skip=0):

@@ -21,8 +21,8 @@ class ClientGone(Exception):
     """Nobody waits for the answer any more."""
 
 
-async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away: then raises ClientGone."""
+async def until_gone(receive: Receive, work: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
+    """The result of `work`, which is cancelled when the client goes away or time is over: then raises ClientGone."""
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -30,7 +30,7 @@ async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
     task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, watch}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientGone
         return task.result()
@@ -66,7 +66,7 @@ class Pieces(Response):
             if self.size is None or sent == self.size:
                 await send({"type": "http.response.body", "body": b""})
 
-        await until_gone(receive, answer())
+        await until_gone(receive, answer(), scope["state"]["answer_seconds"])
 
 
 class Counted:

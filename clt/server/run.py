@@ -66,7 +66,7 @@ def serve(config: Config, without_token: bool = False, **options: Any) -> None:
     # Batches are allocated and freed all the time: glibc would return their memory and fault it back in. For children.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 28))
-    buffer = ensure(config)  # held for the workers: they may die and come back without its being made anew
+    ensure(config).close(stay=True)  # for the workers: they may die and come back without its being made anew
     with tempfile.TemporaryDirectory(prefix="clt-serve-") as directory:
         file = Path(directory) / "config.yaml"
         file.write_text(to_yaml(config))
@@ -74,18 +74,15 @@ def serve(config: Config, without_token: bool = False, **options: Any) -> None:
         for name in names(ServerConfig):  # they are in the config already, below the command line's
             os.environ.pop(_variable(name), None)
         print(f"serving on {server.host}:{server.port}, {'with' if token else 'without'} a token", file=sys.stderr)
-        try:
-            uvicorn.run(
-                "clt.server.app:app",
-                host=server.host,
-                port=server.port,
-                workers=server.workers,
-                http="clt.server.protocol:Protocol",
-                ws="none",
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=_GRACE_SECONDS,
-                **options,
-            )
-        finally:
-            buffer.close()
+        uvicorn.run(
+            "clt.server.app:app",
+            host=server.host,
+            port=server.port,
+            workers=server.workers,
+            http="clt.server.protocol:Protocol",
+            ws="none",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_GRACE_SECONDS,
+            **options,
+        )

@@ -19,6 +19,7 @@ import numpy as np
 from clt.errors import UserError
 
 FOLDER = Path("/dev/shm")
+CGROUP = Path("/sys/fs/cgroup")
 _MAGIC = b"cltseg01"
 _PREFIX = np.dtype([("magic", "S8"), ("owner_pid", "i8"), ("owner_start", "i8")])
 PREFIX_BYTES = 64
@@ -154,7 +155,7 @@ def check_memory(size: int) -> None:
         str(FOLDER): shutil.disk_usage(FOLDER).free,
         "the machine's memory": int(meminfo["MemAvailable"].split()[0]) * 1024,
     }
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
     if limit.exists() and (text := limit.read_text().strip()) != "max":
         # What the page cache holds there is given up when memory is wanted.
         stat = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())

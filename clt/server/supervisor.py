@@ -23,11 +23,12 @@ from typing import Any
 
 from clt.config import Config, load_config
 from clt.data.index import StoreIndex, write_json, write_whole
+from clt.data.shards import row_bytes
 from clt.errors import UserError
 from clt.parsing import to_yaml
-from clt.server.buffer import SharedBuffer, buffer_bytes
+from clt.server.buffer import SLOW_SHARE, SharedBuffer, buffer_bytes
 from clt.server.generator import run_generator
-from clt.server.prepare import needs_model, prepare, tag
+from clt.server.prepare import needs_model, own_folder, prepare, tag
 
 _TICK = 0.2  # seconds between two looks at the workers and their claims
 _FIRST_WORKER = 60.0  # seconds that the first worker may take to come
@@ -47,7 +48,7 @@ def ensure(config: Config) -> SharedBuffer:
     Waits for what `prepare` has to make, the first time. Raises UserError for what is wrong with the config, for memory
     that is missing, and when a buffer of another config has this name.
     """
-    directory = Path(config.data.store) / "server"
+    directory = own_folder(config)
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -85,13 +86,14 @@ def _start(config: Config, directory: Path, lock: int) -> None:
     command = [sys.executable, "-m", "clt.server.supervisor", str(directory / "config.yaml"), str(writer), str(lock)]
     for descriptor in (writer, lock):
         os.set_inheritable(descriptor, True)
-    os.posix_spawn(sys.executable, command, os.environ, setsid=True)
+    pid = os.posix_spawn(sys.executable, command, os.environ, setsid=True)
     os.set_inheritable(lock, False)
     os.close(writer)
     with open(reader) as answer:
         text = answer.readline()  # empty when the process ended without an answer
     error = json.loads(text)["error"] if text else "the supervisor ended before the buffer was ready; see its messages"
     if error:
+        os.waitpid(pid, 0)  # it is tried again and again
         raise UserError(error)
 
 
@@ -140,8 +142,10 @@ def _create(config: Config) -> SharedBuffer:
     index = _prepared(config)
     rows, sizes = config.server.rows, (index.n_layers, index.d_acts, index.dtype)
     size = buffer_bytes(rows, *sizes)
+    slow = SLOW_SHARE * rows * row_bytes(*sizes)["tensor"]
     print(
-        f"shared buffer: {rows} rows (2, L={sizes[0]}, D={sizes[1]}) {sizes[2]}, {size / 1e9:.2f} GB of memory",
+        f"shared buffer: {rows} rows (2, L={sizes[0]}, D={sizes[1]}) {sizes[2]}, {size / 1e9:.2f} GB of memory; "
+        f"besides, each serving process keeps at most {slow / 1e9:.2f} GB for clients that read slowly",
         file=sys.stderr,
         flush=True,
     )
@@ -226,7 +230,7 @@ def _cause(buffer: SharedBuffer, child: SpawnProcess) -> str:
 
 
 def _position(config: Config) -> Path:
-    return Path(config.data.store) / "server" / "position.json"
+    return own_folder(config) / "position.json"
 
 
 def _save_position(config: Config, buffer: SharedBuffer) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 
 from clt.config import Config
 from clt.errors import UserError
-from clt.server.buffer import Batch, SharedBuffer
+from clt.server.buffer import SLOW_SHARE, Batch, SharedBuffer
+from clt.server.responses import ClientGone
 from clt.server.supervisor import ensure
 
 T = TypeVar("T")
@@ -38,40 +39,56 @@ class Unavailable(Exception):
 class Drawn:
     """n rows that were drawn for a client, and are copied out of the shared buffer as they are sent.
 
-    Where that takes longer than _HOLD_SECONDS, all of them are copied: who reads slowly, or not at all, must not keep
-    the slots from the generator.
+    Where that takes longer than _HOLD_SECONDS, the rest is copied: who reads slowly, or not at all, must not keep the
+    slots from the generator. `held` are all of a process that are not released; when their copies would come to more
+    than SLOW_SHARE of the buffer, the client is given up instead.
     """
 
     def __init__(self, buffer: SharedBuffer, slots: np.ndarray, held: set[Drawn]) -> None:
         self.buffer, self.columns = buffer, buffer.columns(slots)
-        self._slots, self._held, self._own = slots, held, b""
+        self._n, self._next, self._held = len(slots), 0, held
+        self._slots: np.ndarray | None = slots  # None when they have been given back
+        self._own: memoryview | None = None  # the rows from `_next` on, when they have been copied
         self._timer = asyncio.get_running_loop().call_later(_HOLD_SECONDS, self.detach)
         held.add(self)
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return self._n
 
     def copy(self, rows: slice, out: memoryview) -> None:
-        """The bytes of some of the rows, into `out`."""
-        if self in self._held:
+        """The bytes of the next rows, into `out`; ClientGone when the client was given up."""
+        if self._slots is not None:
             self.buffer.copy(self._slots[rows], out)
+            self._next = rows.stop
+        elif self._own is not None:
+            size = self.buffer.row_bytes
+            out[:] = self._own[(rows.start - self._next) * size : (rows.stop - self._next) * size]
         else:
-            size = len(self._own) // len(self._slots)
-            out[:] = self._own[rows.start * size : rows.stop * size]
+            raise ClientGone
 
     def detach(self) -> None:
         """Go on without the buffer."""
-        if self in self._held:
-            self._own = np.empty(len(self._slots) * self.buffer.row_bytes, np.uint8).data
-            self.buffer.copy(self._slots, self._own)
-            self.release()
+        if self._slots is None:
+            return
+        rest = self._slots[self._next :]
+        copied = sum(len(drawn._own) for drawn in self._held if drawn._own is not None)
+        size = len(rest) * self.buffer.row_bytes
+        if len(rest) and copied + size <= SLOW_SHARE * self.buffer.rows * self.buffer.row_bytes:
+            self._own = np.empty(size, np.uint8).data
+            self.buffer.copy(rest, self._own)
+        self._give_back()
 
     def release(self) -> None:
-        """Free the slots, unless that is done."""
-        if self in self._held:
-            self._held.remove(self)
+        """The rows are not needed any more; may be called again."""
+        self._give_back()
+        self._own = None
+        self._held.discard(self)
+
+    def _give_back(self) -> None:
+        if self._slots is not None:
             self._timer.cancel()
             self.buffer.release(self._slots)
+            self._slots = None
 
 
 class Supply:
@@ -108,6 +125,7 @@ class Supply:
             buffer = await asyncio.to_thread(ensure, self.config)
         except (UserError, OSError) as error:  # tried again as long as there is no other
             log.error("%s", error)
+            await asyncio.to_thread(self.buffer.give_up)  # it may be what takes the memory
             return
         old, pool, self.buffer, self._pool = self.buffer, self._pool, buffer, _pool()
         buffer.clients(self._clients)

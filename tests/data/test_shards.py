@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -77,6 +78,30 @@ def test_a_file_that_ends_early_while_it_is_read_is_an_error(tmp_path: Path) -> 
     with pytest.raises(UserError, match="truncated: found 10 bytes, wanted 12"):
         shards.read_at(fd, [memoryview(bytearray(8))], 4, path)
     os.close(fd)
+
+
+@pytest.mark.parametrize("most", [1, 3, 4, 7, 100])
+def test_reads_that_come_in_parts_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """As from a network file system, and with more views than one call takes."""
+    path, data, whole = tmp_path / "bytes", os.urandom(100), os.preadv
+
+    def preadv(fd: int, views: list[memoryview], offset: int) -> int:
+        assert len(views) <= 5
+        part = bytearray(min(most, sum(map(len, views))))
+        count = whole(fd, [part], offset)
+        for view in views:
+            view[:] = bytes(part[: len(view)]) + bytes(view[len(part) :])
+            part = part[len(view) :]
+        return count
+
+    monkeypatch.setattr(shards, "_VIEWS", 5)
+    monkeypatch.setattr(os, "preadv", preadv)
+    path.write_bytes(data)
+    out = memoryview(bytearray(90))
+    ends = [0, 4, 5, 12, 20, 21, 30, 44, 45, 60, 75, 80, 90]
+    with open(path, "rb") as file:
+        shards.read_at(file.fileno(), [out[a:b] for a, b in pairwise(ends)], 10, path)
+    assert out == data[10:]
 
 
 def test_the_checksum_is_the_one_of_sha256sum(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from clt.config import load_config
+from clt.config import Config, load_config
 from clt.data.writer import Rows
 from clt.parsing import to_yaml
 from clt.server.buffer import SharedBuffer
@@ -137,10 +137,7 @@ def serve(
 
     def start(*overrides: str, by: str = "clt", **environment: str) -> Server:
         path = tmp_path_factory.mktemp("server")
-        shutil.copytree(stores, path / "store")
-        config = load_config(
-            None, [*lm_overrides, f"data.store={path / 'store'}", "server.source=store", "server.rows=512", *overrides]
-        )
+        config = _config(stores, lm_overrides, path, overrides)
         (path / "config.yaml").write_text(to_yaml(config))
         if by == "clt":
             command = ["clt.cli", "serve", str(path / "config.yaml"), "server.port={port}"]
@@ -154,3 +151,16 @@ def serve(
     yield start
     for server in servers:
         server.stop()
+
+
+@pytest.fixture
+def own_config(stores: Path, lm_overrides: list[str], tmp_path: Path) -> Config:
+    """The config of a server of a copy of the extracted stores."""
+    return _config(stores, lm_overrides, tmp_path, ())
+
+
+def _config(stores: Path, lm_overrides: list[str], path: Path, overrides: Iterable[str]) -> Config:
+    shutil.copytree(stores, path / "store")
+    return load_config(
+        None, [*lm_overrides, f"data.store={path / 'store'}", "server.source=store", "server.rows=512", *overrides]
+    )

@@ -227,6 +227,9 @@ def test_pages_of_other_sites_cannot_use_a_browser_on_this_machine(server):
     status, _, body = ask(server, "/stats", host="evil.example:8000", origin="http://evil.example:8000")
     assert (status, b"'evil.example'" in body) == (403, True), "a name that stands for this machine's address"
     assert ask(server, "/stats", host=f"localhost:{server.port}")[0] == 200
+    for headers in ({"host": "["}, {"origin": "http://["}):
+        status, _, body = ask(server, "/stats", **headers)
+        assert (status, json.loads(body)["error"]) == (400, "the Host or the Origin header is no address")
 
 
 def test_headers_have_a_limit_while_an_answer_is_under_way(server):
@@ -376,7 +379,8 @@ def test_a_dead_supervisor_is_replaced_and_stopping_leaves_nothing(serve):
     segment.close()
     assert len(next(client.stream_activations(100, 1)).row) == 100
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(b"GET /activations/stream HTTP/1.1\r\nhost: x\r\n\r\n")
-        connection.recv(1)
+        connection.sendall(b"GET /activations/stream HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
+        assert connection.recv(9) == b"HTTP/1.1 "
+        assert connection.recv(3) == b"200"
         server.stop()
     eventually(lambda: not file.exists())

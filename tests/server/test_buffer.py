@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from clt.errors import UserError
+from clt.server import segment
 from clt.server.buffer import FREE, READING, VALID, WRITING, Batch, SharedBuffer, buffer_bytes
 from clt.server.segment import start_time
 from tests.server.conftest import ROWS, D, L, eventually, kill, known_rows
@@ -388,11 +389,63 @@ def test_too_little_memory_is_refused_and_leaves_nothing(name: str) -> None:
     assert not Path(f"/dev/shm/clt-{name}").exists()
 
 
+def test_the_limit_of_a_container_counts_without_its_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment, "CGROUP", tmp_path)
+    numbers = {
+        "memory.max": "3000000",
+        "memory.current": "2900000",
+        "memory.stat": "anon 900000\ninactive_file 2000000",
+    }
+    for file, text in numbers.items():
+        (tmp_path / file).write_text(text + "\n")
+    segment.check_memory(2_000_000)
+    with pytest.raises(UserError, match=r"the container's memory has 0\.00 GB free"):
+        segment.check_memory(2_200_000)
+    (tmp_path / "memory.max").write_text("max\n")
+    segment.check_memory(2_200_000)
+
+
 def test_all_its_memory_is_claimed_at_once(buffer: SharedBuffer) -> None:
     file = buffer._segment.path.stat()
     assert file.st_size == buffer_bytes(ROWS, L, D, "float16")
     assert file.st_blocks * 512 >= file.st_size
     assert file.st_mode & 0o777 == 0o600
+
+
+def test_a_buffer_that_is_given_up_returns_its_memory_once_nobody_reads(buffer: SharedBuffer) -> None:
+    file = buffer._segment.path
+    size = file.stat().st_blocks * 512
+    buffer.put(known_rows(60))
+    slots = buffer.claim(10)
+    assert slots is not None
+    buffer.give_up()
+    assert (buffer.stats()["valid"], buffer.stats()["rows_dropped"]) == (0, 50)
+    assert file.stat().st_blocks * 512 == size
+    buffer.release(slots)
+    buffer.give_up()
+    assert file.stat().st_blocks * 512 == size - 4096, "the page of the 64 rows"
+    buffer.put(known_rows(60))  # it works, should there be a generator yet
+    batch = buffer.draw(10)
+    assert batch is not None
+    assert (batch.activations.view(10, -1)[:, 0].numpy() == batch.document).all()
+
+
+def test_who_stays_keeps_a_buffer_alive_that_it_has_unmapped(buffer: SharedBuffer, name: str, spawn: Spawn) -> None:
+    child = spawn(_join_and_unmap, name)
+    eventually(lambda: buffer.stats()["workers"] == 1)
+    assert not buffer.close_if_unused(waited=True)
+    assert str(buffer._segment.path) not in Path(f"/proc/{child.pid}/maps").read_text()
+    kill(child)
+    assert buffer.close_if_unused(waited=True)
+
+
+def _join_and_unmap(name: str) -> None:
+    buffer = SharedBuffer.attach(name)
+    buffer.join()
+    buffer.close(stay=True)
+    time.sleep(600)
 
 
 def test_start_time_knows_the_dead(spawn: Spawn) -> None:

@@ -157,6 +157,10 @@ def test_statistics_are_those_of_the_first_rows_of_the_text(config: MakeConfig, 
     assert needs_model(other)
     prepare(other)
     assert Statistics.load(file).rows == 200
+    more = config("server.statistics_tokens=1000000")
+    prepare(more)
+    assert Statistics.load(file).rows == len(text_rows)
+    assert not needs_model(more), "there are no more rows"
 
 
 def test_what_is_missing_or_of_another_config_is_said(config: MakeConfig, stores: Path) -> None:

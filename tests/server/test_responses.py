@@ -30,8 +30,24 @@ def test_a_body_that_never_waits_ends_when_the_client_has_gone() -> None:
         return {"type": "http.disconnect"}
 
     with pytest.raises(ClientGone):
-        asyncio.run(Pieces(pieces(), None, {})({"type": "http"}, receive, send))
+        asyncio.run(Pieces(pieces(), None, {})({"type": "http", "state": {"answer_seconds": 60}}, receive, send))
     assert sent < 100_000
+
+
+def test_an_answer_has_its_time() -> None:
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        yield b"x"
+        await asyncio.Event().wait()
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        pass
+
+    async def receive() -> dict[str, str]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    with pytest.raises(ClientGone):
+        asyncio.run(Pieces(pieces(), 2, {})({"type": "http", "state": {"answer_seconds": 0.05}}, receive, send))
 
 
 def test_who_waits_for_rows_when_the_server_is_shut_down_is_asked_to_come_again() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from clt.errors import UserError
 from clt.parsing import to_yaml
 from clt.server.client import ActivationClient, ServerError, _Again, _Waiting
 from clt.server.source import ServerStore, fetch_heldout, open_server
+from clt.train.watch import PREEMPTED
 from tests.server.conftest import Server, eventually
 
 TOKEN = "a-token-of-the-tests-0123456789"
@@ -142,6 +144,45 @@ def test_two_ranks_train_from_the_server_and_their_run_is_evaluated_again(server
     subprocess.run([sys.executable, "-m", "clt.cli", "eval", str(tmp_path / "run")], cwd=root, check=True, timeout=120)
     again = json.loads((tmp_path / "run" / "report_step_00000020" / "evaluation.json").read_text())
     assert again["fve"] == pytest.approx(summary["fve"], abs=1e-6)
+
+
+@pytest.mark.timeout(300)
+def test_a_run_waits_out_a_server_that_is_killed_and_goes_on_after_a_signal(serve, lm_overrides, tmp_path):
+    """Nothing is lost: neither the steps before, nor the count of the rows, which two servers gave to two processes."""
+    server, run = serve(), tmp_path / "run"
+    keys = [f"data.store={tmp_path / 'here'}", "data.source=server", f"data.url={server.url}", f"run.dir={run}",
+            "clt.d_features=24", "train.steps=800", "train.batch_tokens=500", "train.compile=false", "log.every=10",
+            "checkpoint.every=0", "eval.every=0", "eval.replacement_tokens=0"]  # fmt: skip
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(None, [*lm_overrides, *keys])))
+    command, root = [sys.executable, "train_ddp.py", str(tmp_path / "config.yaml")], Path(__file__).parents[2]
+
+    def step() -> int:
+        lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+        return json.loads(lines[-1])["step"] if lines else 0
+
+    with open(tmp_path / "log", "w") as log:
+        training = subprocess.Popen(command, cwd=root, stdout=log, stderr=log)
+        try:
+            eventually(lambda: step() >= 20, 120)
+            server.process.kill()
+            server.process.wait()
+            eventually(lambda: "; trying again for 600 s." in (tmp_path / "log").read_text())
+            stood = step()
+            server.start()
+            eventually(lambda: step() >= stood + 20)
+            training.send_signal(signal.SIGTERM)
+            assert training.wait(60) == PREEMPTED, (tmp_path / "log").read_text()
+        finally:
+            training.kill()
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    before = json.loads((checkpoint / "state.json").read_text())
+    assert stood + 20 <= before["step"] < 800
+    assert len(before["rows_by_segment"]) == 2
+    assert sum(before["rows_by_segment"].values()) >= 500 * before["step"]
+    subprocess.run(command, cwd=root, check=True, timeout=120)
+    rows = json.loads((run / "summary.json").read_text())["rows_by_segment"]
+    assert rows.keys() == before["rows_by_segment"].keys()
+    assert sum(rows.values()) >= 500 * 800 - 500 * before["step"] + sum(before["rows_by_segment"].values())
 
 
 def test_a_run_trains_from_the_server_and_records_what_it_read(server, train, monkeypatch):

@@ -6,9 +6,11 @@ from collections.abc import Callable, Coroutine
 import numpy as np
 import pytest
 
+from clt.config import Config, load_config
 from clt.server import supply
 from clt.server.buffer import SharedBuffer
-from clt.server.supply import Drawn
+from clt.server.responses import ClientGone
+from clt.server.supply import Drawn, Supply
 from tests.server.conftest import known_rows
 
 N = 10
@@ -65,12 +67,52 @@ def test_who_reads_slowly_does_not_keep_the_slots(buffer: SharedBuffer, monkeypa
     hold(buffer, work)
 
 
+def test_slow_readers_share_a_bounded_memory(buffer: SharedBuffer) -> None:
+    """A quarter of the buffer's 64 rows: one client's copies fit, a second's do not, until the first has ended."""
+
+    async def work(drawn: Drawn, held: set[Drawn]) -> None:
+        others = [Drawn(buffer, slots, held) for _ in range(2) if (slots := buffer.claim(N)) is not None]
+        drawn.detach()
+        others[0].detach()
+        assert buffer.stats()["in_flight"] == N
+        check(drawn, slice(0, N))
+        with pytest.raises(ClientGone):
+            check(others[0], slice(0, 1))
+        drawn.release()
+        others[1].detach()
+        check(others[1], slice(0, N))
+        for other in others:
+            other.release()
+        assert not held
+        assert buffer.stats()["rows_drawn"] == 3 * N
+
+    hold(buffer, work)
+
+
 def test_rows_outlive_the_buffer_that_is_left(buffer: SharedBuffer) -> None:
     async def work(drawn: Drawn, held: set[Drawn]) -> None:
         drawn.detach()
-        assert not held
+        assert buffer.stats()["in_flight"] == 0
         assert buffer.stats()["in_flight"] == 0
         check(drawn, slice(0, N))
         drawn.detach()
 
     hold(buffer, work)
+
+
+def test_a_buffer_that_cannot_be_replaced_yet_is_kept(
+    buffer: SharedBuffer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk is full or gone, or there is no memory for two: it is tried again."""
+
+    def ensure(config: Config) -> SharedBuffer:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(supply, "ensure", ensure)
+    found = Supply(load_config(None, []))
+    found.buffer = buffer
+    buffer.put(known_rows(10))
+    asyncio.run(found._replace())
+    assert found.buffer is buffer
+    assert "No space left on device" in caplog.text
+    assert buffer.stats()["rows_dropped"] == 10, "they may be what takes the memory"
