@@ -28,8 +28,8 @@ from clt.server.buffer import PUT_ROWS, SharedBuffer
 if TYPE_CHECKING:
     from clt.lm.load import LanguageModel
 
-_FULL_SECONDS = (0.003, 0.06)  # between two looks at a full buffer, at least and at most
-_WORTH = 1 / 16  # the share of the buffer that is worth a look: each costs those who read or train beside this process
+_FULL_SECONDS = (0.003, 0.12)  # between two looks at a full buffer, at least and at most
+_WORTH = 1 / 8  # the share of the buffer that is worth a look: each costs those who read or train beside this process
 _STORE_BATCH = 4096  # rows of a store in one entry of the record of what has been put
 
 
@@ -131,7 +131,7 @@ def fill(
             if written < wanted:  # full
                 _move(buffer, lm, config)
                 shortest, longest = _FULL_SECONDS
-                pause = min(2 * pause, longest) if since < _WORTH * buffer.rows else max(pause / 2, shortest)
+                pause = min(2 * pause, longest) if since < _WORTH * buffer.rows else max(pause / 4, shortest)
                 since = 0
                 time.sleep(pause)
         _move(buffer, lm, config)

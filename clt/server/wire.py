@@ -32,7 +32,7 @@ HEADER, CHECKSUM = struct.Struct("<4sIQQ"), struct.Struct("<Q")
 BATCH, ERROR = 0, 1
 MAX_PAYLOAD = 8 << 30
 """Bytes that a reader takes for a payload at most: more is a damaged header."""
-PIECE = 1 << 20
+PIECE = 1 << 21
 """Bytes that are copied, hashed and sent at once: less costs more calls of Python, more did not gain (measured)."""
 _LINE = 64  # bytes of a cache line
 _READ_AHEAD = 1 << 16  # bytes of a frame that buffers between `readinto` and the socket may hold already, at most
