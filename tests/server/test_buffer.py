@@ -436,7 +436,7 @@ def test_who_stays_keeps_a_buffer_alive_that_it_has_unmapped(buffer: SharedBuffe
     child = spawn(_join_and_unmap, name)
     eventually(lambda: buffer.stats()["workers"] == 1)
     assert not buffer.close_if_unused(waited=True)
-    assert str(buffer._segment.path) not in Path(f"/proc/{child.pid}/maps").read_text()
+    eventually(lambda: str(buffer._segment.path) not in Path(f"/proc/{child.pid}/maps").read_text())
     kill(child)
     assert buffer.close_if_unused(waited=True)
 
