@@ -79,16 +79,17 @@ def test_slurm_variables_fill_what_is_not_set(recorded):
 
 @pytest.fixture
 def batch(tmp_path):
-    """batch(srun): start configs/slurm.sbatch with two arguments, where `srun` is that shell script."""
+    """batch(srun, **environment): start configs/slurm.sbatch with two arguments, where `srun` is that shell script."""
 
-    def start(srun: str) -> subprocess.Popen:
+    def start(srun: str, **environment: str) -> subprocess.Popen:
         for name, body in {"srun": srun, "scontrol": 'echo "scontrol $*"'}.items():
-            (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+            (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
             (tmp_path / name).chmod(0o755)
         env = CLEAN | {
             "PATH": f"{tmp_path}:{os.environ['PATH']}",
             "SLURM_JOB_ID": "77",
             "SLURM_SUBMIT_DIR": str(tmp_path),
+            **environment,
         }
         command = ["bash", str(ROOT / "configs" / "slurm.sbatch"), "c.yaml", "train.steps=3"]
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
@@ -96,8 +97,11 @@ def batch(tmp_path):
     return start
 
 
-def test_the_batch_script_starts_launch_sh_on_every_node_and_ends_as_it_does(batch):
-    job = batch('echo "srun $*"; exit 3')
+@pytest.mark.parametrize("pause", ["0", "0.1"])
+def test_the_batch_script_starts_launch_sh_on_every_node_and_ends_as_it_does(batch, tmp_path, pause):
+    """Also where the step has ended before the script waits for it: bash pauses before each of its commands."""
+    (tmp_path / "slow").write_text(f"trap 'sleep {pause}' DEBUG\n")
+    job = batch('echo "srun $*"; exit 3', BASH_ENV=str(tmp_path / "slow"))
     assert job.communicate(timeout=20)[0] == "srun bash launch.sh c.yaml train.steps=3\n"
     assert job.returncode == 3
 
