@@ -6,7 +6,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from clt.data.index import STATISTICS, StoreIndex, read_index, read_statistics
+from clt.data.index import STATISTICS, ShardEntry, StoreIndex, read_index, read_statistics
 from clt.data.shards import checksum, read_layout
 from clt.errors import UserError
 
@@ -39,9 +39,13 @@ def describe(path: str | Path) -> str:
 
 def verify(path: str | Path, index: StoreIndex) -> None:
     """Recompute every shard's checksum; raises UserError that names all altered shards."""
+
+    def intact(shard: ShardEntry) -> bool:
+        kind, _, _ = shard["checksum"].partition(":")
+        return checksum(Path(path) / shard["file"], kind) == shard["checksum"]
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(checksum, [Path(path) / shard["file"] for shard in index.shards]))
-    altered = [shard["file"] for shard, sum_ in zip(index.shards, found) if shard["checksum"] != sum_]
+        altered = [shard["file"] for shard, fine in zip(index.shards, pool.map(intact, index.shards)) if not fine]
     if altered:
         raise UserError(
             f"store {path} has altered shards: {', '.join(altered)} do not have the checksums that index.json "

@@ -61,7 +61,7 @@ class StoreIndex:
 
 
 def content_hash(index: StoreIndex) -> str:
-    """Twelve hexadecimal digits that two stores share if and only if they hold the same rows in the same places."""
+    """Twelve hexadecimal digits of the checksums: those of two stores are equal only if their rows and places are."""
     return hashlib.sha256("".join(shard["checksum"] for shard in index.shards).encode()).hexdigest()[:12]
 
 

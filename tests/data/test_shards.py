@@ -9,6 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import xxhash
 
 from clt.data import shards
 from clt.errors import UserError
@@ -104,11 +105,18 @@ def test_reads_that_come_in_parts_are_put_together(tmp_path: Path, monkeypatch: 
     assert out == data[10:]
 
 
-def test_the_checksum_is_the_one_of_sha256sum(tmp_path: Path) -> None:
+def test_checksums_are_those_of_the_published_algorithms(tmp_path: Path) -> None:
     path = tmp_path / "bytes"
-    path.write_bytes(os.urandom(5 << 20))
+    path.write_bytes(b"")
+    # XXH3 of no bytes, from the tests of the reference implementation
+    assert shards.checksum(path) == "xxh3_128:99aa06d3014798d86001c324468d497f"
+    data = os.urandom(5 << 20)
+    path.write_bytes(data)
+    assert shards.checksum(path) == f"xxh3_128:{xxhash.xxh3_128_hexdigest(data)}"  # in one piece
     wanted = subprocess.run(["sha256sum", str(path)], capture_output=True, text=True, check=True).stdout.split()[0]
-    assert shards.checksum(path) == f"sha256:{wanted}"
+    assert shards.checksum(path, "sha256") == f"sha256:{wanted}"
+    with pytest.raises(UserError, match="checksum kind 'md5' of bytes is unknown, wanted one of xxh3_128, sha256"):
+        shards.checksum(path, "md5")
 
 
 @pytest.mark.parametrize("kib", [0, 1, 3, 8])
