@@ -1,6 +1,6 @@
 """The activation server under load: throughput, training from it, killed clients, bad requests. Exits 1 below a bar.
 
-    python benchmarks/serving.py --json benchmarks/results/serving.json [--seconds 600] [--skip-training]
+    python benchmarks/serving.py --json benchmarks/results/serving.json [--seconds 600]
 
 Servers are `clt serve` with two uvicorn workers. The rows are of GPT-2 small's size, (2, 12, 768) float16 or 36,864
 bytes, from a store in which every row can be recomputed from its document number; the generator refills the buffer all
@@ -125,10 +125,13 @@ class Server:
         return sum(int(text.split("RssAnon:")[1].split()[0]) for text in status) / 1024
 
 
-def bare_server(port: int, frame: bytes, loop: str) -> None:
-    """An asyncio server that writes the same bytes again and again."""
+def bare_server(port: int, frame: bytes, congestion: str | None) -> None:
+    """An asyncio server that writes the same bytes again and again, by this congestion control or the machine's own."""
 
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def handle(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if congestion is not None:
+            connection = writer.get_extra_info("socket")
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
         view = memoryview(frame)
         with contextlib.suppress(ConnectionError):
             while True:
@@ -140,10 +143,6 @@ def bare_server(port: int, frame: bytes, loop: str) -> None:
         server = await asyncio.start_server(handle, "127.0.0.1", port)
         await server.serve_forever()
 
-    if loop == "uvloop":
-        import uvloop
-
-        uvloop.run(main())
     asyncio.run(main())
 
 
@@ -172,21 +171,22 @@ def read_stream(url: str, begin: float, end: float, answer: Any = None) -> float
 
 
 def throughput(server: Server, rounds: int) -> dict[str, float]:
-    """Rounds of a second each: bare loopback (asyncio, uvloop), one client, sixteen clients; medians over the rounds.
+    """Rounds of a second each: a bare server, the same with reno as ours, one client, sixteen; medians over the rounds.
 
     A share is the median of its shares within the rounds: a shared machine changes its speed from one to the next.
     """
-    rates: dict[str, list[float]] = {"asyncio": [], "uvloop": [], "one": [], "sixteen": []}
+    rates: dict[str, list[float]] = {"loopback": [], "loopback_reno": [], "one": [], "sixteen": []}
     bare = {}
-    for loop in ("asyncio", "uvloop"):
+    for name, congestion in (("loopback", None), ("loopback_reno", "reno")):
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
-        bare[loop] = (FORK.Process(target=bare_server, args=(port, bytes(BATCH * WIDTH * 2), loop), daemon=True), port)
-        bare[loop][0].start()
+        arguments = (port, bytes(BATCH * WIDTH * 2), congestion)
+        bare[name] = (FORK.Process(target=bare_server, args=arguments, daemon=True), port)
+        bare[name][0].start()
     time.sleep(1)
     for _ in range(rounds):
-        for loop, (_, port) in bare.items():
-            rates[loop].append(read_bare(port, 1.0, BATCH * WIDTH * 2))
+        for name, (_, port) in bare.items():
+            rates[name].append(read_bare(port, 1.0, BATCH * WIDTH * 2))
         for name, count in (("one", 1), ("sixteen", 16)):
             answer, begin = FORK.SimpleQueue(), time.monotonic() + 1
             arguments = (server.url, begin, begin + 1, answer)
@@ -198,17 +198,18 @@ def throughput(server: Server, rounds: int) -> dict[str, float]:
                 client.join()
     for process, _ in bare.values():
         process.kill()
-    middle = {name: statistics.median(values) for name, values in rates.items()}
-    share = {
-        name: statistics.median(ours / bare for ours, bare in zip(rates[name], rates["asyncio"]))
-        for name in ("one", "sixteen")
-    }
+
+    def share(ours: str, bare: str) -> float:
+        return statistics.median(mine / theirs for mine, theirs in zip(rates[ours], rates[bare]))
+
     return {
-        "loopback_gb_per_s": middle["asyncio"],
-        "loopback_uvloop_gb_per_s": middle["uvloop"],
-        "stream_gb_per_s": middle["one"],
-        "stream_share_of_loopback": share["one"],
-        "clients16_share": share["sixteen"],
+        "loopback_gb_per_s": statistics.median(rates["loopback"]),
+        "loopback_reno_gb_per_s": statistics.median(rates["loopback_reno"]),
+        "stream_gb_per_s": statistics.median(rates["one"]),
+        "stream_share_of_loopback": share("one", "loopback"),
+        "stream_share_of_loopback_reno": share("one", "loopback_reno"),
+        "clients16_gb_per_s": statistics.median(rates["sixteen"]),
+        "clients16_share": share("sixteen", "loopback"),
     }
 
 
@@ -300,7 +301,7 @@ def training(seconds: float, directory: Path) -> dict[str, float]:
     }
 
 
-def measure(seconds: float, with_training: bool, requests: int) -> dict[str, float]:
+def measure(seconds: float, requests: int) -> dict[str, float]:
     """Everything, one after the other, on one server (and one for the training)."""
     result: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="clt-serving-") as name:
@@ -316,8 +317,7 @@ def measure(seconds: float, with_training: bool, requests: int) -> dict[str, flo
                 print(json.dumps(result), file=sys.stderr, flush=True)
             alive, log = server.processes(), server.log.read_text()
             result["worker_crashes"] = len(server.workers - alive) + log.count("Traceback")
-        if with_training:
-            result |= training(seconds, directory)
+        result |= training(seconds, directory)
     return result
 
 
@@ -335,10 +335,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where to write the figures")
     parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--skip-training", action="store_true", help="leave out training from a server")
     arguments = parser.parse_args()
     requests = 5000 if arguments.seconds >= 60 else max(100, round(5000 * arguments.seconds / 60))
-    result = measure(arguments.seconds, not arguments.skip_training, requests)
+    result = measure(arguments.seconds, requests)
     missed = [name for name, holds in BARS.items() if name in result and not holds(result[name])]
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps({**where(), **result, "missed": missed}, indent=2) + "\n")

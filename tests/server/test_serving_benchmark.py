@@ -6,16 +6,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TIMINGS = {"stream_share_of_loopback", "clients16_share", "training_share_of_store"}
+SPEED = {"stream_share_of_loopback", "clients16_share", "training_share_of_store"}
 
 
-def test_killed_clients_bad_requests_and_memory(tmp_path):
+def test_the_shortened_benchmark(tmp_path):
     command = [sys.executable, "benchmarks/serving.py", "--json", str(tmp_path / "out.json"), "--seconds", "5"]
-    result = subprocess.run([*command, "--skip-training"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     found = json.loads((tmp_path / "out.json").read_text())
-    assert set(found["missed"]) <= TIMINGS, result.stderr
+    # Twenty steps on other rows of the same text: 0.002 to 0.004 were measured, where 0.01 is the bar for a whole run.
+    assert set(found["missed"]) <= SPEED | {"fve_difference"}, result.stderr
+    assert found["fve_difference"] < 0.03
+    assert min(found["store_fve"], found["server_fve"]) > 0.3
     assert result.returncode == bool(found["missed"])
     assert found["stream_gb_per_s"] > 0
+    assert found["training_share_of_store"] > 0
     assert found["rows_delivered"] > 1000
     assert found["clients_killed"] == 21
     assert found["bad_requests"] >= 400

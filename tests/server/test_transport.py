@@ -59,6 +59,18 @@ def test_tls(own_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             ActivationClient(client.url, patience=0.5).stats()
 
 
+@pytest.mark.skipif(shutil.which("ss") is None, reason="needs ss, which knows the congestion control of connections")
+def test_connections_of_the_machine_itself_are_not_paced(own_config: Config, tmp_path: Path) -> None:
+    with command(own_config, tmp_path, "http://127.0.0.1:{port}") as client:
+        batches = client.stream_activations(100)
+        next(batches)
+        port = client.url.rpartition(":")[2]
+        told = subprocess.run(["ss", "-tiH", f"sport = :{port}"], capture_output=True, text=True, check=True).stdout
+        assert len(told.split("\n\t")) > 1, told
+        assert all(connection.split()[0] == "reno" for connection in told.split("\n\t")[1:]), told
+        batches.close()
+
+
 def _has_ipv6() -> bool:
     with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
         return True
