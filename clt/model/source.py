@@ -11,6 +11,8 @@ from torch import Tensor
 from clt.model.activations import Gated, Gradients, Rule
 from clt.model.decode import accumulate
 
+_NO_NORM = 1e-30  # a decoder row that is shorter counts as zero
+
 
 class Kernels(NamedTuple):
     """`activations.gate` and `gate_gradients`, as they are or compiled."""
@@ -68,7 +70,8 @@ class SourceLayer(torch.autograd.Function):
             pre, theta, ctx.c * norm, ctx.rule, written @ decoder.t(), grad_penalty, grad_low
         )
         grad_W_dec = (features.t() @ written).to(W_dec.dtype).view_as(W_dec)
-        through_norm = ctx.c * grad.scale / norm.clamp_min(torch.finfo(norm.dtype).tiny)  # a zero row's subgradient: 0
+        # A zero row's subgradient is 0; it must not come as 0 / tiny * a loss scale's overflow.
+        through_norm = (ctx.c * grad.scale / norm).masked_fill_(norm < _NO_NORM, 0)
         grad_W_dec.addcmul_(W_dec, through_norm.view(-1, 1, 1))
         grad_W_enc = (x.t() @ grad.pre).to(W_dec.dtype)
         return grad_y, None, grad_W_enc, grad.bias, grad.threshold, grad_W_dec, None, None, None, None
