@@ -7,7 +7,7 @@ import importlib.util
 import statistics
 import tempfile
 import time
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from torch import Tensor
 from benchmarks import machine, step
 from clt.config import Config, load_config
 from clt.data.extract import extract
+from clt.data.index import read_index
 from clt.data.loader import Loader
 from clt.data.sampler import DistributedSampler
+from clt.data.statistics import Moments
 from clt.data.store import DiscBuffer
-from clt.data.writer import write_store
+from clt.data.writer import Plan, Rows, Writer, write_store
+from clt.lm.capture import Capture
 from clt.lm.load import LanguageModel, load_language_model, locate
 from clt.lm.text import Window, windows
 
@@ -107,7 +110,8 @@ def extraction(name: str, tokens: int, device: torch.device) -> dict[str, Any]:
     """Extract about `tokens` rows of a model, and run its body alone over the same windows.
 
     share_of_forward compares with the body as transformers has it, share_of_own_forward with the body as
-    `clt.lm.load` prepares it (GPT-2's activation fused); both end with the last hooked module. Medians of three turns.
+    `clt.lm.load` prepares it (GPT-2's activation fused); both end with the last hooked module. us_per_row is the wall
+    time of an extraction and of its parts, each run alone. Medians of three turns.
     """
     from transformers import AutoModelForCausalLM
 
@@ -122,19 +126,49 @@ def extraction(name: str, tokens: int, device: torch.device) -> dict[str, Any]:
         source, gguf = locate(config.lm.model)
         stock = AutoModelForCausalLM.from_pretrained(source, dtype=lm.model.dtype, gguf_file=gguf)
         stock = stock.to(device).eval()  # type: ignore[arg-type]
-        turns = []
+        turns: list[dict[str, float]] = []
         for turn in range(3):
             config.data.store = f"{directory}/{turn}"
             took = machine.seconds(lambda: extract(config, "train", lm, progress=False), device)
-            turns.append([took, *(_forward_seconds(m, lm.sites[-1].output_path, ids) for m in (stock, lm.model))])
-        shares = [[forward / took, own / took] for took, forward, own in turns]
-        share, own_share = (statistics.median(column) for column in zip(*shares))
-        took, forward, _ = (statistics.median(column) for column in zip(*turns))
+            forward, own = (_forward_seconds(m, lm.sites[-1].output_path, ids) for m in (stock, lm.model))
+            parts = _parts(config, lm, batches, ids)
+            turns.append({"extraction": took, "stock_forward": forward, "forward": own, **parts})
+    middle = {part: statistics.median(turn[part] for turn in turns) for part in turns[0]}
     return {
         "model": name, "rows": rows, "store_dtype": config.data.dtype, "layers": len(lm.layers),
-        "tokens_per_s": rows / took, "forward_tokens_per_s": rows / forward,
-        "share_of_forward": share, "share_of_own_forward": own_share,
+        "tokens_per_s": rows / middle["extraction"], "forward_tokens_per_s": rows / middle["stock_forward"],
+        "share_of_forward": statistics.median(turn["stock_forward"] / turn["extraction"] for turn in turns),
+        "share_of_own_forward": statistics.median(turn["forward"] / turn["extraction"] for turn in turns),
+        "us_per_row": {part: took / rows * 1e6 for part, took in middle.items()},
     }  # fmt: skip
+
+
+def _parts(config: Config, lm: LanguageModel, batches: list[list[Window]], ids: list[Tensor]) -> dict[str, float]:
+    """Seconds of the parts of an extraction, of all batches, each by itself; its store is in config.data.store."""
+    device, dtype, capture = lm.device, getattr(torch, config.data.dtype), Capture(lm)
+    keeps = [np.stack([window.keep for window in batch]) for batch in batches]
+    index = read_index(Path(config.data.store, "train"))
+    plan = Plan(Path(config.data.store), index, config.data.shard_rows, config.data.open_shards)
+    captured: list[Tensor] = []
+
+    def write() -> None:
+        done = 0
+        with Writer(plan, 0, lambda *_: None) as writer:
+            for tensor in host:
+                while len(tensor):
+                    part = tensor[: plan.group_rows - done % plan.group_rows]
+                    zeros = np.zeros(len(part), np.int32)
+                    writer.put(Rows(part, zeros, zeros, zeros))
+                    done, tensor = done + len(part), tensor[len(part) :]
+
+    took = {"capture": machine.seconds(lambda: captured.extend(map(capture, ids, keeps, repeat(dtype))), device)}
+    moments = Moments.zero(index.n_layers, index.d_acts, device)
+    took["statistics"] = machine.seconds(lambda: [moments.add(rows) for rows in captured], device)
+    host = [rows.cpu() for rows in captured]
+    took["writing"] = machine.seconds(write, device)
+    tokens = sum(batch[0].tokens.size * len(batch) for batch in batches)
+    took["tokens"] = machine.seconds(lambda: _batches(config, lm, tokens), device)
+    return took
 
 
 def _batches(config: Config, lm: LanguageModel, tokens: int) -> list[list[Window]]:

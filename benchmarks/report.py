@@ -26,9 +26,7 @@ def print_step(row: Row) -> None:
     print(
         f"{name:58s} {row['tokens_per_s']:10,.0f} tokens/s {row['tflops']:8.3f} TFLOP/s  "
         f"{row['share_of_peak']:4.0%} of peak, {row['roofline_share']:4.0%} of roofline, "
-        f"{memory:.2f} GB"
-        + (f" ({memory / formula:.2f} of formula)" if formula else "")
-        + (f", {row['timed_steps']} steps timed" if row["timed_steps"] < 10 else ""),
+        f"{memory:.2f} GB" + (f" ({memory / formula:.2f} of formula)" if formula else ""),
         flush=True,
     )
 
@@ -54,7 +52,8 @@ def print_extraction(row: Row) -> None:
     """One line for one language model."""
     print(
         f"extraction {row['model']:14s} {row['tokens_per_s']:,.0f} tokens/s, {row['share_of_forward']:.0%} of the bare "
-        f"forward ({row['share_of_own_forward']:.0%} of it with our activation)",
+        f"forward ({row['share_of_own_forward']:.0%} of it with our activation); us a row, parts alone: "
+        + ", ".join(f"{part.replace('_', ' ')} {took:.1f}" for part, took in row["us_per_row"].items()),
         flush=True,
     )
 
@@ -65,6 +64,13 @@ def print_stream(row: dict[str, float]) -> None:
         f"stream {row['stream_gb_per_s']:.2f} GB/s, {row['stream_share_of_loopback']:.0%} of the loopback; "
         f"to sixteen clients {row['clients16_share']:.0%}",
         flush=True,
+    )
+
+
+def print_startup(row: dict[str, float]) -> None:
+    """One line for the commands' first answers."""
+    print(
+        "seconds: " + ", ".join(f"{key.removesuffix('_s').replace('_', ' ')} {took:.2f}" for key, took in row.items())
     )
 
 
@@ -84,14 +90,15 @@ def _figures(result: Row) -> Iterator[tuple[str, float]]:
         yield f"matmul_peak_tflops {name}", value
     yield "copy_gb_per_s", result["copy_gb_per_s"]
     parts = {"step": result["step"], "extraction": result.get("extraction", [])}
-    parts |= {"reader": result.get("reader", {}).get("shapes", []), "": [result.get("stream", {})]}
+    parts |= {"reader": result.get("reader", {}).get("shapes", []), "stream": [result.get("stream", {})]}
+    parts |= {"startup": [result.get("startup", {})]}
     for part, rows in parts.items():
         for row in rows:
-            inputs = (v for k, v in row.items() if not isinstance(v, float) and k != "timed_steps")
-            label = " ".join(map(str, inputs))
+            label = " ".join([part, *(str(value) for value in row.values() if isinstance(value, (int, str)))])
             for key, value in row.items():
-                if isinstance(value, float):
-                    yield f"{part} {label} {key}", value
+                for name, number in value.items() if isinstance(value, dict) else [("", value)]:
+                    if isinstance(number, float):
+                        yield f"{label} {key} {name}".rstrip(), number
 
 
 def plot(rows: list[Row], path: Path) -> None:

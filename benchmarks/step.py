@@ -43,11 +43,12 @@ def formula_memory(job: Job) -> int:
     return scale.state_bytes(job) + scale.backward_bytes(job) + 2 * B * L * D * 4
 
 
-def measure(case: dict[str, Any], peaks: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Run the step of `case` {L, D, F, B, precision, variant, timed_steps} and return the case with what came out.
+def measure(case: dict[str, Any], copy_gb_per_s: float, timed_steps: int, device: torch.device) -> dict[str, Any]:
+    """Run the step of `case` {L, D, F, B, precision, variant} and return the case with what came out.
 
-    The time is the median of `timed_steps` steps, after two.
-    Variants: `ours` and `textbook`, each also with `_compiled`. Memory is what building and running takes.
+    The time is the median of `timed_steps` steps, after two; shares are of the peak right after them, because machines
+    change their speed. Variants: `ours` and `textbook`, each also with `_compiled`. Memory is what building and running
+    takes.
     """
     L, D, F, B = (case[key] for key in "LDFB")
     dtype = autocast_dtype(case["precision"], device)
@@ -56,13 +57,13 @@ def measure(case: dict[str, Any], peaks: dict[str, Any], device: torch.device) -
     step = prepare(case, batch)
     for _ in range(WARMUP):
         step(batch)
-    times = [machine.seconds(lambda: step(batch), device) for _ in range(case["timed_steps"])]
+    times = [machine.seconds(lambda: step(batch), device) for _ in range(timed_steps)]
     used = machine.peak(device) - before
     job = Job(L, D, F, B, width=dtype.itemsize)
     took, work = statistics.median(times), scale.flops(job)
     precision = {value: key for key, value in machine.PRECISIONS.items()}[dtype]
-    limit = peaks["matmul_peak_tflops"][precision] * 1e12
-    roofline = max(work / limit, unavoidable_bytes(job) / (peaks["copy_gb_per_s"] * 1e9))
+    limit = machine.matmul_peak(dtype, device, budget=2.0) * 1e12
+    roofline = max(work / limit, unavoidable_bytes(job) / (copy_gb_per_s * 1e9))
     formula = {} if "textbook" in case["variant"] else {"formula_memory_gb": formula_memory(job) / 1e9}
     return {
         **case,
@@ -70,6 +71,7 @@ def measure(case: dict[str, Any], peaks: dict[str, Any], device: torch.device) -
         "seconds": took,
         "tokens_per_s": B / took,
         "tflops": work / took / 1e12,
+        "peak_tflops": limit / 1e12,
         "share_of_peak": work / took / limit,
         "roofline_seconds": roofline,
         "roofline_share": roofline / took,

@@ -1,4 +1,4 @@
-"""How near the machine's limits we run: the training step, the reader, the extraction, the stream.
+"""How near the machine's limits we run: the training step, the reader, the extraction, the stream, the start.
 
     python benchmarks/throughput.py [--quick] [--json OUT.json] [--compare OLD.json] [--plot OUT.png]
                                     [--shapes 12x768x6144x4000 ..] [--variants ours textbook ..] [--precision bf16]
@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 VARIANTS = ["ours", "ours_compiled", "textbook", "textbook_compiled"]
 # As launch.sh runs training: the large blocks that a step frees and takes again stay with the process.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+STEPS = 10  # timed, after the warm-up
 Case = dict[str, Any]
 
 
@@ -31,13 +32,13 @@ def main() -> None:
     import torch
 
     from benchmarks import machine, report
+    from benchmarks.startup import startup
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.case:
         from benchmarks import step
 
-        case = json.loads(arguments.case)
-        print(json.dumps(step.measure(case, case.pop("peaks"), device)))
+        print(json.dumps(step.measure(json.loads(arguments.case), arguments.copy_gb_per_s, STEPS, device)))
         return
     old = json.loads(arguments.compare.read_text()) if arguments.compare else None  # a wrong path ends the run here
     result = machine.where()
@@ -49,16 +50,19 @@ def main() -> None:
     report.print_machine(result)
     result["step"] = []
     for case in cases(arguments, device):
-        result["step"].append(measure(case, result))
+        result["step"].append(measure(case, result["copy_gb_per_s"]))
         _save(result, arguments.json)
     ratios(result["step"])
     report.print_ratios(result["step"])
     if arguments.plot:
-        result["sweep"] = [measure(case, result) for case in sweep(arguments.precision, device)]
+        result["sweep"] = [measure(case, result["copy_gb_per_s"]) for case in sweep(arguments.precision, device)]
         report.plot(result["sweep"], arguments.plot)
         _save(result, arguments.json)
     if not arguments.step_only:
         result |= _data_path(arguments.quick, device)
+        if not arguments.quick:
+            result["startup"] = startup()
+            report.print_startup(result["startup"])
     _save(result, arguments.json)
     if old:
         report.compare(old, result)
@@ -72,13 +76,17 @@ def _save(result: dict[str, Any], path: Path | None) -> None:
 
 
 def ratios(rows: list[dict[str, Any]]) -> None:
-    """Add `over_textbook` and `over_textbook_compiled` to our steps: how many times as fast as those of their shape."""
-    seconds = {(*(row[key] for key in "LDFB"), row["precision"], row["variant"]): row.get("seconds") for row in rows}
-    for row in rows:
+    """Add `over_textbook` and `over_textbook_compiled` to our steps: how many times as fast as those of their shape.
+
+    Each beside the peak of its own minutes: a shared machine may have changed its speed from one to the other.
+    """
+    measured = [row for row in rows if "error" not in row]
+    by_case = {(*(row[key] for key in "LDFB"), row["precision"], row["variant"]): row for row in measured}
+    for row in measured:
         for reference in ("textbook", "textbook_compiled"):
-            theirs = seconds.get((*(row[key] for key in "LDFB"), row["precision"], reference))
-            if "ours" in row["variant"] and theirs and "seconds" in row:
-                row[f"over_{reference}"] = theirs / row["seconds"]
+            theirs = by_case.get((*(row[key] for key in "LDFB"), row["precision"], reference))
+            if "ours" in row["variant"] and theirs:
+                row[f"over_{reference}"] = row["share_of_peak"] / theirs["share_of_peak"]
 
 
 def _arguments() -> argparse.Namespace:
@@ -94,6 +102,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--step-only", action="store_true", help="leave reader, extraction and stream out")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # one step in this process
+    parser.add_argument("--copy-gb-per-s", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -107,21 +116,19 @@ def cases(arguments: argparse.Namespace, device: Any) -> list[Case]:
         shapes = [(6, 256, 512, 512)] if arguments.quick else [(12, 768, 1024, 4000)]
     found = [_case(shape, arguments.precision, variant) for shape in shapes for variant in arguments.variants]
     if not arguments.shapes and not arguments.quick and device.type == "cpu":  # does the reference run fit?
-        found.append(_case((12, 768, 6144, 4000), arguments.precision, "ours_compiled") | {"timed_steps": 1})
+        found.append(_case((12, 768, 6144, 4000), arguments.precision, "ours_compiled"))
     return found
 
 
 def _case(shape: tuple[int, ...], precision: str, variant: str) -> Case:
-    timed_steps = 5 if "textbook" in variant else 10
-    return {**dict(zip("LDFB", shape)), "precision": precision, "variant": variant, "timed_steps": timed_steps}
+    return {**dict(zip("LDFB", shape)), "precision": precision, "variant": variant}
 
 
-def measure(case: Case, peaks: dict[str, Any]) -> dict[str, Any]:
+def measure(case: Case, copy_gb_per_s: float) -> dict[str, Any]:
     """`step.measure` in a fresh process; a case that fails says why in `error`, e.g. that the memory was too small."""
     from benchmarks.report import print_step
 
-    peaks = {key: peaks[key] for key in ("matmul_peak_tflops", "copy_gb_per_s")}
-    command = [sys.executable, __file__, "--case", json.dumps({**case, "peaks": peaks})]
+    command = [sys.executable, __file__, "--case", json.dumps(case), "--copy-gb-per-s", str(copy_gb_per_s)]
     env = {**MALLOC, **os.environ}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode == 0:

@@ -85,14 +85,19 @@ class Loader:
         return self
 
     def __next__(self) -> Tensor:
+        start = time.perf_counter()
+        try:
+            return self._next()
+        finally:
+            self.stalled += time.perf_counter() - start
+
+    def _next(self) -> Tensor:
         if self._held is not None:
             self._ask(self._held)
             self._held = None
         if self._reading:
             slot = self._reading.popleft()
-            start = time.perf_counter()
             error = slot.done.get()
-            self.stalled += time.perf_counter() - start
             if error is None:
                 return self._batch(slot)
             self._end = error

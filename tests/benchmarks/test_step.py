@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import report, scale, step
+from benchmarks import machine, report, scale, step
 
 SIZES = {"L": 3, "D": 4, "F": 16, "B": 64}
 JOB = scale.Job(3, 4, 16, 64, width=4)
 
 
 @pytest.mark.parametrize("variant", ["ours", "textbook"])
-def test_a_measured_step(variant: str) -> None:
-    peaks = {"matmul_peak_tflops": {"fp32": 0.1}, "copy_gb_per_s": 10.0}
-    row = step.measure({**SIZES, "precision": "fp32", "variant": variant, "timed_steps": 3}, peaks, torch.device("cpu"))
+def test_a_measured_step(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "matmul_peak", lambda *_, budget: 0.1)
+    row = step.measure({**SIZES, "precision": "fp32", "variant": variant}, 10.0, 3, torch.device("cpu"))
     assert row["tokens_per_s"] * row["seconds"] == pytest.approx(64)
     assert row["share_of_peak"] == pytest.approx(row["tflops"] / 0.1)
     assert 0 < row["share_of_peak"] <= row["roofline_share"] < 1

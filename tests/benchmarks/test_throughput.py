@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,12 +27,35 @@ def test_the_command_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureF
     keys = "L D F B precision variant tokens_per_s tflops share_of_peak roofline_share peak_memory_gb"
     assert set(keys.split()) <= ours.keys() & textbook.keys()
     assert ours["formula_memory_gb"] > 0
-    assert (ours["timed_steps"], textbook["timed_steps"]) == (10, 5)
-    assert ours["over_textbook"] == pytest.approx(textbook["seconds"] / ours["seconds"])
+    assert ours["over_textbook"] == pytest.approx(ours["share_of_peak"] / textbook["share_of_peak"])
     report.compare(result, result)
-    assert (
-        sum(line.startswith("step 3 4 16 64 fp32 ours seconds") for line in capsys.readouterr().out.splitlines()) == 1
-    )
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("step 3 4 16 64 fp32 ours seconds") for line in lines) == 1
+
+
+def test_the_comparison_shows_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    def result(factor: float) -> dict[str, Any]:
+        extraction = {"model": "small", "rows": 7, "us_per_row": {"writing": 3.0 * factor}, "tokens_per_s": 9.0}
+        parts = {"reader": {"shapes": []}, "stream": {"stream_gb_per_s": 2.0}, "startup": {"help_s": 0.1 * factor}}
+        return {"commit": "c", "device": "d", "matmul_peak_tflops": {}, "copy_gb_per_s": 1.0, "step": [],
+                "extraction": [extraction], **parts}  # fmt: skip
+
+    report.compare(result(1.0), result(2.0))
+    found = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["extraction", "small", "7", "us_per_row", "writing", "3", "6", "2.000"] in found
+    assert ["extraction", "small", "7", "tokens_per_s", "9", "9", "1.000"] in found
+    assert ["startup", "help_s", "0.1", "0.2", "2.000"] in found
+    assert ["stream", "stream_gb_per_s", "2", "2", "1.000"] in found
+
+
+def test_an_extraction_and_its_parts() -> None:
+    row = data_path.extraction("embedded", 1, torch.device("cpu"))
+    assert row["rows"] > 10_000
+    assert row["share_of_forward"] > 0
+    parts = row["us_per_row"]
+    assert parts.keys() == {"extraction", "stock_forward", "forward", "capture", "statistics", "writing", "tokens"}
+    assert min(parts.values()) > 0
+    assert max(parts.values()) < 1e5
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
