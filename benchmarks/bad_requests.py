@@ -102,7 +102,7 @@ def _headers(dice: random.Random) -> str:
 
 
 def judge(port: int, request: Request, timeout: float = 30.0) -> str:
-    """ "fine", or what is wrong with how the server at `port` took the request."""
+    """ "fine", "closed" (without an answer; no fault either), or what is wrong with how the server took it."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout) as connection:
             with contextlib.suppress(ConnectionError):
@@ -111,10 +111,12 @@ def judge(port: int, request: Request, timeout: float = 30.0) -> str:
                     time.sleep(request.pause)
                 if request.half_close:
                     connection.shutdown(socket.SHUT_WR)
-            answer = b""
+            answer, end = b"", time.monotonic() + timeout
             with contextlib.suppress(ConnectionError):
                 while len(answer) < 200_000 and (piece := connection.recv(65_536)):
                     answer += piece
+                    if time.monotonic() > end:
+                        return "hang"
     except TimeoutError:
         return "hang"
     return _verdict(answer, request)
@@ -124,7 +126,7 @@ def _verdict(answer: bytes, request: Request) -> str:
     if answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\n"):
         answer = answer[25:]
     if not answer:
-        return "no answer" if request.complete else "fine"
+        return "no answer" if request.complete else "closed"
     head, _, body = answer.partition(b"\r\n\r\n")
     status = int(head.split(None, 2)[1])
     if 200 <= status < 300:

@@ -76,7 +76,7 @@ async def stream(request: Request) -> Response:
     # An error before the first frame is a status, not a frame.
     drawn = await until_gone(request.receive, supply.draw(n))
     size = None if count is None else count * _layout(drawn).size
-    return Pieces(_frames(supply, count, drawn), size, {"x-clt-segment": drawn.buffer.segment})
+    return Pieces(_frames(supply, count, drawn), size, {"x-clt-segment": drawn.buffer.segment}, drawn.release)
 
 
 async def _frames(supply: Supply, count: int | None, drawn: Drawn) -> AsyncGenerator[bytes | memoryview, None]:
@@ -90,7 +90,7 @@ async def _frames(supply: Supply, count: int | None, drawn: Drawn) -> AsyncGener
                 left -= len(piece)
                 if left == 0:  # counted before the client can have it whole
                     drawn.release()
-                    supply.buffer.add_served(n, form.size)
+                    supply.add_served(drawn.buffer, n, form.size)
                 yield piece
             if sequence == count or time.monotonic() > end:
                 return
@@ -111,21 +111,26 @@ async def tensor(request: Request) -> Response:
     supply: Supply = request.state.supply
     most = _most(request)
     n = parameters(request, batch_size=(1, most, min(256, most)))["batch_size"] or 0
-    batch = await until_gone(request.receive, supply.batch(n))
+    batch, buffer, release = await until_gone(request.receive, supply.batch(n))
     data = as_bytes(batch.activations)
+    try:
+        checksum = await supply.run(xxh3_64_hexdigest, data)
+    except BaseException:
+        release()
+        raise
     headers = {
         "x-tensor-shape": ",".join(map(str, batch.activations.shape)),
-        "x-tensor-dtype": supply.buffer.dtype,
-        "x-tensor-xxh3": await supply.run(xxh3_64_hexdigest, data),
-        "x-clt-segment": supply.buffer.segment,
+        "x-tensor-dtype": buffer.dtype,
+        "x-tensor-xxh3": checksum,
+        "x-clt-segment": buffer.segment,
     }
 
     async def pieces() -> AsyncGenerator[memoryview, None]:
         for start in range(0, len(data), PIECE):
             yield data[start : start + PIECE]
-        supply.buffer.add_served(n, len(data))
+        supply.add_served(buffer, n, len(data))
 
-    return Pieces(pieces(), len(data), headers)
+    return Pieces(pieces(), len(data), headers, release)
 
 
 async def activations(request: Request) -> Response:
@@ -133,9 +138,12 @@ async def activations(request: Request) -> Response:
     supply: Supply = request.state.supply
     most = min(_most(request), request.state.config.server.max_json_batch)
     n = parameters(request, batch_size=(1, most, 1))["batch_size"] or 0
-    batch = await until_gone(request.receive, supply.batch(n))
-    text = await supply.run(_json, batch, supply.buffer.dtype, supply.buffer.segment)
-    supply.buffer.add_served(n, len(text))
+    batch, buffer, release = await until_gone(request.receive, supply.batch(n))
+    try:
+        text = await supply.run(_json, batch, buffer.dtype, buffer.segment)
+    finally:
+        release()
+    supply.add_served(buffer, n, len(text))
     return Response(text, media_type="application/json")
 
 

@@ -319,6 +319,12 @@ class SharedBuffer:
                 header["closing"] = 1
             return bool(header["closing"])
 
+    @property
+    def in_use(self) -> bool:
+        """Whether a worker is on it, or the first is still to come."""
+        with self._locked() as header:
+            return not header["closing"] and (not header["joined"] or bool(self._living()))
+
     def give_up(self) -> None:
         """Of a buffer whose owner has died: drop the valid rows and return the memory, unless rows are just being read.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import logging
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -12,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+log = logging.getLogger("uvicorn.error")
 PUBLIC = ("/", "/healthz")
 """Paths that need no token: they tell nothing but whether the server works."""
 _NO_TOKEN = (
@@ -38,9 +40,15 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+        self.app, self._warned = app, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not scope["state"].get("limited") and not self._warned:
+            self._warned = True
+            log.warning(
+                "slow, half-open and too many connections are not ended, headers not limited: start uvicorn with "
+                "--http clt.server.protocol:Protocol, or use clt serve"
+            )
         if scope["type"] == "http" and (refusal := _refusal(scope)) is not None:
             await refusal(scope, receive, send)
         else:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +17,9 @@ from clt.data.index import INDEX, STATISTICS, StoreIndex, read_index, write_inde
 from clt.data.rows import captured
 from clt.data.statistics import Moments, Statistics
 from clt.errors import UserError
+from clt.server.buffer import buffer_bytes
 from clt.server.generator import device_for
+from clt.server.segment import FOLDER, check_memory
 
 if TYPE_CHECKING:
     from clt.lm.load import LanguageModel
@@ -35,11 +38,26 @@ def own_folder(config: Config) -> Path:
     return Path(config.data.store) / ("server" if name is None else f"server-{name}")
 
 
+def segment_name(config: Config) -> str:
+    """The name of the config's segment: `server.name`, else one that belongs to the path of `data.store`."""
+    return config.server.name or hashlib.sha256(os.path.realpath(config.data.store).encode()).hexdigest()[:16]
+
+
 def tag(config: Config) -> str:
     """64 hexadecimal digits that two configs share if and only if they ask for the same buffer of the same rows."""
     server = dataclasses.asdict(config.server)
-    own = {key: server[key] for key in ("source", "rows", "min_fill", "device", "low", "statistics_tokens")}
-    parts = [dataclasses.asdict(config.lm), dataclasses.asdict(config.text), dataclasses.asdict(config.data), own]
+    return _digest(
+        [rows_tag(config), *(server[key] for key in ("rows", "min_fill", "device", "low", "statistics_tokens"))]
+    )
+
+
+def rows_tag(config: Config) -> str:
+    """The same of the rows alone, and the order in which they come."""
+    parts = [dataclasses.asdict(part) for part in (config.lm, config.text, config.data)]
+    return _digest([*parts, config.server.source, config.run.seed])
+
+
+def _digest(parts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -55,6 +73,8 @@ def prepare(config: Config, progress: bool = False) -> StoreIndex:
         from clt.lm.load import load_language_model
 
         lm = load_language_model(config.lm, device_for(config.server, 0.0, "cpu", torch.cuda.is_available()))
+        if not (FOLDER / f"clt-{segment_name(config)}").exists():  # else its memory may be what is missing
+            check_memory(buffer_bytes(config.server.rows, len(lm.layers), lm.d_model, config.data.dtype))
     heldout = extract(config, "heldout", lm, progress)
     directory = folder(config)
     if config.server.source == "store":

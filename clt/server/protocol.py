@@ -29,9 +29,12 @@ class Protocol(HttpToolsProtocol):
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
+    _under_way: tuple[Any, ...] = ()
+    """Cycles of requests whose answers were under way when the next request came on the same connection."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.app_state["limited"] = True  # by this protocol; see clt.server.limits
         if self.client is not None and is_loopback(self.client[0]):
             # There is no bottleneck to be found out: bbr, where it is the default, costs a tenth (measured).
             with contextlib.suppress(OSError):
@@ -45,6 +48,9 @@ class Protocol(HttpToolsProtocol):
         self._stop(self._head_timer)
         self._stop(self._write_timer)
         super().connection_lost(exc)
+        for cycle in self._under_way:  # uvicorn tells the last one alone, and a stream would go on for nobody
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -59,6 +65,8 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._stop(self._head_timer)
         self._head_timer, self._head_bytes = None, 0
+        before = () if self.cycle is None else (*self._under_way, self.cycle)
+        self._under_way = tuple(cycle for cycle in before if not cycle.response_complete)
         super().on_headers_complete()
 
     def pause_writing(self) -> None:

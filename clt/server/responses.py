@@ -44,12 +44,19 @@ class Pieces(Response):
     """A body of bytes-likes that are sent as they are made.
 
     `size` is their sum, or None if that is unknown. Fewer bytes than that cut the connection off, which clients notice.
+    `release` is called in the end, also when the client has gone before the first piece was made.
     """
 
     media_type = "application/octet-stream"
 
-    def __init__(self, pieces: AsyncGenerator[Any, None], size: int | None, headers: dict[str, str]) -> None:
-        self.pieces, self.size, self.status_code, self.background = pieces, size, 200, None
+    def __init__(
+        self,
+        pieces: AsyncGenerator[Any, None],
+        size: int | None,
+        headers: dict[str, str],
+        release: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.pieces, self.size, self.release, self.status_code, self.background = pieces, size, release, 200, None
         self.init_headers(headers if size is None else {**headers, "content-length": str(size)})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,7 +73,10 @@ class Pieces(Response):
             if self.size is None or sent == self.size:
                 await send({"type": "http.response.body", "body": b""})
 
-        await until_gone(receive, answer(), scope["state"]["answer_seconds"])
+        try:
+            await until_gone(receive, answer(), scope["state"]["answer_seconds"])
+        finally:
+            self.release()
 
 
 class Counted:

@@ -68,14 +68,22 @@ class ServerStore:
             row_bytes = 2 * self.index.n_layers * self.index.d_acts * getattr(torch, self.index.dtype).itemsize
             self._frames = self.client.stream_frames(min(rows, self.most, max(1, _FRAME_BYTES // row_bytes)))
         frame = next(self._frames)
+        if frame.segment not in self.consumed:
+            self._check_index()
         tensor = frame.batch.activations
-        if tensor.shape[1:] != (2, self.index.n_layers, self.index.d_acts):
-            raise UserError(
-                f"{self.path} now serves rows {tuple(tensor.shape[1:])}, wanted (2, {self.index.n_layers}, "
-                f"{self.index.d_acts}): it was started again with another model; start this run again, too"
-            )
         self.consumed[frame.segment] = self.consumed.get(frame.segment, 0) + len(tensor)
         return tensor
+
+    def _check_index(self) -> None:
+        """A buffer that is new to this run may be that of a server that was started again with another config."""
+        wanted, found = dataclasses.asdict(self.index), dataclasses.asdict(self.client.index())
+        odd = [key for key in wanted if key not in ("rows", "shards") and found[key] != wanted[key]]
+        if odd:
+            told = "; ".join(f"{key}: found {found[key]!r}, wanted {wanted[key]!r}" for key in odd)
+            raise UserError(
+                f"{self.path} now serves other rows ({told}): it was started again with another config; start it with "
+                "the old one, or begin a new run"
+            )
 
 
 def open_server(config: Config) -> ServerStore:

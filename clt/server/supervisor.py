@@ -7,7 +7,6 @@ however it ended, the supervisor removes the segment and ends too.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import multiprocessing
 import os
@@ -28,18 +27,13 @@ from clt.errors import UserError
 from clt.parsing import to_yaml
 from clt.server.buffer import SLOW_SHARE, SharedBuffer, buffer_bytes
 from clt.server.generator import run_generator
-from clt.server.prepare import needs_model, own_folder, prepare, tag
+from clt.server.prepare import needs_model, own_folder, prepare, rows_tag, segment_name, tag
 
 _TICK = 0.2  # seconds between two looks at the workers and their claims
 _FIRST_WORKER = 60.0  # seconds that the first worker may take to come
 _DELAYS = (0.5, 60.0)  # seconds before the first and before the slowest restart of the generator
 _STEADY = 60.0  # seconds after which a generator counts as having worked
 _POSITION_SECONDS = 10.0  # between two records of the place in the text
-
-
-def segment_name(config: Config) -> str:
-    """The name of the config's segment: `server.name`, else one that belongs to the path of `data.store`."""
-    return config.server.name or hashlib.sha256(os.path.realpath(config.data.store).encode()).hexdigest()[:16]
 
 
 def ensure(config: Config) -> SharedBuffer:
@@ -62,13 +56,14 @@ def _join(config: Config) -> SharedBuffer | None:
         buffer = SharedBuffer.attach(segment_name(config))
     except FileNotFoundError:
         return None
-    if buffer.alive and buffer.tag != tag(config):
+    same = buffer.tag == tag(config)
+    if buffer.alive and not same and buffer.in_use:
         buffer.close()
         raise UserError(
             f"a server with other settings runs on the buffer {segment_name(config)!r}: stop it first, or give this "
             "one another server.name"
         )
-    if buffer.alive and buffer.join():
+    if buffer.alive and same and buffer.join():
         return buffer
     while buffer.alive:  # it is about to end
         time.sleep(_TICK / 4)
@@ -145,7 +140,7 @@ def _create(config: Config) -> SharedBuffer:
     slow = SLOW_SHARE * rows * row_bytes(*sizes)["tensor"]
     print(
         f"shared buffer: {rows} rows (2, L={sizes[0]}, D={sizes[1]}) {sizes[2]}, {size / 1e9:.2f} GB of memory; "
-        f"besides, each serving process keeps at most {slow / 1e9:.2f} GB for clients that read slowly",
+        f"besides, each serving process keeps at most {slow / 1e9:.2f} GB (or one batch) for its clients",
         file=sys.stderr,
         flush=True,
     )
@@ -240,7 +235,7 @@ def _save_position(config: Config, buffer: SharedBuffer) -> None:
     to stop serving.
     """
     try:
-        write_json(_position(config), {"tag": buffer.tag, "mark": buffer.mark})
+        write_json(_position(config), {"rows": rows_tag(config), "mark": buffer.mark})
     except OSError as error:
         print(f"the place in the text was not recorded: {error}", file=sys.stderr, flush=True)
 
@@ -248,7 +243,7 @@ def _save_position(config: Config, buffer: SharedBuffer) -> None:
 def _load_position(config: Config) -> tuple[int, int, int]:
     file = _position(config)
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    return tuple(found["mark"]) if found.get("tag") == tag(config) else (0, 0, 0)
+    return tuple(found["mark"]) if found.get("rows") == rows_tag(config) else (0, 0, 0)
 
 
 if __name__ == "__main__":

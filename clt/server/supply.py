@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
+import multiprocessing
+import os
+import signal
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -40,17 +44,17 @@ class Drawn:
     """n rows that were drawn for a client, and are copied out of the shared buffer as they are sent.
 
     Where that takes longer than _HOLD_SECONDS, the rest is copied: who reads slowly, or not at all, must not keep the
-    slots from the generator. `held` are all of a process that are not released; when their copies would come to more
-    than SLOW_SHARE of the buffer, the client is given up instead.
+    slots from the generator. `held` has all of a process that are not released, with the bytes of their copies; when
+    there is no room for another, the client is given up instead.
     """
 
-    def __init__(self, buffer: SharedBuffer, slots: np.ndarray, held: set[Drawn]) -> None:
+    def __init__(self, buffer: SharedBuffer, slots: np.ndarray, held: dict[object, int]) -> None:
         self.buffer, self.columns = buffer, buffer.columns(slots)
         self._n, self._next, self._held = len(slots), 0, held
         self._slots: np.ndarray | None = slots  # None when they have been given back
         self._own: memoryview | None = None  # the rows from `_next` on, when they have been copied
         self._timer = asyncio.get_running_loop().call_later(_HOLD_SECONDS, self.detach)
-        held.add(self)
+        held[self] = 0
 
     def __len__(self) -> int:
         return self._n
@@ -71,24 +75,39 @@ class Drawn:
         if self._slots is None:
             return
         rest = self._slots[self._next :]
-        copied = sum(len(drawn._own) for drawn in self._held if drawn._own is not None)
         size = len(rest) * self.buffer.row_bytes
-        if len(rest) and copied + size <= SLOW_SHARE * self.buffer.rows * self.buffer.row_bytes:
+        if size and _fits(self._held, size, self.buffer):
             self._own = np.empty(size, np.uint8).data
             self.buffer.copy(rest, self._own)
+            self._held[self] = size
         self._give_back()
 
     def release(self) -> None:
         """The rows are not needed any more; may be called again."""
         self._give_back()
         self._own = None
-        self._held.discard(self)
+        self._held.pop(self, None)
 
     def _give_back(self) -> None:
         if self._slots is not None:
             self._timer.cancel()
             self.buffer.release(self._slots)
             self._slots = None
+
+
+class Own(NamedTuple):
+    """A batch in memory of its own; call `release` when it is not needed any more."""
+
+    batch: Batch
+    buffer: SharedBuffer
+    """Where it came from."""
+    release: Callable[[], object]
+
+
+def _fits(held: dict[object, int], size: int, buffer: SharedBuffer) -> bool:
+    """Whether `size` bytes more may be copied: to SLOW_SHARE of the buffer in all, or one batch."""
+    copied = sum(held.values())
+    return not copied or copied + size <= SLOW_SHARE * buffer.rows * buffer.row_bytes
 
 
 class Supply:
@@ -99,7 +118,7 @@ class Supply:
         self.buffer: SharedBuffer
         self._pool = _pool()
         self._clients = 0
-        self._held: set[Drawn] = set()
+        self._held: dict[object, int] = {}  # what clients are sent, and the bytes that were copied for it
         self._samples: deque[tuple[float, int, float]] = deque(maxlen=_SAMPLES)  # time, rows served, fill
 
     async def open(self) -> None:
@@ -111,11 +130,19 @@ class Supply:
         await self._leave(self.buffer, self._pool)
 
     async def watch(self) -> None:
-        """Sample the counters, and look for the next buffer when the owner of this one has died; never returns."""
+        """Sample the counters, and look for the next buffer when the owner of this one has died.
+
+        Returns when the process that started this one has died.
+        """
         while True:
             stats = self.buffer.stats()
             self._samples.append((time.monotonic(), stats["rows_served"], stats["fill"]))
             await asyncio.sleep(_SAMPLE_SECONDS)
+            parent = multiprocessing.parent_process()
+            if parent is not None and not parent.is_alive():  # uvicorn's own: nobody else would end its workers
+                log.error("the parent of this worker has died; it ends, too")
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
             if not self.buffer.alive:
                 log.error("the supervisor of the shared buffer has died; starting another")
                 await self._replace()
@@ -134,7 +161,7 @@ class Supply:
 
     async def _leave(self, buffer: SharedBuffer, pool: ThreadPoolExecutor) -> None:
         await asyncio.to_thread(pool.shutdown)  # draws that are under way still use the buffer
-        for drawn in [drawn for drawn in self._held if drawn.buffer is buffer]:
+        for drawn in [each for each in self._held if isinstance(each, Drawn) and each.buffer is buffer]:
             drawn.detach()
         buffer.close()
 
@@ -161,9 +188,31 @@ class Supply:
 
         return await self._wait_for(n, claim)
 
-    async def batch(self, n: int) -> Batch:
-        """n drawn rows in memory of their own; waits for them. Raises Unavailable with the cause."""
-        return await self._wait_for(n, lambda buffer: self.run(buffer.draw, n))
+    async def batch(self, n: int) -> Own:
+        """n drawn rows; waits for them, and for memory to copy them to. Raises Unavailable with the cause."""
+        size, seconds, key = n * self.buffer.row_bytes, self.config.server.wait_seconds, object()
+        end = time.monotonic() + seconds
+        while not _fits(self._held, size, self.buffer):
+            if time.monotonic() > end:
+                raise Unavailable(f"clients that read slowly had all the memory for batches for {seconds:g} seconds", 1)
+            await asyncio.sleep(_POLL[1])
+        self._held[key] = size
+        release = functools.partial(self._held.pop, key, None)
+
+        async def draw(buffer: SharedBuffer) -> Own | None:
+            batch = await self.run(buffer.draw, n)
+            return None if batch is None else Own(batch, buffer, release)
+
+        try:
+            return await self._wait_for(n, draw)
+        except BaseException:
+            release()
+            raise
+
+    def add_served(self, buffer: SharedBuffer, rows: int, size: int) -> None:
+        """Count rows that were sent. The counters of a buffer that has been replaced since are gone."""
+        if buffer is self.buffer:
+            buffer.add_served(rows, size)
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
         """`work(*arguments)` in a thread."""

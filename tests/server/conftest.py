@@ -132,7 +132,7 @@ class Server:
 def serve(
     stores: Path, lm_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Server]]:
-    """serve(*overrides, by="clt" or "uvicorn", **environment): a server of a copy of the extracted stores."""
+    """serve(*overrides, by="clt"|"uvicorn"|"plain uvicorn", **environment): a server of a copy of the stores."""
     servers = []
 
     def start(*overrides: str, by: str = "clt", **environment: str) -> Server:
@@ -142,8 +142,10 @@ def serve(
         if by == "clt":
             command = ["clt.cli", "serve", str(path / "config.yaml"), "server.port={port}"]
         else:
-            command = ["uvicorn", "clt.server.app:app", "--http", "clt.server.protocol:Protocol", "--port", "{port}"]
-            command += ["--workers", str(config.server.workers), "--timeout-graceful-shutdown", "1"]
+            command = ["uvicorn", "clt.server.app:app", "--port", "{port}", "--workers", str(config.server.workers)]
+            command += ["--timeout-graceful-shutdown", "1"]
+            if by == "uvicorn":
+                command += ["--http", "clt.server.protocol:Protocol"]
             environment["CLT_CONFIG"] = str(path / "config.yaml")
         servers.append(Server(command, environment, path / "store", path / "log"))
         return servers[-1]

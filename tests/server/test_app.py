@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from clt.data.extract import extract
 from clt.data.store import DiscBuffer
 from clt.server.client import ActivationClient, ServerError
 from clt.server.segment import Segment
@@ -84,7 +85,12 @@ def known_rows(store: Path) -> set[tuple[int, int, int, bytes]]:
     """(document, position, token, bytes) of the training store's rows."""
     buffer, every = DiscBuffer(store / "train"), slice(None)
     columns = [column(every).tolist() for column in (buffer.documents, buffer.positions, buffer.tokens)]
-    return {(*keys, row.numpy().tobytes()) for *keys, row in zip(*columns, buffer[:])}
+    return {(*keys, bits(row)) for *keys, row in zip(*columns, buffer[:])}
+
+
+def bits(row: torch.Tensor) -> bytes:
+    """Of a row of 16-bit numbers."""
+    return row.contiguous().view(torch.int16).numpy().tobytes()
 
 
 def test_streamed_rows_are_the_stores_and_come_once(server):
@@ -92,7 +98,7 @@ def test_streamed_rows_are_the_stores_and_come_once(server):
     for batch in ActivationClient(server.url).stream_activations(50, max_batches=30):
         for i, row in enumerate(batch.activations):
             place = (int(batch.document[i]), int(batch.position[i]), int(batch.token[i]))
-            assert (*place, row.numpy().tobytes()) in known
+            assert (*place, bits(row)) in known
         seen |= set(batch.row.tolist())
     assert len(seen) == 1500
 
@@ -109,7 +115,7 @@ def test_a_tensor_says_its_shape_and_dtype(server):
     assert headers["x-tensor-dtype"] == "float16"
     tensor = torch.frombuffer(bytearray(body), dtype=torch.float16).view(7, 2, 3, 16)
     known = {row for *_, row in known_rows(server.store)}
-    assert all(row.numpy().tobytes() in known for row in tensor)
+    assert all(bits(row) in known for row in tensor)
 
 
 def test_json_carries_the_values_exactly(server):
@@ -120,7 +126,51 @@ def test_json_carries_the_values_exactly(server):
     values = torch.tensor(found["activations"], dtype=torch.float64)
     assert torch.equal(values, values.half().double())
     for i, row in enumerate(values.half()):
-        assert (found["document"][i], found["position"][i], found["token"][i], row.numpy().tobytes()) in known
+        assert (found["document"][i], found["position"][i], found["token"][i], bits(row)) in known
+
+
+def test_bfloat16_is_carried_exactly(serve, config):
+    own = config("data.dtype=bfloat16")
+    for part in ("train", "heldout"):
+        extract(own, part, progress=False)
+    server = serve(f"data.store={own.data.store}", "data.dtype=bfloat16")
+    client, known = ActivationClient(server.url), {row for *_, row in known_rows(Path(own.data.store))}
+    listed = torch.tensor(client.get_activations(7)["activations"], dtype=torch.float64)
+    assert torch.equal(listed, listed.bfloat16().double())
+    tensors = [client.get_activations_tensor(7), next(client.stream_activations(7)).activations, listed.bfloat16()]
+    for tensor in (*tensors, next(client.heldout(7)).activations):
+        assert tensor.dtype == torch.bfloat16
+        assert tensor.shape == (7, 2, 3, 16)
+    assert all(bits(row) in known for tensor in tensors for row in tensor)
+
+
+def test_a_second_request_on_a_connection_does_not_hide_that_the_client_has_gone(server):
+    """Sent before the first was answered: the stream must end with the connection all the same."""
+    asked = b"".join(
+        b"GET %s HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n" % path
+        for path in (b"/activations/stream?batch_size=8", b"/stats")
+    )
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(asked)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+    eventually(lambda: json.loads(ask(server, "/stats")[2])["clients"] == 0)
+    eventually(lambda: json.loads(ask(server, "/stats")[2])["in_flight"] == 0)
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_plain_uvicorn_serves_and_says_what_is_missing(serve):
+    server = serve(by="plain uvicorn")
+    assert len({row for batch in ActivationClient(server.url).stream_activations(50, 4) for row in batch.row}) == 200
+    assert server.log.read_text().count("start uvicorn with --http clt.server.protocol:Protocol") == 1
+
+
+def test_workers_of_a_killed_server_end_and_it_can_be_started_again(serve):
+    server = serve("server.workers=2")
+    server.process.kill()
+    server.process.wait()
+    eventually(lambda: server.status("/healthz") is None)
+    server.start()
+    assert len(next(ActivationClient(server.url).stream_activations(5)).row) == 5
 
 
 def test_a_stream_without_end_goes_on_until_the_client_leaves(server):

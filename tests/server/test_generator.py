@@ -28,9 +28,9 @@ from clt.lm.load import load_language_model
 from clt.lm.text import windows
 from clt.server.buffer import SharedBuffer
 from clt.server.generator import StoredRows, device_for, fill, from_model, from_store
-from clt.server.prepare import folder, needs_model, prepare, tag
+from clt.server.prepare import folder, needs_model, prepare, rows_tag, segment_name
 from clt.server.segment import start_time
-from clt.server.supervisor import _save_position, ensure, segment_name
+from clt.server.supervisor import _save_position, ensure
 from tests.server.conftest import eventually, known_rows
 
 MakeConfig = Callable[..., Config]
@@ -274,16 +274,23 @@ def test_a_failing_generator_says_why_and_recovers(config: MakeConfig, stores: P
         eventually(lambda: buffer.stats()["valid"] == 200)  # the drawn rows are replaced
         with pytest.raises(UserError, match="a server with other settings runs on the buffer"):
             ensure(store_config(config, stores, tmp_path, "server.rows=201"))
-    # The place in the order was recorded; another server goes on behind it.
-    position = json.loads((tmp_path / "stores" / "server" / "position.json").read_text())
-    assert position["tag"] == tag(made)
-    assert position["mark"] == [0, 0, 210]
+    # The place in the order was recorded; another server goes on behind it, also with a buffer of another size.
     seen: dict[int, tuple[bytes, int, int, int]] = {}
-    with served(made) as buffer:
+    with served(store_config(config, stores, tmp_path, "server.rows=220")) as buffer:
+        position = json.loads((tmp_path / "stores" / "server" / "position.json").read_text())
+        assert position["rows"] == rows_tag(made)
+        assert position["mark"] == [0, 0, 210]
         eventually(lambda: take(buffer, seen) >= 100)
     rows = next(from_store(made))[1]
     order = stored_keys(rows)[210:]
     assert all(seen[row] == order[row] for row in seen)
+
+
+def test_a_server_that_was_just_stopped_is_in_nobodys_way(config: MakeConfig, stores: Path, tmp_path: Path) -> None:
+    """Its supervisor takes a moment to end."""
+    ensure(store_config(config, stores, tmp_path)).close()
+    with served(store_config(config, stores, tmp_path, "server.rows=201")) as buffer:
+        assert buffer.rows == 201
 
 
 def _ensure_and_hang(config: Config, out: Connection) -> None:
@@ -355,6 +362,9 @@ def test_mistakes_reach_the_one_who_asked(config: MakeConfig, stores: Path, tmp_
     with pytest.raises(UserError, match=r"the shared buffer needs .* GB but .*lower server\.rows"):
         ensure(store_config(config, stores, tmp_path, "server.rows=1_000_000_000"))
     assert not Path(f"/dev/shm/clt-{segment_name(config())}").exists()
+    with pytest.raises(UserError, match=r"the shared buffer needs .* GB but .*lower server\.rows"):
+        ensure(config(f"data.store={tmp_path / 'fresh'}", "server.rows=1_000_000_000"))
+    assert not (tmp_path / "fresh" / "heldout").exists(), "it was told before the language model ran for hours"
 
 
 def test_a_disk_that_is_full_or_gone_does_not_end_the_server(

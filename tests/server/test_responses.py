@@ -34,6 +34,25 @@ def test_a_body_that_never_waits_ends_when_the_client_has_gone() -> None:
     assert sent < 100_000
 
 
+def test_rows_are_released_when_the_client_has_gone_before_the_first_piece() -> None:
+    released = []
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        yield b"never made"
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        raise RuntimeError("the connection is closed")
+
+    async def receive() -> dict[str, str]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    body = Pieces(pieces(), None, {}, lambda: released.append(True))
+    with pytest.raises(RuntimeError):
+        asyncio.run(body({"type": "http", "state": {"answer_seconds": 60}}, receive, send))
+    assert released == [True]
+
+
 def test_an_answer_has_its_time() -> None:
     async def pieces() -> AsyncGenerator[bytes, None]:
         yield b"x"

@@ -195,8 +195,17 @@ def test_a_run_trains_from_the_server_and_records_what_it_read(server, train, mo
     assert summary["fve"] != by_store.summary["fve"], "it read the store in the store's order"
 
 
-def test_rows_of_another_model_are_refused(server):
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("n_layers", 2, "n_layers: found 3, wanted 2"),
+        ("dtype", "bfloat16", "dtype: found 'float16', wanted 'bfloat16'"),  # of the same size in bytes
+        ("layers", [5, 6, 7], r"layers: found \[0, 1, 2\], wanted \[5, 6, 7\]"),
+    ],
+)
+def test_rows_of_a_server_that_was_started_again_with_another_config_are_refused(server, field, value, told):
     store = ServerStore(ActivationClient(server.url, TOKEN), 100)
-    store.index = dataclasses.replace(store.index, n_layers=2)
-    with pytest.raises(UserError, match=r"now serves rows \(2, 3, 16\), wanted \(2, 2, 16\)"):
-        store.read(np.arange(5), torch.empty(5, 2, 2, 16))
+    store.index = dataclasses.replace(store.index, **{field: value})
+    with pytest.raises(UserError, match=rf"now serves other rows \({told}\)"):
+        store.read(np.arange(5), torch.empty(5, 2, 3, 16, dtype=torch.float16))
+    assert not store.consumed

@@ -10,18 +10,18 @@ from clt.config import Config, load_config
 from clt.server import supply
 from clt.server.buffer import SharedBuffer
 from clt.server.responses import ClientGone
-from clt.server.supply import Drawn, Supply
+from clt.server.supply import Drawn, Supply, Unavailable
 from tests.server.conftest import known_rows
 
 N = 10
 
 
-def hold(buffer: SharedBuffer, work: Callable[[Drawn, set[Drawn]], Coroutine[object, object, None]]) -> None:
+def hold(buffer: SharedBuffer, work: Callable[[Drawn, dict[object, int]], Coroutine[object, object, None]]) -> None:
     """Run `work` with ten rows drawn from a buffer of known ones."""
     buffer.put(known_rows(60))
 
     async def main() -> None:
-        held: set[Drawn] = set()
+        held: dict[object, int] = {}
         slots = buffer.claim(N)
         assert slots is not None
         await work(Drawn(buffer, slots, held), held)
@@ -38,7 +38,7 @@ def check(drawn: Drawn, rows: slice) -> None:
 
 
 def test_rows_are_copied_in_parts_and_freed_once(buffer: SharedBuffer) -> None:
-    async def work(drawn: Drawn, held: set[Drawn]) -> None:
+    async def work(drawn: Drawn, held: dict[object, int]) -> None:
         assert len(drawn) == N
         for first in range(0, N, 3):
             check(drawn, slice(first, min(first + 3, N)))
@@ -54,7 +54,7 @@ def test_rows_are_copied_in_parts_and_freed_once(buffer: SharedBuffer) -> None:
 def test_who_reads_slowly_does_not_keep_the_slots(buffer: SharedBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supply, "_HOLD_SECONDS", 0.05)
 
-    async def work(drawn: Drawn, held: set[Drawn]) -> None:
+    async def work(drawn: Drawn, held: dict[object, int]) -> None:
         check(drawn, slice(0, 4))
         await asyncio.sleep(0.5)
         assert (buffer.stats()["in_flight"], buffer.stats()["rows_drawn"]) == (0, N)
@@ -70,7 +70,7 @@ def test_who_reads_slowly_does_not_keep_the_slots(buffer: SharedBuffer, monkeypa
 def test_slow_readers_share_a_bounded_memory(buffer: SharedBuffer) -> None:
     """A quarter of the buffer's 64 rows: one client's copies fit, a second's do not, until the first has ended."""
 
-    async def work(drawn: Drawn, held: set[Drawn]) -> None:
+    async def work(drawn: Drawn, held: dict[object, int]) -> None:
         others = [Drawn(buffer, slots, held) for _ in range(2) if (slots := buffer.claim(N)) is not None]
         drawn.detach()
         others[0].detach()
@@ -90,7 +90,7 @@ def test_slow_readers_share_a_bounded_memory(buffer: SharedBuffer) -> None:
 
 
 def test_rows_outlive_the_buffer_that_is_left(buffer: SharedBuffer) -> None:
-    async def work(drawn: Drawn, held: set[Drawn]) -> None:
+    async def work(drawn: Drawn, held: dict[object, int]) -> None:
         drawn.detach()
         assert buffer.stats()["in_flight"] == 0
         assert buffer.stats()["in_flight"] == 0
@@ -116,3 +116,27 @@ def test_a_buffer_that_cannot_be_replaced_yet_is_kept(
     assert found.buffer is buffer
     assert "No space left on device" in caplog.text
     assert buffer.stats()["rows_dropped"] == 10, "they may be what takes the memory"
+
+
+def test_batches_share_the_same_memory(buffer: SharedBuffer) -> None:
+    """Sixteen of the buffer's 64 rows: a second batch of ten waits for the first one's end, or in vain."""
+    buffer.put(known_rows(60))
+    found = Supply(load_config(None, ["server.wait_seconds=0.2"]))
+    found.buffer = buffer
+
+    async def main() -> None:
+        first = await found.batch(N)
+        assert (first.batch.activations[:, 0, 0, 0].numpy() == first.batch.document).all()
+        small = await found.batch(6)
+        with pytest.raises(Unavailable, match=r"read slowly had all the memory for batches for 0\.2 seconds"):
+            await found.batch(N)
+        asyncio.get_running_loop().call_later(0.05, first.release)
+        again = await found.batch(N)
+        for each in (small, again, again):
+            each.release()
+        with pytest.raises(Unavailable, match="the buffer had no 60 rows"):  # more than a quarter, but alone
+            await found.batch(60)
+        assert len((await found.batch(20)).batch.row) == 20
+
+    asyncio.run(main())
+    assert buffer.stats()["in_flight"] == 0
