@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +169,9 @@ def _data_path(quick: bool, device: Any) -> dict[str, Any]:
     }
     found: dict[str, Any] = {"reader": reader, "extraction": extraction}
     if all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn", "uvloop", "xxhash")):
-        found["stream"] = data_path.stream(2 if quick else 15)
+        # From a process without language models: the clients are its forks, and would copy its pages as they write.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found["stream"] = pool.submit(data_path.stream, 2 if quick else 15).result()
         report.print_stream(found["stream"])
     return found
 
