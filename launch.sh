@@ -56,9 +56,6 @@ if [[ -z ${MASTER_ADDR:-} ]] && ((NNODES > 1)); then
 fi
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
-# A step frees and takes the same large blocks again: glibc would return them to the system and fault them back in.
-export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824}
-export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
 
 # Restarted ranks would find the addresses of the dead ones in the store that torchrun shares with them.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

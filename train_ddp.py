@@ -43,7 +43,16 @@ def main(config: Config, prepare: bool) -> int:
     from clt.train.evaluation import dead_features
     from clt.train.logger import Logger
     from clt.train.optim import NEVER, TERMS, Update, autocast_dtype, learning_rate, sparsity_coefficient
-    from clt.train.run import build, check_run_dir, claim_run_dir, evaluate, heldout_windows, make_stores, open_stores
+    from clt.train.run import (
+        build,
+        check_run_dir,
+        claim_run_dir,
+        evaluate,
+        heldout_windows,
+        keep_freed_memory,
+        make_stores,
+        open_stores,
+    )
     from clt.train.watch import PREEMPTED, Watch
 
     began = time.perf_counter()
@@ -53,6 +62,7 @@ def main(config: Config, prepare: bool) -> int:
     dtype = autocast_dtype(config.train.precision, device)
     run_dir = Path(config.run.dir)
     check_run_dir(config)
+    keep_freed_memory()
 
     # Data: one process extracts, with all cores; the others wait and find the stores whole.
     def prepare_stores() -> None:
@@ -119,6 +129,7 @@ def main(config: Config, prepare: bool) -> int:
         # The statistics are the same everywhere: do not broadcast them each step (the public switch's name varies).
         DDP._set_params_and_buffers_to_ignore_for_model(model, [name for name, _ in model.named_buffers()])
         model = DDP(model, process_group=data.group, gradient_as_bucket_view=True)
+        model.register_comm_hook(data.group, dist.sum_bucket)
 
     logger = Logger(config, world.rank, start, wandb_id)
 
@@ -148,9 +159,9 @@ def main(config: Config, prepare: bool) -> int:
             with nullcontext() if part is parts[-1] or data.size == 1 else model.no_sync():  # type: ignore[operator]
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     terms = model(part, sparsity)
-                # DDP averages over its ranks: undo that. A loss that is not finite makes every gradient nan, on all
-                # ranks, so that they agree to leave the step out.
-                factor = share * data.size * update.scale + 0 * terms.loss.detach()
+                # A loss that is not finite makes every gradient nan, on all ranks, so that they agree to leave the step
+                # out.
+                factor = share * update.scale + 0 * terms.loss.detach()
                 (terms.loss * factor).backward()
             fired |= terms.fired
             # Every shard has the whole error, and its own part of everything else.
@@ -177,7 +188,7 @@ def main(config: Config, prepare: bool) -> int:
         index = store.index
         shape = (len(sampler.rows_at(start)), 2, index.n_layers, index.d_acts)
         forward_backward(torch.zeros(shape, dtype=getattr(torch, index.dtype), device=device))
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # and not clear_gradients: DDP makes its buckets anew, in that order
     loader = Loader(store, sampler, device, config.data.prefetch)
     watch = Watch(world, config.parallel.timeout_seconds, config.checkpoint.grace_seconds)
     votes, stopped = dist.Votes(world, 2), False
@@ -191,7 +202,7 @@ def main(config: Config, prepare: bool) -> int:
             metrics, fired = forward_backward(batch)
             step += 1
             grad_norm = update(step, metrics[:3])
-            optimizer.zero_grad()
+            transcoder.clear_gradients()
             last_fired.masked_fill_(fired, step)
             logger.step(step)
             watch.progress(step)

@@ -81,7 +81,8 @@ def backward_bytes(job: Job) -> int:
     Either at the squared error, with three float32 tensors of (L, B, D) beside all that was saved; or at some layer,
     from the last to the first: what it and the earlier layers saved, the inputs, the gradient of y~ and the encoder
     gradients of the later layers, and beside them either (B, F) in float32 eight times, for the pass over the features,
-    or the layer's own gradients.
+    or the layer's own gradients: the encoder's, and the decoder's if it was multiplied in less than float32. Or at the
+    end, where the layers' encoder gradients become one tensor.
     """
     L, D, F, B = job.local
     narrow = job.width if job.width < FLOAT else 0
@@ -90,8 +91,9 @@ def backward_bytes(job: Job) -> int:
         held = (s + 1) * B * F * 2 * job.width + L * B * D * (job.width + FLOAT) + cast_bytes(job, s)
         held += (L - 1 - s) * FLOAT * D * F + narrow * B * (L - s) * D
         gating = B * F * (job.width + (8 if job.width == FLOAT else 9) * FLOAT)  # narrow ones are widened first
-        own = B * F * job.width + F * (L - s) * D * (FLOAT + narrow) + F * D * FLOAT
+        own = B * F * job.width + F * (L - s) * D * (narrow and narrow + FLOAT) + F * D * FLOAT
         peaks.append(held + max(gating, own))
+    peaks.append(2 * FLOAT * L * D * F + L * B * D * (job.width + FLOAT))
     return max(peaks)
 
 

@@ -37,7 +37,6 @@ import torch  # noqa: E402
 
 from benchmarks.bad_requests import send_all  # noqa: E402
 from benchmarks.machine import where  # noqa: E402
-from benchmarks.throughput import MALLOC  # noqa: E402
 from clt.config import Config, load_config  # noqa: E402
 from clt.data.writer import write_store  # noqa: E402
 from clt.parsing import to_yaml  # noqa: E402
@@ -307,7 +306,7 @@ def training(seconds: float, directory: Path) -> dict[str, float]:
     def train(*overrides: str) -> dict[str, Any]:
         run = Path(tempfile.mkdtemp(dir=directory))
         command = [sys.executable, "train_ddp.py", *common, *overrides, f"run.dir={run}"]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env=os.environ | MALLOC)
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         return json.loads((run / "summary.json").read_text())
 
     by_store = train()

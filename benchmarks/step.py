@@ -20,7 +20,7 @@ from clt.data.store import DiscBuffer
 from clt.data.writer import write_store
 from clt.model.decode import whole
 from clt.train.optim import Update, autocast_dtype
-from clt.train.run import build
+from clt.train.run import build, keep_freed_memory
 
 WARMUP = 2
 
@@ -52,6 +52,7 @@ def measure(case: dict[str, Any], copy_gb_per_s: float, timed_steps: int, device
     """
     L, D, F, B = (case[key] for key in "LDFB")
     dtype = autocast_dtype(case["precision"], device)
+    keep_freed_memory()
     before = machine.reset_peak(device)
     batch = torch.randn(B, 2, L, D, device=device)
     step = prepare(case, batch)
@@ -93,6 +94,7 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
         write_store(directory, batch[:64].float().cpu())
         objective = build(config, DiscBuffer(directory)).to(device)
     model: nn.Module = Textbook(objective) if textbook else objective
+    clear = model.zero_grad if textbook else objective.transcoder.clear_gradients
     del objective
     weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     beta1, beta2 = config.optim.betas
@@ -110,7 +112,7 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
                 terms = model(batch, sparsity)
             (terms.loss * update.scale).backward()
             update(1, torch.stack([terms.mse, terms.sparsity, terms.pre_activation]))
-            optimizer.zero_grad()
+            clear()
 
         return ours
 
@@ -125,6 +127,6 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
         nn.utils.clip_grad_norm_(weights, config.optim.clip_norm or math.inf)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
+        clear()
 
     return theirs

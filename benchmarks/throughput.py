@@ -13,7 +13,6 @@ import argparse
 import importlib.util
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -22,8 +21,6 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = ["ours", "ours_compiled", "textbook", "textbook_compiled"]
-# As launch.sh runs training: the large blocks that a step frees and takes again stay with the process.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 STEPS = 10  # timed, after the warm-up
 Case = dict[str, Any]
 
@@ -131,8 +128,7 @@ def measure(case: Case, copy_gb_per_s: float) -> dict[str, Any]:
     from benchmarks.report import print_step
 
     command = [sys.executable, __file__, "--case", json.dumps(case), "--copy-gb-per-s", str(copy_gb_per_s)]
-    env = {**MALLOC, **os.environ}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         row = json.loads(done.stdout.splitlines()[-1])
     else:

@@ -71,11 +71,11 @@ class Objective(nn.Module):
         x = norm.input(activations[:, 0]).to(dtype)  # (B, L, D)
         y = x.new_zeros(B, L * D, dtype=exact)
         penalties, lows, actives = [], [], []
-        weights = zip(clt.W_enc.unbind(), clt.b_enc.unbind(), clt.threshold[0].unbind(), clt.W_dec)
+        weights = zip(clt.W_enc.unbind(), clt.b_enc.unbind(), clt.threshold[0].unbind(), clt.W_dec, clt.homes)
         with torch.autocast(device, enabled=False):
-            for s, (W_enc, b_enc, theta, W_dec) in enumerate(weights):
+            for s, of_layer in enumerate(weights):
                 y, penalty, low, active = SourceLayer.apply(  # type: ignore[misc]
-                    y, x[:, s], W_enc, b_enc, theta, W_dec, s * D, self.sparsity_scale, self.rule, self.kernels
+                    y, x[:, s], *of_layer, s * D, self.sparsity_scale, self.rule, self.kernels
                 )
                 penalties.append(penalty)
                 lows.append(low)

@@ -31,10 +31,13 @@ class SourceLayer(torch.autograd.Function):
     autocast). Returns y, the sums over rows and features of penalty () and pre-activation loss (), and on how many rows
     each feature is on (F,).
 
-    Row f of W_dec is everything feature f writes, so that decoding is one product of (B, F) with (F, T * D), the
-    gradient of W_dec another, and its part through the norm ||W_dec,f|| one `addcmul_` on top. x gets no gradient.
-    There is one such function per layer, not one for all, so that DDP can sum a layer's decoder gradient over the ranks
-    while the earlier layers' are computed. (The encoder is one tensor for all layers, so its gradient comes last.)
+    Row f of W_dec is everything feature f writes, so that decoding is one product of (B, F) with (F, T * D) and the
+    gradient of W_dec another. x gets no gradient. There is one such function per layer, not one for all, so that DDP
+    can sum a layer's decoder gradient over the ranks while the earlier layers' are computed. (The encoder is one tensor
+    for all layers, so its gradient comes last.)
+
+    Where `home` (F, T, D) is given and W_dec has no gradient yet, it is written there instead of into new memory and
+    becomes W_dec.grad; autograd gets none. In a bucket of DDP's, it is not copied again.
     """
 
     @staticmethod
@@ -46,6 +49,7 @@ class SourceLayer(torch.autograd.Function):
         b_enc: Tensor,
         theta: Tensor,
         W_dec: Tensor,
+        home: Tensor | None,
         first_column: int,
         c: float,
         rule: Rule,
@@ -57,7 +61,7 @@ class SourceLayer(torch.autograd.Function):
         decoder = W_dec.flatten(1).to(x.dtype)  # (F, T * D)
         accumulate(y[:, first_column:], features, decoder)
         ctx.save_for_backward(x, pre, features, theta, W_dec, decoder, norm)
-        ctx.first_column, ctx.c, ctx.rule, ctx.kernels = first_column, c, rule, kernels
+        ctx.home, ctx.first_column, ctx.c, ctx.rule, ctx.kernels = home, first_column, c, rule, kernels
         ctx.mark_dirty(y)
         ctx.mark_non_differentiable(active)
         return y, penalty, low, active
@@ -69,9 +73,14 @@ class SourceLayer(torch.autograd.Function):
         grad = ctx.kernels.gate_gradients(
             pre, theta, ctx.c * norm, ctx.rule, written @ decoder.t(), grad_penalty, grad_low
         )
-        grad_W_dec = (features.t() @ written).to(W_dec.dtype).view_as(W_dec)
         # A zero row's subgradient is 0; it must not come as 0 / tiny * a loss scale's overflow.
-        through_norm = (ctx.c * grad.scale / norm).masked_fill_(norm < _NO_NORM, 0)
-        grad_W_dec.addcmul_(W_dec, through_norm.view(-1, 1, 1))
+        through_norm = (ctx.c * grad.scale / norm).masked_fill_(norm < _NO_NORM, 0).view(-1, 1, 1)
+        home = ctx.home if W_dec.grad is None else None  # to a gradient that is there, autograd adds
+        grad_W_dec = torch.empty_like(W_dec) if home is None else home
+        out = grad_W_dec.flatten(1) if x.dtype == W_dec.dtype else None
+        product = torch.mm(features.t(), written, out=out).view_as(W_dec)
+        torch.addcmul(product, W_dec, through_norm, out=grad_W_dec)  # one pass: both parts, in the weight's dtype
+        if home is not None:
+            W_dec.grad, grad_W_dec = home, None
         grad_W_enc = (x.t() @ grad.pre).to(W_dec.dtype)
-        return grad_y, None, grad_W_enc, grad.bias, grad.threshold, grad_W_dec, None, None, None, None
+        return grad_y, None, grad_W_enc, grad.bias, grad.threshold, grad_W_dec, None, None, None, None, None

@@ -90,7 +90,13 @@ class CrossLayerTranscoder(nn.Module):
             uniform(bound_dec, d_features, L - s if cross_layer else 1, D)[self.features].clone() for s in range(L)
         )
         self.b_dec = nn.Parameter(torch.zeros(L, D))
+        self.homes: list[Tensor | None] = [None] * L  # where the next gradient of each W_dec.{s} is to be written
         self.normalization = Normalization(L, D, normalization)
+
+    def clear_gradients(self) -> None:
+        """`zero_grad`, after which the gradients of W_dec go to the memory that they were in: that of DDP's buckets."""
+        self.homes = [weight.grad for weight in self.W_dec]
+        self.zero_grad()
 
     def preactivations(self, normalized: Tensor) -> Tensor:
         """x~ (B, L, D) -> pre (L, B, F)."""

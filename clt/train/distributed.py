@@ -93,6 +93,13 @@ def shared_store(world: World) -> PrefixStore | None:
     return PrefixStore(f"clt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
+def sum_bucket(group, bucket):
+    """What DDP does with a bucket of gradients: add it up over the ranks, without its own pass that divides by them."""
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    assert work is not None  # this process belongs to the group
+    return work.get_future().then(lambda done: done.value()[0])
+
+
 def cleanup() -> None:
     """Leave the process group."""
     if dist.is_initialized():

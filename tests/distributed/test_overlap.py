@@ -1,8 +1,16 @@
-"""DDP sums the decoder gradients of the last layers while those of the first are still being computed."""
+"""What DDP does with the decoder's gradients, seen in two real ranks: summed early, and never copied."""
 
-from collections.abc import Iterator
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+RANK = """
+import json, sys
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -10,38 +18,79 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from clt.model.loss import Objective
 from clt.model.source import Kernels
 from clt.model.transcoder import CrossLayerTranscoder
+from clt.train.distributed import sum_bucket
+
+dist.init_process_group("gloo")
+rank, (L, D, F, B) = dist.get_rank(), (6, 64, 256, 1024)
+torch.manual_seed(0)
+alone, objective = (Objective(CrossLayerTranscoder(L, D, F)) for _ in range(2))
+objective.load_state_dict(alone.state_dict())
+gate, gate_gradients = objective.kernels
+events, buckets, steps = [], [], []
+
+def noted(*arguments):
+    events.append("layer")
+    return gate_gradients(*arguments)
+
+def summed(group, bucket):
+    buckets.append(bucket.buffer())
+    events.append("begun")
+    return sum_bucket(group, bucket).then(lambda done: (events.append("done"), done.value())[1])
+
+objective.kernels = Kernels(gate, noted)
+model = DDP(objective, bucket_cap_mb=0.001, gradient_as_bucket_view=True)
+model.register_comm_hook(dist.group.WORLD, summed)
+clt, lambda_, passed_on = objective.transcoder, torch.tensor(0.1), []
+for weight in clt.W_dec:
+    weight.register_hook(lambda grad: passed_on.append(grad is not None))
+for step in range(6):
+    events.clear(), buckets.clear(), passed_on.clear()
+    batch = torch.randn(2, B, 2, L, D)
+    (model(batch[rank], lambda_).loss / 2).backward()
+    alone.zero_grad()
+    alone(batch.view(-1, 2, L, D), lambda_).loss.backward()
+    pairs = zip(alone.parameters(), objective.parameters())
+    ends = [(b.data_ptr(), b.data_ptr() + b.nbytes) for b in buckets]
+    steps.append({
+        "events": list(events),
+        "error": max(((a.grad - b.grad).norm() / a.grad.norm()).item() for a, b in pairs if a.grad.any()),
+        "copied": sum(passed_on),  # what autograd is given, it copies or DDP does
+        "in_buckets": [any(a <= w.grad.data_ptr() < z for a, z in ends) for w in clt.W_dec],
+    })
+    clt.clear_gradients() if step else clt.zero_grad()  # after the first step DDP makes its buckets anew
+json.dump(steps, open(f"{sys.argv[1]}/{rank}.json", "w"))
+dist.destroy_process_group()
+"""
 
 
-@pytest.fixture
-def group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory) -> list[list[dict]]:
+    """What each of two ranks saw in each of six steps."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "rank.py").write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([*command, folder / "rank.py", folder], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.usefixtures("group")
-def test_decoder_gradients_are_summed_as_soon_as_their_layer_is_done() -> None:
-    layers, events = 4, []
-    objective = Objective(CrossLayerTranscoder(layers, 16, 64))
-    gate, gate_gradients = objective.kernels
+def test_decoder_gradients_are_summed_while_earlier_layers_are_computed(steps):
+    finished_early = 0
+    for rank in steps:
+        for step in rank[1:]:  # DDP orders its buckets by the first backward pass
+            events = step["events"]
+            first_layer = len(events) - 1 - events[::-1].index("layer")  # the first is the last to be computed
+            assert events.count("layer") == 6
+            assert events[:first_layer].count("begun") >= 5
+            assert events[first_layer:].count("begun") >= 1
+            finished_early += "done" in events[:first_layer]
+    assert finished_early
 
-    def noted(*arguments):
-        events.append("layer")
-        return gate_gradients(*arguments)
 
-    def summed(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        events.append("sum")
-        future = torch.futures.Future()
-        future.set_result(bucket.buffer())
-        return future
-
-    objective.kernels = Kernels(gate, noted)
-    model = DDP(objective, bucket_cap_mb=0.001, gradient_as_bucket_view=True)
-    model.register_comm_hook(None, summed)
-    for _ in range(2):  # DDP orders its buckets by the first backward pass
-        events.clear()
-        model(torch.randn(8, 2, layers, 16), torch.tensor(0.1)).loss.backward()
-    assert events.count("layer") == layers
-    first_layer = len(events) - 1 - events[::-1].index("layer")
-    assert events[:first_layer].count("sum") == layers - 1
-    assert events[first_layer:].count("sum") >= 1
+def test_decoder_gradients_are_written_into_the_buckets(steps):
+    """And are those of one process."""
+    for rank in steps:
+        assert all(step["error"] < 1e-5 for step in rank)
+        assert all(all(step["in_buckets"]) for step in rank)
+        assert [step["copied"] for step in rank] == [6, 6, 0, 0, 0, 0], "from the third step on, it is known where"

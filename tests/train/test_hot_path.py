@@ -1,0 +1,88 @@
+"""What must not happen in every step: waiting for a device, and taking memory from the system."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import pytest
+from torch.overrides import TorchFunctionMode
+
+ROOT = Path(__file__).parent.parent.parent
+READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__", "nonzero"}
+
+
+class Reads(TorchFunctionMode):
+    """Where this thread reads tensors' values: on a GPU, each would wait until it has computed them."""
+
+    def __init__(self) -> None:
+        self.places: Counter[str] = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in READS:
+            frame = sys._getframe(1)
+            while "/torch/" in frame.f_code.co_filename:
+                frame = frame.f_back
+            self.places[f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_no_step_reads_a_tensor(train, precision):
+    """Ten more steps read only the ranks' votes, which are on the host anyway. test_cuda.py asks CUDA the same."""
+    options = [f"train.precision={precision}", "train.accumulate=2", "checkpoint.every=0"]
+    options += ["eval.every=0", "eval.replacement_tokens=0"]
+
+    def reads(steps: int, every: int) -> Counter[str]:
+        with Reads() as seen:
+            train(*options, f"train.steps={steps}", f"log.every={every}")
+        return seen.places
+
+    assert reads(20, 100) - reads(10, 100) == {"distributed.py:counted": 10}
+    assert (reads(20, 1) - reads(10, 1))["train_ddp.py:main"] >= 10, "logging reads, and is seen to"
+
+
+PROBE = """
+import json, resource, sys
+import train_ddp
+from clt.config import load_config
+from clt.train import run
+from clt.train.logger import Logger
+
+faults, step = [], Logger.step
+
+def probe(logger, finished):
+    step(logger, finished)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+
+Logger.step = probe
+if sys.argv[1] == "without":
+    run.keep_freed_memory = lambda: None
+config = load_config(sys.argv[2], sys.argv[3:])
+train_ddp.main(config, prepare=False)
+open(f"{config.run.dir}/faults.json", "w").write(json.dumps(faults))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts Linux's page faults")
+def test_a_step_takes_no_memory_from_the_system(train_overrides, tmp_path):
+    """After the first few steps; without malloc's settings it takes and returns much of what it works in."""
+    (tmp_path / "probe.py").write_text(PROBE)
+    options = ["clt.d_features=16384", "train.steps=12", "log.every=100", "eval.every=0", "eval.replacement_tokens=0"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    taken = {}
+    for how in ("with", "without"):
+        command = [sys.executable, tmp_path / "probe.py", how, *train_overrides, *options]
+        command += ["checkpoint.every=0", f"run.dir={tmp_path / how}"]
+        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+        assert result.returncode == 0, result.stderr
+        faults = json.loads((tmp_path / how / "faults.json").read_text())
+        taken[how] = median(b - a for a, b in pairwise(faults[5:])) * os.sysconf("SC_PAGE_SIZE")
+    pre_activations = 60 * 16384 * 4  # bytes of one layer's
+    assert taken["with"] < 0.1 * pre_activations
+    assert taken["without"] > pre_activations
