@@ -37,22 +37,14 @@ def main(config: Config, prepare: bool) -> int:
     from clt.data.sampler import DistributedSampler
     from clt.data.store import DiscBuffer
     from clt.lm.load import load_language_model
+    from clt.memory import keep_freed_memory
     from clt.model.transcoder import feature_dim
     from clt.train import checkpoint, report
     from clt.train import distributed as dist
     from clt.train.evaluation import dead_features
     from clt.train.logger import Logger
     from clt.train.optim import NEVER, TERMS, Update, autocast_dtype, learning_rate, sparsity_coefficient
-    from clt.train.run import (
-        build,
-        check_run_dir,
-        claim_run_dir,
-        evaluate,
-        heldout_windows,
-        keep_freed_memory,
-        make_stores,
-        open_stores,
-    )
+    from clt.train.run import build, check_run_dir, claim_run_dir, evaluate, heldout_windows, make_stores, open_stores
     from clt.train.watch import PREEMPTED, Watch
 
     began = time.perf_counter()

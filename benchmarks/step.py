@@ -18,9 +18,10 @@ from benchmarks.textbook import Textbook
 from clt.config import load_config
 from clt.data.store import DiscBuffer
 from clt.data.writer import write_store
+from clt.memory import keep_freed_memory
 from clt.model.decode import whole
 from clt.train.optim import Update, autocast_dtype
-from clt.train.run import build, keep_freed_memory
+from clt.train.run import build
 
 WARMUP = 2
 

@@ -19,6 +19,7 @@ from clt.data.rows import pieces
 from clt.data.shards import is_full_disk, row_bytes
 from clt.data.writer import Plan, Writer
 from clt.errors import UserError
+from clt.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from clt.lm.documents import Part
@@ -66,6 +67,7 @@ def _finished(path: Path, config: Config) -> StoreIndex:
 
 
 def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress: bool) -> StoreIndex:
+    keep_freed_memory()
     plan = Plan(path, _blank_index(config, part, lm), config.data.shard_rows, config.data.open_shards)
     identity = _identity(plan, config)
     state = record.load_progress(path, identity, record.start(plan.index.n_layers, plan.index.d_acts))

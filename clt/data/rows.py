@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clt.config import Config
 from clt.data.progress import Progress
+from clt.data.statistics import Moments
 from clt.data.writer import Plan, Rows
 from clt.errors import UserError
 
@@ -29,7 +30,7 @@ def pieces(config: Config, plan: Plan, lm: LanguageModel, state: Progress) -> It
     Raises UserError for a value that does not fit the storage dtype and for a text that ends early.
     """
     done = state.rows
-    for piece in _on_host(_on_device(config, plan, lm, state)):
+    for piece in _counted(_cut(config, plan, lm, state), state.moments.to(lm.device)):
         if not piece.finite:
             raise _overflow(piece, lm)
         yield Rows(piece.stored, *(column[piece.part] for column in piece.batch.columns)), piece.note
@@ -52,7 +53,7 @@ def captured(config: Config, part: Part, lm: LanguageModel, skip: int) -> Iterat
         stored = batch.run(getattr(torch, config.data.dtype))
         finite = stored.isfinite().all()
         if not finite:
-            raise _overflow(_Piece(batch, slice(None), stored, finite, None), lm)
+            raise _overflow(_Piece(batch, slice(None), stored, None), lm)
         yield skip, Rows(stored.cpu(), *batch.columns)
         skip += len(batch.tokens)
 
@@ -83,25 +84,25 @@ class _Piece:
     """Which of the batch's kept rows."""
     stored: Tensor
     """(n, 2, L, D) in storage dtype"""
-    finite: Tensor
-    """() bool: all values so far are"""
-    note: Progress | None
+    ends: tuple[int, int] | None
+    """(windows, rows of the next) before the next group, of a piece that ends one"""
+    finite: Tensor | None = None
+    """() bool, when it is counted: all values so far are"""
+    note: Progress | None = None
+    """When it is counted and ends a group."""
 
 
-def _on_device(config: Config, plan: Plan, lm: LanguageModel, state: Progress) -> Iterator[_Piece]:
-    """The pieces, on the model's device and counted in the statistics."""
+def _cut(config: Config, plan: Plan, lm: LanguageModel, state: Progress) -> Iterator[_Piece]:
+    """The pieces, on the model's device."""
     done, total, used, windows = state.rows, plan.index.rows, state.skip_rows, state.windows
-    moments, dtype = state.moments.to(lm.device), getattr(torch, plan.index.dtype)
+    dtype = getattr(torch, plan.index.dtype)
     for batch in _batches(config, plan.index.text["part"], lm, windows):
         rows = batch.run(dtype)
         while used < len(rows) and done < total:
             group_end = min((done // plan.group_rows + 1) * plan.group_rows, total)
             part = slice(used, min(len(rows), used + group_end - done))
-            moments.add(rows[part])
             used, done = part.stop, done + part.stop - part.start
-            note = Progress([], windows, used, moments.to("cpu")) if done == group_end else None
-            # One value that is not finite makes its sum of squares so: no pass over the rows is needed to find it.
-            yield _Piece(batch, part, rows[part], moments.squares.isfinite().all(), note)
+            yield _Piece(batch, part, rows[part], (windows, used) if done == group_end else None)
         if done == total:
             return
         used, windows = 0, windows + len(batch.tokens)
@@ -119,31 +120,45 @@ def _batches(config: Config, part: Part, lm: LanguageModel, skip: int) -> Iterat
         yield _Batch(capture, tokens, keep, (tokens[keep], positions[keep], documents[keep]))
 
 
-def _on_host(pieces: Iterator[_Piece]) -> Iterator[_Piece]:
-    """The pieces in host memory. A GPU's are copied on a stream of its own while it computes the next batch."""
-    stream, waiting = None, deque[tuple[_Piece, torch.cuda.Event]]()
+def _counted(pieces: Iterator[_Piece], moments: Moments) -> Iterator[_Piece]:
+    """The pieces in host memory and in the moments.
+
+    On a GPU, a stream of its own sees to both while the model computes the next batch. On a CPU there is nothing to
+    overlap with: the model takes all cores, and a thread beside it gained nothing (measured).
+    """
+    device, waiting = moments.mean.device, deque[tuple[_Piece, torch.cuda.Event]]()
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     for piece in pieces:
-        if not piece.stored.is_cuda:
+        if stream is None:
+            _count(piece, moments)
             yield piece
             continue
-        stream = stream or torch.cuda.Stream(piece.stored.device)
-        waiting.append((piece, _copy(piece, stream)))
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            piece.stored.record_stream(stream)
+            _count(piece, moments)
+            waiting.append((piece, _copy(piece, stream)))
         if len(waiting) > 1:
             yield _copied(*waiting.popleft())
     while waiting:
         yield _copied(*waiting.popleft())
 
 
+def _count(piece: _Piece, moments: Moments) -> None:
+    moments.add(piece.stored)
+    # One value that is not finite makes its sum of squares so: no pass over the rows is needed to find it.
+    piece.finite = moments.squares.isfinite().all()
+    if piece.ends is not None:
+        piece.note = Progress([], *piece.ends, moments.to("cpu"))
+
+
 def _copy(piece: _Piece, stream: torch.cuda.Stream) -> torch.cuda.Event:
     """Start copying a piece to pinned memory; returns the event after which it is there."""
-    stream.wait_stream(torch.cuda.current_stream(piece.stored.device))
-    with torch.cuda.stream(stream):
-        for name in ("stored", "finite"):
-            there = getattr(piece, name)
-            there.record_stream(stream)
-            setattr(piece, name, torch.empty_like(there, device="cpu", pin_memory=True).copy_(there, non_blocking=True))
-        event = torch.cuda.Event()
-        event.record(stream)
+    for name in ("stored", "finite"):
+        there = getattr(piece, name)
+        setattr(piece, name, torch.empty_like(there, device="cpu", pin_memory=True).copy_(there, non_blocking=True))
+    event = torch.cuda.Event()
+    event.record(stream)
     return event
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,21 +25,6 @@ if TYPE_CHECKING:
     from clt.lm.load import LanguageModel
     from clt.lm.text import Window
     from clt.server.source import ServerStore
-
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-
-
-def keep_freed_memory() -> None:
-    """Have glibc's malloc keep what is freed, for as long as this process lives.
-
-    A step frees and takes the same large blocks again, which would be returned to the system and faulted back in, page
-    by page. Other C libraries are left as they are.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(_TRIM_THRESHOLD, -1)  # never
 
 
 def make_stores(config: Config, progress: bool = True) -> None:

@@ -49,8 +49,8 @@ def test_no_step_reads_a_tensor(train, precision):
 PROBE = """
 import json, resource, sys
 import train_ddp
+from clt import memory
 from clt.config import load_config
-from clt.train import run
 from clt.train.logger import Logger
 
 faults, step = [], Logger.step
@@ -61,7 +61,7 @@ def probe(logger, finished):
 
 Logger.step = probe
 if sys.argv[1] == "without":
-    run.keep_freed_memory = lambda: None
+    memory.keep_freed_memory = lambda: None
 config = load_config(sys.argv[2], sys.argv[3:])
 train_ddp.main(config, prepare=False)
 open(f"{config.run.dir}/faults.json", "w").write(json.dumps(faults))
