@@ -109,7 +109,7 @@ def ring_bytes(size: int, ranks: int) -> int:
 
 
 def gradient_bytes(job: Job) -> int:
-    """Sent by a rank to average its float32 gradients over the data dimension, once a step."""
+    """Sent by a rank to sum its float32 gradients over the data dimension, once a step."""
     return ring_bytes(FLOAT * parameters(job), job.data)
 
 

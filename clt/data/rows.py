@@ -30,7 +30,7 @@ def pieces(config: Config, plan: Plan, lm: LanguageModel, state: Progress) -> It
     Raises UserError for a value that does not fit the storage dtype and for a text that ends early.
     """
     done = state.rows
-    for piece in _counted(_cut(config, plan, lm, state), state.moments.to(lm.device)):
+    for piece in _counted(_cut(config, plan, lm, state), state.moments, lm.device):
         if not piece.finite:
             raise _overflow(piece, lm)
         yield Rows(piece.stored, *(column[piece.part] for column in piece.batch.columns)), piece.note
@@ -120,14 +120,16 @@ def _batches(config: Config, part: Part, lm: LanguageModel, skip: int) -> Iterat
         yield _Batch(capture, tokens, keep, (tokens[keep], positions[keep], documents[keep]))
 
 
-def _counted(pieces: Iterator[_Piece], moments: Moments) -> Iterator[_Piece]:
+def _counted(pieces: Iterator[_Piece], moments: Moments, device: torch.device) -> Iterator[_Piece]:
     """The pieces in host memory and in the moments.
 
     On a GPU, a stream of its own sees to both while the model computes the next batch. On a CPU there is nothing to
     overlap with: the model takes all cores, and a thread beside it gained nothing (measured).
     """
-    device, waiting = moments.mean.device, deque[tuple[_Piece, torch.cuda.Event]]()
+    waiting = deque[tuple[_Piece, torch.cuda.Event]]()
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    with torch.cuda.stream(stream):  # also their memory is that stream's: the model's must not have it while it is read
+        moments = moments.to(device)
     for piece in pieces:
         if stream is None:
             _count(piece, moments)

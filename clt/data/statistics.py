@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clt.data.index import STATISTICS_TENSORS, read_statistics, write_whole
 
-_CHUNK = (256, 1024)  # rows widened to float64 at once: few enough for a CPU's cache, enough to fill a GPU
+_CHUNK = 256  # rows widened to float64 at once: few enough for a CPU's cache, enough to fill a GPU
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Moments:
         flat = rows.flatten(1)
         first = flat[0].double()  # everything is shifted to near the mean, so that the squares lose no digits
         total, squares = torch.zeros_like(first), torch.zeros_like(first)
-        chunk = min(len(rows), _CHUNK[rows.device.type == "cuda"])
+        chunk = min(len(rows), _CHUNK)
         buffer = first.new_empty(chunk, len(first))
         ones = first.new_ones(chunk)
         for part in flat.split(chunk):

@@ -61,7 +61,11 @@ class SourceLayer(torch.autograd.Function):
         decoder = W_dec.flatten(1).to(x.dtype)  # (F, T * D)
         accumulate(y[:, first_column:], features, decoder)
         ctx.save_for_backward(x, pre, features, theta, W_dec, decoder, norm)
-        ctx.home, ctx.first_column, ctx.c, ctx.rule, ctx.kernels = home, first_column, c, rule, kernels
+        ctx.weight, ctx.home = (
+            W_dec,
+            home,
+        )  # itself: what is saved comes back as another tensor under saved_tensors_hooks
+        ctx.first_column, ctx.c, ctx.rule, ctx.kernels = first_column, c, rule, kernels
         ctx.mark_dirty(y)
         ctx.mark_non_differentiable(active)
         return y, penalty, low, active
@@ -75,12 +79,12 @@ class SourceLayer(torch.autograd.Function):
         )
         # A zero row's subgradient is 0; it must not come as 0 / tiny * a loss scale's overflow.
         through_norm = (ctx.c * grad.scale / norm).masked_fill_(norm < _NO_NORM, 0).view(-1, 1, 1)
-        home = ctx.home if W_dec.grad is None else None  # to a gradient that is there, autograd adds
+        home = ctx.home if ctx.weight.grad is None else None  # to a gradient that is there, autograd adds
         grad_W_dec = torch.empty_like(W_dec) if home is None else home
         out = grad_W_dec.flatten(1) if x.dtype == W_dec.dtype else None
         product = torch.mm(features.t(), written, out=out).view_as(W_dec)
         torch.addcmul(product, W_dec, through_norm, out=grad_W_dec)  # one pass: both parts, in the weight's dtype
         if home is not None:
-            W_dec.grad, grad_W_dec = home, None
+            ctx.weight.grad, grad_W_dec = home, None
         grad_W_enc = (x.t() @ grad.pre).to(W_dec.dtype)
         return grad_y, None, grad_W_enc, grad.bias, grad.threshold, grad_W_dec, None, None, None, None, None

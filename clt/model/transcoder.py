@@ -94,7 +94,10 @@ class CrossLayerTranscoder(nn.Module):
         self.normalization = Normalization(L, D, normalization)
 
     def clear_gradients(self) -> None:
-        """`zero_grad`, after which the gradients of W_dec go to the memory that they were in: that of DDP's buckets."""
+        """`zero_grad`, after which the gradients of W_dec go to the memory that they were in: under DDP, its buckets.
+
+        That memory stays taken. `torch.autograd.grad` gives None for them from then on.
+        """
         self.homes = [weight.grad for weight in self.W_dec]
         self.zero_grad()
 

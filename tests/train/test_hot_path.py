@@ -47,12 +47,14 @@ def test_no_step_reads_a_tensor(train, precision):
 
 
 PROBE = """
-import json, resource, sys
+import ctypes, json, resource, sys
 import train_ddp
 from clt import memory
 from clt.config import load_config
 from clt.train.logger import Logger
 
+PR_SET_THP_DISABLE = 41
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # a fault is to be one page
 faults, step = [], Logger.step
 
 def probe(logger, finished):
