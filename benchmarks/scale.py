@@ -59,41 +59,39 @@ def state_bytes(job: Job) -> int:
     return 2 * FLOAT * parameters(job) + optimizer_bytes(job)
 
 
-def cast_bytes(job: Job, layer: int) -> int:
-    """The decoder of layers 0 .. `layer` in the width of the products, if that is not the weights' own."""
-    L, D, F, _ = job.local
-    return sum(F * (L - s) * D for s in range(layer + 1)) * job.width if job.width < FLOAT else 0
-
-
 def saved_bytes(job: Job) -> int:
-    """Kept by the forward pass for the backward pass, parameters not counted again.
+    """Kept by the forward pass for the backward pass, parameters and batch not counted again.
 
-    (L, B, F): pre-activations and features. (L, B, D): normalised inputs, and the float32 error. (L, F): the decoder's
-    norms. And the decoder as it was multiplied.
+    (L, B, F): the encoder's products. (L, B, D): normalised inputs and reconstruction, which features that are spread
+    over ranks add up in float32. (L, F): the decoder's norms.
     """
     L, D, F, B = job.local
-    return L * B * F * 2 * job.width + L * B * D * (job.width + FLOAT) + FLOAT * L * F + cast_bytes(job, L - 1)
+    reconstruction = FLOAT if job.feature > 1 else job.width
+    return L * B * F * job.width + L * B * D * (job.width + reconstruction) + FLOAT * L * F
 
 
 def backward_bytes(job: Job) -> int:
     """The most that a step holds at once beyond `state_bytes`, without torch.compile, which holds less.
 
-    Either at the squared error, with three float32 tensors of (L, B, D) beside all that was saved; or at some layer,
-    from the last to the first: what it and the earlier layers saved, the inputs, the gradient of y~ and the encoder
-    gradients of the later layers, and beside them either (B, F) in float32 eight times, for the pass over the features,
-    or the layer's own gradients: the encoder's, and the decoder's if it was multiplied in less than float32. Or at the
+    Either in the forward pass at the last layer: all features, what was saved, and beside them that layer's features
+    again and all decoders to it, or (B, F) in float32 four times, for the pass over the features. Or at the squared
+    error: three float32 tensors of (L, B, D) beside what was saved. Or in the backward pass at some layer, from the
+    last to the first: what it and the earlier layers saved, the inputs, the gradient of y~ and the encoder gradients of
+    the later layers, and beside them either (B, F) in float32 eight times, or the layer's own gradients. Or at the
     end, where the layers' encoder gradients become one tensor.
     """
     L, D, F, B = job.local
-    narrow = job.width if job.width < FLOAT else 0
-    peaks = [saved_bytes(job) + 3 * FLOAT * L * B * D]
+    saved, matrix, pair = saved_bytes(job), B * F, 2 * job.width * L * B * D
+    wide = FLOAT if job.width < FLOAT else 0  # what is narrow is widened beside it
+    decode = max(matrix * job.width + L * F * D * job.width, 4 * FLOAT * matrix + (wide and job.width * matrix))
+    peaks = [saved + 3 * FLOAT * L * B * D, saved + L * matrix * job.width + decode]
     for s in range(L):
-        held = (s + 1) * B * F * 2 * job.width + L * B * D * (job.width + FLOAT) + cast_bytes(job, s)
-        held += (L - 1 - s) * FLOAT * D * F + narrow * B * (L - s) * D
-        gating = B * F * (job.width + (8 if job.width == FLOAT else 9) * FLOAT)  # narrow ones are widened first
-        own = B * F * job.width + F * (L - s) * D * (narrow and narrow + FLOAT) + F * D * FLOAT
+        held = (s + 1) * matrix * job.width + pair + (L - 1 - s) * FLOAT * D * F
+        decoder = F * (L - s) * D
+        gating = matrix * (job.width + 8 * FLOAT + (wide and 2 * job.width))
+        own = 3 * matrix * job.width + decoder * (job.width + wide)
         peaks.append(held + max(gating, own))
-    peaks.append(2 * FLOAT * L * D * F + L * B * D * (job.width + FLOAT))
+    peaks.append(2 * FLOAT * L * D * F + pair)
     return max(peaks)
 
 

@@ -102,12 +102,16 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 @pytest.fixture(scope="session")
 def train_overrides(lm_overrides: list[str], stores: Path) -> list[str]:
-    """An empty config file and overrides for ten short steps on those stores; `run.dir` is left to the test."""
+    """An empty config file and overrides for ten short steps on those stores; `run.dir` is left to the test.
+
+    In float32 whatever the machine multiplies natively, so that weights can be compared closely.
+    """
     defaults = stores / "defaults.yaml"
     defaults.touch()
     return [
         str(defaults), *lm_overrides, f"data.store={stores}", "clt.d_features=24", "train.steps=10",
-        "train.batch_tokens=60", "train.compile=false", "eval.replacement_tokens=64", "log.every=5",
+        "train.batch_tokens=60", "train.compile=false", "train.precision=fp32", "eval.replacement_tokens=64",
+        "log.every=5",
     ]  # fmt: skip
 
 

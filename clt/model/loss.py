@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clt.model.activations import Rule, gate, gate_gradients
-from clt.model.decode import SumOverShards
+from clt.model.activations import Rule
+from clt.model.decode import SumOverShards, whole
+from clt.model.error import ErrorKernels, SquaredError, Target
+from clt.model.normalization import Normalization
 from clt.model.source import Kernels, SourceLayer
 from clt.model.transcoder import CrossLayerTranscoder
 
@@ -57,32 +59,35 @@ class Objective(nn.Module):
             transcoder.straight_through_pre,
             floor if pre_activation else "none",
         )
-        self.kernels = Kernels(gate, gate_gradients)
-        self.squared_error = squared_error
+        self.kernels, self.error_kernels, self.normalized = Kernels(), ErrorKernels(), normalized
         if compile:
-            self.kernels = Kernels(torch.compile(gate, dynamic=False), torch.compile(gate_gradients, dynamic=False))
-            self.squared_error = torch.compile(squared_error, dynamic=False)
+            self.kernels, self.error_kernels = self.kernels.compiled(), self.error_kernels.compiled()
+            self.normalized = torch.compile(normalized, dynamic=False)
 
     def forward(self, activations: Tensor, sparsity: Tensor) -> Terms:
         """activations (B, 2, L, D) of any float dtype; sparsity: lambda as a 0-d tensor (a float would recompile)."""
         clt, norm, device = self.transcoder, self.transcoder.normalization, activations.device.type
         (B, _, L, D), exact = activations.shape, clt.b_dec.dtype
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else exact
-        x = norm.input(activations[:, 0]).to(dtype)  # (B, L, D)
-        y = x.new_zeros(B, L * D, dtype=exact)
         penalties, lows, actives = [], [], []
-        weights = zip(clt.W_enc.unbind(), clt.b_enc.unbind(), clt.threshold[0].unbind(), clt.W_dec, clt.homes)
         with torch.autocast(device, enabled=False):
+            x = self.normalized(norm, activations, dtype)
+            y, features = x.new_empty(B, L, D), x.new_empty(B, L * clt.d_features)
+            thresholds = clt.threshold[0].unbind()
+            weights = zip(x.unbind(1), clt.W_enc.unbind(), clt.b_enc.unbind(), thresholds, clt.W_dec, clt.homes)
             for s, of_layer in enumerate(weights):
                 y, penalty, low, active = SourceLayer.apply(  # type: ignore[misc]
-                    y, x[:, s], *of_layer, s * D, self.sparsity_scale, self.rule, self.kernels
+                    y, *of_layer, features, clt.W_dec, s, self.sparsity_scale, self.rule, self.kernels
                 )
                 penalties.append(penalty)
                 lows.append(low)
                 actives.append(active)
-            y = SumOverShards.apply(y, clt.sum_shards)
+            del features
+            if clt.sum_shards is not whole:
+                y = SumOverShards.apply(y.to(exact), clt.sum_shards)
             unit = norm.target_sd if self.target_scale == "none" else None
-            mse_per_layer = self.squared_error(y.view(B, L, D), clt.b_dec, norm.target(activations[:, 1]), unit)
+            target = Target(activations, norm.target_mean, norm.target_sd, unit)
+            mse_per_layer = SquaredError.apply(y, clt.b_dec, target, self.error_kernels)  # type: ignore[misc]
         mse, active = mse_per_layer.mean(), torch.stack(actives)
         penalty, pre_activation = torch.stack(penalties).sum() / B, torch.stack(lows).sum() / B
         return Terms(
@@ -96,9 +101,6 @@ class Objective(nn.Module):
         )
 
 
-def squared_error(y: Tensor, b_dec: Tensor, target: Tensor, unit: Tensor | None) -> Tensor:
-    """The mean square of (y~ + b_dec - target), in `unit`s (L, 1) or (L, D) if given: (B, L, D) -> (L,)."""
-    error = y + b_dec - target
-    if unit is not None:
-        error = error * unit
-    return error.square().mean((0, 2))
+def normalized(norm: Normalization, activations: Tensor, dtype: torch.dtype) -> Tensor:
+    """x~ (B, L, D) of activations (B, 2, L, D)."""
+    return norm.input(activations[:, 0]).to(dtype)

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from clt.model.loss import Objective
-from clt.model.source import Kernels
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train.distributed import sum_bucket
 
@@ -25,19 +24,18 @@ rank, (L, D, F, B) = dist.get_rank(), (6, 64, 256, 1024)
 torch.manual_seed(0)
 alone, objective = (Objective(CrossLayerTranscoder(L, D, F)) for _ in range(2))
 objective.load_state_dict(alone.state_dict())
-gate, gate_gradients = objective.kernels
 events, buckets, steps = [], [], []
 
 def noted(*arguments):
     events.append("layer")
-    return gate_gradients(*arguments)
+    return alone.kernels.gate_gradients(*arguments)
 
 def summed(group, bucket):
     buckets.append(bucket.buffer())
     events.append("begun")
     return sum_bucket(group, bucket).then(lambda done: (events.append("done"), done.value())[1])
 
-objective.kernels = Kernels(gate, noted)
+objective.kernels = objective.kernels._replace(gate_gradients=noted)
 model = DDP(objective, bucket_cap_mb=0.001, gradient_as_bucket_view=True)
 model.register_comm_hook(dist.group.WORLD, summed)
 clt, lambda_, passed_on = objective.transcoder, torch.tensor(0.1), []

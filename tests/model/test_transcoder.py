@@ -171,20 +171,22 @@ def test_gradients_of_the_gate_equal_their_formula(activation, through_pre, floo
     def draw(*shape):
         return torch.randn(shape, dtype=torch.float64, generator=generator)
 
-    pre, theta, scale, written = draw(B, F), draw(F).abs(), draw(F).abs(), draw(B, F)
+    product, bias, theta, scale, written = draw(F, B), draw(F), draw(F).abs(), draw(F).abs(), draw(F, B)
     of_penalty, of_low = torch.tensor(0.3).double(), torch.tensor(0.2).double()
-    got = gate_gradients(pre, theta, scale, rule, written, of_penalty, of_low)
-    expected = Gradients(torch.zeros_like(pre), *torch.zeros(3, F, dtype=torch.float64))
+    got = gate_gradients(product, bias, theta, scale, rule, written, of_penalty, of_low)
+    matrix, row = torch.zeros_like(product), torch.zeros_like(bias)
+    expected = Gradients(matrix, row, row.clone(), row.clone(), matrix.clone())
     for b in range(B):
         for f in range(F):
-            p, t, c = pre[b, f].item(), theta[f].item(), scale[f].item()
+            p, t, c = (product[f, b] + bias[f]).item(), theta[f].item(), scale[f].item()
             a = p if p > (t if activation == "jumprelu" else 0) else 0
             slope = 0.3 * (1 - math.tanh(c * a) ** 2)
-            g = written[b, f].item() + slope * c
+            g = written[f, b].item() + slope * c
             through = t / 0.8 * g * (abs(p - t) < 0.4) * (activation == "jumprelu")
             below = {"none": 0, "zero": p < 0, "threshold": p < t}[floor] * 0.2
-            expected.pre[b, f] = g * (a > 0) + through * through_pre - below
-            expected.bias[f] += expected.pre[b, f]
+            expected.features[f, b] = a
+            expected.pre[f, b] = g * (a > 0) + through * through_pre - below
+            expected.bias[f] += expected.pre[f, b]
             expected.threshold[f] += below * (floor == "threshold") - through
             expected.scale[f] += slope * a
     for name, ours, theirs in zip(Gradients._fields, got, expected):
@@ -195,12 +197,12 @@ def test_gradients_of_the_gate_equal_their_formula(activation, through_pre, floo
 def test_compiled_kernels_in_bf16_are_the_eager_ones():
     """In between they compute in float32, so that only the last bit of a bf16 result may differ."""
     rule, generator = Rule("jumprelu", 0.8, True, "threshold"), torch.Generator().manual_seed(0)
-    pre, written = (torch.randn(64, 48, generator=generator).bfloat16() for _ in range(2))
-    theta, scale = (torch.rand(48, generator=generator) for _ in range(2))
+    product, written = (torch.randn(48, 64, generator=generator).bfloat16() for _ in range(2))
+    bias, theta, scale = (torch.rand(48, generator=generator) for _ in range(3))
     low = torch.tensor(0.1)
     for kernel, arguments in (
-        (gate, (pre, theta, scale, rule)),
-        (gate_gradients, (pre, theta, scale, rule, written, low, low)),
+        (gate, (product, bias, theta, scale, rule)),
+        (gate_gradients, (product, bias, theta, scale, rule, written, low, low)),
     ):
         for eager, compiled in zip(kernel(*arguments), torch.compile(kernel, dynamic=False)(*arguments)):
             assert eager.dtype == compiled.dtype
@@ -209,8 +211,9 @@ def test_compiled_kernels_in_bf16_are_the_eager_ones():
 
 
 def test_jumprelu_is_never_negative_even_under_a_negative_threshold():
-    pre, theta = torch.tensor([[-0.5, 0.5]]), torch.tensor([-1.0, -1.0])
-    assert gate(pre, theta, torch.ones(2), Rule("jumprelu", 1.0, False, "none")).features.tolist() == [[0.0, 0.5]]
+    pre, theta = torch.tensor([[-0.5, 0.5]]), torch.tensor([-1.0])
+    rule = Rule("jumprelu", 1.0, False, "none")
+    assert gate(pre, torch.zeros(1), theta, torch.ones(1), rule).features.tolist() == [[0.0, 0.5]]
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
