@@ -43,7 +43,7 @@ from clt.parsing import to_yaml  # noqa: E402
 from clt.server.client import ActivationClient  # noqa: E402
 from clt.server.prepare import segment_name  # noqa: E402
 
-L, D, BATCH = 12, 768, 256
+L, D, BATCH, ROWS = 12, 768, 256, 16384
 WIDTH = 2 * L * D
 FORK = multiprocessing.get_context("fork")
 BARS: dict[str, Callable[[float], bool]] = {
@@ -70,7 +70,7 @@ def expected(document: np.ndarray) -> np.ndarray:
 
 def make_store(path: Path, rows: int) -> Config:
     """Stores of `rows` known rows, and the config that serves them."""
-    keys = ["server.source=store", "server.rows=16384", "server.workers=2", "server.max_streams=80",
+    keys = ["server.source=store", f"server.rows={ROWS}", "server.workers=2", "server.max_streams=80",
             f"data.store={path}", f"data.train_tokens={rows}", "data.heldout_tokens=64", "lm.context=64"]  # fmt: skip
     config = load_config(None, keys)
     for part, n in (("train", rows), ("heldout", 64)):
@@ -133,14 +133,14 @@ def _descendants(pid: int) -> list[int]:
     return children + [grandchild for child in children for grandchild in _descendants(child)]
 
 
-def bare_server(port: int, frame: bytes, congestion: str | None) -> None:
-    """An asyncio server that writes the same bytes again and again, by this congestion control or the machine's own."""
+def bare_server(port: int, rows: bytes, congestion: str | None) -> None:
+    """An asyncio server that writes the same rows again and again, by this congestion control or the machine's own."""
 
     async def handle(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if congestion is not None:
             connection = writer.get_extra_info("socket")
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
-        view = memoryview(frame)
+        view = memoryview(rows)
         with contextlib.suppress(ConnectionError):
             while True:
                 for start in range(0, len(view), 1 << 20):
@@ -184,11 +184,11 @@ def throughput(server: Server, rounds: int) -> dict[str, float]:
     A share is the median of its shares within the rounds: a shared machine changes its speed from one to the next.
     """
     rates: dict[str, list[float]] = {"loopback": [], "loopback_reno": [], "one": [], "sixteen": []}
-    bare = {}
+    bare, rows = {}, expected(np.arange(ROWS)).tobytes()  # as much memory as ours reads: less would stay in the caches
     for name, congestion in (("loopback", None), ("loopback_reno", "reno")):
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
-        arguments = (port, bytes(BATCH * WIDTH * 2), congestion)
+        arguments = (port, rows, congestion)
         bare[name] = (FORK.Process(target=bare_server, args=arguments, daemon=True), port)
         bare[name][0].start()
     time.sleep(1)
@@ -310,7 +310,7 @@ def training(seconds: float, directory: Path) -> dict[str, float]:
         return json.loads((run / "summary.json").read_text())
 
     by_store = train()
-    config = load_config(ROOT / common[0], [*common[1:3], *common[4:], "server.source=store", "server.rows=16384"])
+    config = load_config(ROOT / common[0], [*common[1:3], *common[4:], "server.source=store", f"server.rows={ROWS}"])
     with Server(config, Path(tempfile.mkdtemp(dir=directory))) as server:
         by_server = train("data.source=server", f"data.url={server.url}", f"data.store={directory / 'copy'}")
     return {
