@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,8 @@ class Objective(nn.Module):
         )
         self.kernels, self.error_kernels, self.normalized = Kernels(), ErrorKernels(), normalized
         if compile:
+            # It says so of every pass from a float16 store to bf16; in between, the pass computes in float32.
+            warnings.filterwarnings("ignore", "bf16 and fp16 are mixed in the scheduler node")
             self.kernels, self.error_kernels = self.kernels.compiled(), self.error_kernels.compiled()
             self.normalized = torch.compile(normalized, dynamic=False)
 
