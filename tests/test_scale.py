@@ -54,8 +54,8 @@ def test_parameters_and_optimizer_bytes(job):
 @pytest.mark.parametrize("width", PRECISIONS)
 def test_bytes_saved_for_backward(job, width):
     job = Job(job.n_layers, job.d_acts, job.d_features, job.batch_tokens, width=width)
-    model = objective(job)
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    model, batch = objective(job), draw(job)
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), batch]}
     saved = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,7 @@ def test_bytes_saved_for_backward(job, width):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss(model, job)
+        loss(model, job, batch)
     assert sum(storage.nbytes() for storage in saved.values()) == scale.saved_bytes(job)
 
 

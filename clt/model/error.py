@@ -62,12 +62,12 @@ class SquaredError(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y: Tensor, b_dec: Tensor, target: Target, kernels: ErrorKernels) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(y, b_dec)
-        ctx.target, ctx.kernels = target, kernels
+        ctx.save_for_backward(y, b_dec, *target)
+        ctx.kernels = kernels
         return kernels.mean_squares(y, b_dec, target)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        y, b_dec = ctx.saved_tensors
-        grad_y = ctx.kernels.gradient(y, b_dec, ctx.target, grad)
+        y, b_dec, *target = ctx.saved_tensors
+        grad_y = ctx.kernels.gradient(y, b_dec, Target(*target), grad)
         return grad_y, ctx.kernels.sum_over_tokens(grad_y, b_dec.dtype), None, None
