@@ -13,9 +13,9 @@ from clt.model.activations import Gated, Gradients, Rule, gate, gate_gradients
 _NO_NORM = 1e-30  # a decoder row that is shorter counts as zero
 
 
-def transposed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (M, N) as a contiguous (N, M) of another dtype."""
-    return x.to(dtype).t().contiguous()
+def transposed(x: Tensor) -> Tensor:
+    """x (M, N) as a contiguous (N, M)."""
+    return x.t().contiguous()
 
 
 def transpose_into(out: Tensor, x: Tensor) -> None:
@@ -24,7 +24,7 @@ def transpose_into(out: Tensor, x: Tensor) -> None:
 
 
 def add_scaled_rows(out: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> None:
-    """out (M, N) = x (M, N) + weight (M, N) * scale (M, 1), in out's dtype."""
+    """out (F, T, D) = x + weight * scale, of x and weight (F, T, D) and scale (F, 1, 1), in out's dtype."""
     torch.addcmul(x, weight, scale, out=out)
 
 
@@ -33,12 +33,12 @@ class Kernels(NamedTuple):
 
     gate: Callable[..., Gated] = gate
     gate_gradients: Callable[..., Gradients] = gate_gradients
-    transposed: Callable[[Tensor, torch.dtype], Tensor] = transposed
+    transposed: Callable[[Tensor], Tensor] = transposed
     transpose_into: Callable[[Tensor, Tensor], None] = transpose_into
     add_scaled_rows: Callable[[Tensor, Tensor, Tensor, Tensor], None] = add_scaled_rows
 
     def compiled(self) -> Kernels:
-        """Each compiled to one pass over memory; decoders have a shape of their own in every layer."""
+        """Each compiled to one pass over memory. Decoders have a shape of their own in every layer."""
         return Kernels(
             torch.compile(self.gate, dynamic=False),
             torch.compile(self.gate_gradients, dynamic=False),
@@ -90,7 +90,7 @@ class SourceLayer(torch.autograd.Function):
         kernels: Kernels,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (F, _, D), dtype = W_dec.shape, x.dtype
-        product = kernels.transposed(W_enc, dtype) @ x.t()  # (F, B)
+        product = W_enc.to(dtype).t().contiguous() @ x.t()  # (F, B)
         norm = torch.linalg.vector_norm(W_dec.flatten(1), dim=1)  # (F,)
         gated = kernels.gate(product, b_enc, theta, c * norm, rule)
         kernels.transpose_into(features[:, s * F : (s + 1) * F], gated.features)
@@ -116,11 +116,12 @@ class SourceLayer(torch.autograd.Function):
             product, b_enc, theta, ctx.c * norm, ctx.rule, grad_features, grad_penalty, grad_low
         )
         # A zero row's subgradient is 0; it must not come as 0 / tiny * a loss scale's overflow.
-        through_norm = (ctx.c * grad.scale / norm).masked_fill_(norm < _NO_NORM, 0).unsqueeze(1)
+        through_norm = (ctx.c * grad.scale / norm).masked_fill_(norm < _NO_NORM, 0).view(-1, 1, 1)
         home = ctx.home if ctx.weight.grad is None else None  # to a gradient that is there, autograd adds
         grad_W_dec = torch.empty_like(W_dec) if home is None else home
-        kernels.add_scaled_rows(grad_W_dec.flatten(1), grad.features @ written, W_dec.flatten(1), through_norm)
+        weight = W_dec.detach()  # a parameter's sizes count as fixed: each layer would have its own kernel compiled
+        kernels.add_scaled_rows(grad_W_dec, (grad.features @ written).view_as(weight), weight, through_norm)
         if home is not None:
             ctx.weight.grad, grad_W_dec = home, None
-        grad_W_enc = (kernels.transposed(x, x.dtype) @ grad.pre.t()).to(W_dec.dtype)
+        grad_W_enc = (kernels.transposed(x) @ grad.pre.t()).to(W_dec.dtype)
         return grad_y, None, grad_W_enc, grad.bias, grad.threshold, grad_W_dec, *[None] * 7
