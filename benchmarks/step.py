@@ -30,8 +30,8 @@ def unavoidable_bytes(job: Job) -> int:
     """Bytes that a step must move besides its matrix products' operands.
 
     Adam reads weight, gradient and two moments and writes three (28 bytes a parameter), the gradient's norm reads it
-    (4), a cast to `width` reads 4 and writes `width`. Features and pre-activations are written once and read once in
-    each direction, their gradient is written and read, and the batch is read.
+    (4), a cast to `width` reads 4 and writes `width`. Pre-activations, features and their gradient are each written
+    and read, and the batch is read.
     """
     L, D, F, B = job.local
     cast = 4 + job.width if job.width < 4 else 0

@@ -16,6 +16,7 @@ from benchmarks import scale
 from benchmarks.scale import Job
 from clt.model.loss import Objective
 from clt.model.transcoder import CrossLayerTranscoder
+from clt.train.distributed import Axis
 
 ROOT = Path(__file__).parent.parent
 SIZES = [Job(4, 16, 128, 1024), Job(4, 64, 128, 256), Job(6, 64, 256, 8)]  # most memory: features, errors, weights
@@ -23,7 +24,11 @@ PRECISIONS = {4: torch.float32, 2: torch.bfloat16}
 
 
 def objective(job: Job) -> Objective:
-    return Objective(CrossLayerTranscoder(job.n_layers, job.d_acts, job.d_features, normalization="layer"))
+    """Of one rank, as train_ddp.py builds it, but for its sum over the other shards."""
+    shapes = job.n_layers, job.d_acts, job.d_features
+    return Objective(
+        CrossLayerTranscoder(*shapes, normalization="layer", shard=(0, job.feature), sum_shards=Axis().sum)
+    )
 
 
 def draw(job: Job) -> torch.Tensor:
@@ -52,8 +57,9 @@ def test_parameters_and_optimizer_bytes(job):
 
 @pytest.mark.parametrize("job", SIZES)
 @pytest.mark.parametrize("width", PRECISIONS)
-def test_bytes_saved_for_backward(job, width):
-    job = Job(job.n_layers, job.d_acts, job.d_features, job.batch_tokens, width=width)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_bytes_saved_for_backward(job, width, shards):
+    job = Job(job.n_layers, job.d_acts, job.d_features, job.batch_tokens, feature=shards, width=width)
     model, batch = objective(job), draw(job)
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), batch]}
     saved = {}
@@ -71,9 +77,10 @@ def test_bytes_saved_for_backward(job, width):
 
 @pytest.mark.parametrize("job", SIZES)
 @pytest.mark.parametrize("width", PRECISIONS)
-def test_the_most_memory_of_a_step(job, width):
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_most_memory_of_a_step(job, width, shards):
     """Every allocation of a step whose batch is there and whose gradients have their memory already."""
-    job = Job(job.n_layers, job.d_acts, job.d_features, job.batch_tokens, width=width)
+    job = Job(job.n_layers, job.d_acts, job.d_features, job.batch_tokens, feature=shards, width=width)
     model, batch = objective(job), draw(job)
     loss(model, job).backward()
     model.transcoder.clear_gradients()

@@ -1,4 +1,4 @@
-"""The cross-layer decoder: one matrix product per source layer over the packed weights."""
+"""The cross-layer decoder outside the training step: one matrix product per source layer over the packed weights."""
 
 from __future__ import annotations
 
@@ -21,17 +21,13 @@ def decode(features: Tensor, weights: list[Tensor]) -> Tensor:
     (L, B, _), D = features.shape, weights[0].shape[-1]
     y = features.new_zeros(B, L * D, dtype=torch.promote_types(features.dtype, torch.float32))
     for s, weight in enumerate(weights):
-        accumulate(y[:, s * D :], features[s], weight.flatten(1).to(features.dtype))
+        written = weight.flatten(1).to(features.dtype)  # (F, T_s * D)
+        columns = y[:, s * D : s * D + written.shape[1]]
+        if y.dtype == features.dtype:
+            columns.addmm_(features[s], written)
+        else:
+            columns.add_(features[s] @ written)
     return y.view(B, L, D)
-
-
-def accumulate(y: Tensor, features: Tensor, decoder: Tensor) -> None:
-    """Add features (B, F) @ decoder (F, T * D) to the first T * D columns of y, in place."""
-    columns = y[:, : decoder.shape[1]]
-    if y.dtype == features.dtype:
-        columns.addmm_(features, decoder)
-    else:
-        columns.add_(features @ decoder)
 
 
 class SumOverShards(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clt.model.activations import Rule
-from clt.model.decode import SumOverShards, whole
+from clt.model.decode import SumOverShards
 from clt.model.error import ErrorKernels, SquaredError, Target
 from clt.model.normalization import Normalization
 from clt.model.source import Kernels, SourceLayer
@@ -86,7 +86,7 @@ class Objective(nn.Module):
                 lows.append(low)
                 actives.append(active)
             del features
-            if clt.sum_shards is not whole:
+            if clt.shards > 1:
                 y = SumOverShards.apply(y.to(exact), clt.sum_shards)
             unit = norm.target_sd if self.target_scale == "none" else None
             target = Target(activations, norm.target_mean, norm.target_sd, unit)

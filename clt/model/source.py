@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from clt.model.activations import Gated, Gradients, Rule, gate, gate_gradients
 
@@ -38,7 +39,10 @@ class Kernels(NamedTuple):
     add_scaled_rows: Callable[[Tensor, Tensor, Tensor, Tensor], None] = add_scaled_rows
 
     def compiled(self) -> Kernels:
-        """Each compiled to one pass over memory. Decoders have a shape of their own in every layer."""
+        """Each compiled to one pass over memory, for up to eight sizes of F or B in one process (dynamo's limit).
+
+        Decoders have a shape of their own in every layer.
+        """
         return Kernels(
             torch.compile(self.gate, dynamic=False),
             torch.compile(self.gate_gradients, dynamic=False),
@@ -107,6 +111,7 @@ class SourceLayer(torch.autograd.Function):
         return y, gated.penalty, gated.low, gated.active
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y: Tensor, grad_penalty: Tensor, grad_low: Tensor, _):  # type: ignore[override]
         x, product, b_enc, theta, W_dec, norm = ctx.saved_tensors
         T, kernels = W_dec.shape[1], ctx.kernels
@@ -115,13 +120,15 @@ class SourceLayer(torch.autograd.Function):
         grad = kernels.gate_gradients(
             product, b_enc, theta, ctx.c * norm, ctx.rule, grad_features, grad_penalty, grad_low
         )
-        # A zero row's subgradient is 0; it must not come as 0 / tiny * a loss scale's overflow.
-        through_norm = (ctx.c * grad.scale / norm).masked_fill_(norm < _NO_NORM, 0).view(-1, 1, 1)
-        home = ctx.home if ctx.weight.grad is None else None  # to a gradient that is there, autograd adds
-        grad_W_dec = torch.empty_like(W_dec) if home is None else home
-        weight = W_dec.detach()  # a parameter's sizes count as fixed: each layer would have its own kernel compiled
-        kernels.add_scaled_rows(grad_W_dec, (grad.features @ written).view_as(weight), weight, through_norm)
-        if home is not None:
-            ctx.weight.grad, grad_W_dec = home, None
+        grad_W_dec = None
+        if ctx.needs_input_grad[5]:  # else it is frozen
+            # A zero row's subgradient is 0; it must not come as 0 / tiny * a loss scale's overflow.
+            through_norm = (ctx.c * grad.scale / norm).masked_fill_(norm < _NO_NORM, 0).view(-1, 1, 1)
+            home = ctx.home if ctx.weight.grad is None else None  # to a gradient that is there, autograd adds
+            grad_W_dec = torch.empty_like(W_dec) if home is None else home
+            weight = W_dec.detach()  # a parameter's sizes count as fixed: each layer would have its own kernel compiled
+            kernels.add_scaled_rows(grad_W_dec, (grad.features @ written).view_as(weight), weight, through_norm)
+            if home is not None:
+                ctx.weight.grad, grad_W_dec = home, None
         grad_W_enc = (kernels.transposed(x) @ grad.pre.t()).to(W_dec.dtype)
         return grad_y, None, grad_W_enc, grad.bias, grad.threshold, grad_W_dec, *[None] * 7

@@ -79,7 +79,7 @@ class CrossLayerTranscoder(nn.Module):
         L, D, F = n_layers, d_acts, d_features // parts
         self.n_layers, self.d_acts, self.d_features = L, D, F
         self.features = slice(part * F, (part + 1) * F)
-        self.sum_shards = sum_shards
+        self.shards, self.sum_shards = parts, sum_shards
         self.activation, self.bandwidth, self.straight_through_pre = activation, bandwidth, straight_through_pre
         # The whole of each tensor is drawn and this shard's part kept: the same weights however they are sharded.
         bound_enc, bound_dec = d_features**-0.5, (L * D) ** -0.5

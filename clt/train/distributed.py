@@ -70,6 +70,9 @@ def setup(feature_shards: int, timeout_seconds: float) -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        # One product adds up as many features as write to a layer: all of it in float32, as the CPU does.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     else:
         device = torch.device("cpu")
     if size == 1:

@@ -8,14 +8,14 @@ from safetensors.torch import load_file, save_file
 
 from clt.model.activations import Gradients, Rule, gate, gate_gradients
 from clt.model.loss import Objective
-from clt.model.transcoder import CrossLayerTranscoder
+from clt.model.transcoder import CrossLayerTranscoder, feature_dim
 
 L, D, F, B = 3, 5, 7, 11
 
 
-def make(normalization="layer", **options) -> CrossLayerTranscoder:
+def make(normalization="layer", d_features=F, **options) -> CrossLayerTranscoder:
     torch.manual_seed(0)
-    clt = CrossLayerTranscoder(L, D, F, normalization=normalization, **options).double()
+    clt = CrossLayerTranscoder(L, D, d_features, normalization=normalization, **options).double()
     with torch.no_grad():
         for parameter in clt.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -214,6 +214,64 @@ def test_jumprelu_is_never_negative_even_under_a_negative_threshold():
     pre, theta = torch.tensor([[-0.5, 0.5]]), torch.tensor([-1.0])
     rule = Rule("jumprelu", 1.0, False, "none")
     assert gate(pre, torch.zeros(1), theta, torch.ones(1), rule).features.tolist() == [[0.0, 0.5]]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_the_compiled_step_in_bf16_is_the_eager_one():
+    """From a float16 store, twice: the second step writes the decoder's gradients where the first one's were."""
+    data, gradients = batch().half(), []
+    for compile in (False, True):
+        clt = make().float()
+        objective = Objective(clt, pre_activation=0.1, compile=compile)
+        for _ in range(2):
+            clt.clear_gradients()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = objective(data, torch.tensor(0.3)).loss
+            loss.backward()
+        gradients.append({name: p.grad for name, p in clt.named_parameters()})
+    for name, eager in gradients[0].items():
+        error = (gradients[1][name] - eager).norm() / eager.norm()
+        assert error < torch.finfo(torch.bfloat16).eps, f"{name}: relative difference {error:.2e}"
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_shards_add_up_in_float32(precision):
+    """The loss of the last of two shards, to whose partial reconstruction the first one's is added."""
+    data, partials, terms = batch().float(), [], []
+
+    def add(partial):
+        partials.append(partial.detach().clone())
+        return partial.copy_(torch.stack(partials).double().sum(0))
+
+    whole = make(d_features=2 * F).float()
+    for part in range(2):
+        shard = make(d_features=2 * F, shard=(part, 2), sum_shards=add).float()
+        of_shard = slice(part * F, (part + 1) * F)
+        shard.load_state_dict(
+            {
+                name: value if (dim := feature_dim(name)) is None else value.transpose(0, dim)[of_shard].transpose(0, dim)
+                for name, value in whole.state_dict().items()
+            }
+        )
+        with torch.autocast("cpu", precision):
+            terms.append(Objective(shard)(data, torch.tensor(0.3)))
+    assert [partial.dtype for partial in partials] == [torch.float32] * 2
+    exact = Objective(whole)(data, torch.tensor(0.3))
+    torch.testing.assert_close(terms[1].mse, exact.mse, rtol=8 * torch.finfo(precision).eps, atol=0)
+    torch.testing.assert_close(
+        terms[0].sparsity + terms[1].sparsity, exact.sparsity, rtol=8 * torch.finfo(precision).eps, atol=0
+    )
+
+
+def test_a_frozen_decoder_stays_as_it_is():
+    clt = make()
+    objective = Objective(clt)
+    objective(batch(), torch.tensor(0.3)).loss.backward()
+    clt.clear_gradients()
+    clt.W_dec.requires_grad_(False)
+    objective(batch(), torch.tensor(0.3)).loss.backward()
+    assert all(weight.grad is None for weight in clt.W_dec)
+    assert clt.W_enc.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
