@@ -55,7 +55,7 @@ class ServerStore:
         done = 0
         while done < len(rows):
             if len(self._rest) == 0:
-                self._rest = self._next(len(rows))
+                self._rest = self._next()
             take = min(len(self._rest), len(rows) - done)
             # Not by torch: its copy would start OpenMP's threads for this thread, too, and with more of them than
             # processors they wait asleep; a training step on two cores took twice as long.
@@ -63,10 +63,10 @@ class ServerStore:
             self._rest, done = self._rest[take:], done + take
         return out
 
-    def _next(self, rows: int) -> Tensor:
+    def _next(self) -> Tensor:
         if self._frames is None:
             row_bytes = 2 * self.index.n_layers * self.index.d_acts * getattr(torch, self.index.dtype).itemsize
-            self._frames = self.client.stream_frames(min(rows, self.most, max(1, _FRAME_BYTES // row_bytes)))
+            self._frames = self.client.stream_frames(min(self.most, max(1, _FRAME_BYTES // row_bytes)))
         frame = next(self._frames)
         if frame.segment not in self.consumed:
             self._check_index()
