@@ -51,23 +51,23 @@ def batch_rows(
             "(data.train_tokens)"
         )
     assert 0 <= rank < world, (rank, world)
-    at = step * batch + np.arange(batch * rank // world, batch * (rank + 1) // world)
-    epochs, within = np.divmod(at, n_rows)
-    return np.concatenate([_epoch_rows(n_rows, block_rows, seed, e, within[epochs == e]) for e in _span(epochs)])
+    first, end = (step * batch + batch * i // world for i in (rank, rank + 1))
+    epochs = range(first // n_rows, max(end - 1, first) // n_rows + 1)
+    starts = [max(first - epoch * n_rows, 0) for epoch in epochs]
+    ends = [min(end - epoch * n_rows, n_rows) for epoch in epochs]
+    return np.concatenate([_epoch_rows(n_rows, block_rows, seed, *part) for part in zip(epochs, starts, ends)])
 
 
-def _span(epochs: np.ndarray) -> range:
-    return range(int(epochs[0]), int(epochs[-1]) + 1) if len(epochs) else range(1)
-
-
-def _epoch_rows(n_rows: int, block_rows: int, seed: int, epoch: int, at: np.ndarray) -> np.ndarray:
-    """The rows at the places `at` (each in [0, n_rows)) of one epoch."""
+def _epoch_rows(n_rows: int, block_rows: int, seed: int, epoch: int, start: int, end: int) -> np.ndarray:
+    """The rows at the places start .. end - 1 (each in [0, n_rows)) of one epoch."""
     n_blocks = -(-n_rows // block_rows)
     order, last = _block_order(n_blocks, seed, epoch)
     missing = n_blocks * block_rows - n_rows
+    at = np.arange(start, end)
     # Behind the ragged block everything comes `missing` places early: count as if it had been whole.
-    at = at + missing * (at >= (last + 1) * block_rows - missing)
-    return order[at // block_rows] * block_rows + at % block_rows
+    at[max((last + 1) * block_rows - missing - start, 0) :] += missing
+    block, within = np.divmod(at, block_rows)
+    return order[block] * block_rows + within
 
 
 class DistributedSampler(Sampler[np.ndarray]):
