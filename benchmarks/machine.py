@@ -52,20 +52,25 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device, budget: float) -> float:
-    """The best TFLOP/s of square matrix products, of sizes that grow while the next would take less than `budget` s.
+def matmul(n: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], float]:
+    """A function of a count: the best TFLOP/s of so many products of two (n, n) matrices, one after the other."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    torch.mm(a, b, out=out)
+    return lambda count: 2 * n**3 / min(seconds(lambda: torch.mm(a, b, out=out), device) for _ in range(count)) / 1e12
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device, budget: float) -> tuple[float, int]:
+    """The best TFLOP/s of square matrix products, and the last n: they grow while the next takes less than `budget` s.
 
     Small sizes alone where a precision is slow: bf16 on a CPU without instructions for it.
     """
     best, n, limit = 0.0, 256, 16384 if device.type == "cuda" else 4096
     while True:
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        torch.mm(a, b, out=out)
-        took = min(seconds(lambda: torch.mm(a, b, out=out), device) for _ in range(5))  # noqa: B023
-        best = max(best, 2 * n**3 / took / 1e12)
-        if n == limit or 8 * took > budget:
-            return best
+        rate = matmul(n, dtype, device)(5)
+        best = max(best, rate)
+        if n == limit or 8 * 2 * n**3 / (rate * 1e12) > budget:
+            return best, n
         n *= 2
 
 

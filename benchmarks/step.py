@@ -47,9 +47,9 @@ def formula_memory(job: Job) -> int:
 def measure(case: dict[str, Any], copy_gb_per_s: float, timed_steps: int, device: torch.device) -> dict[str, Any]:
     """Run the step of `case` {L, D, F, B, precision, variant} and return the case with what came out.
 
-    The time is the median of `timed_steps` steps, after two; shares are of the peak right after them, because machines
-    change their speed. Variants: `ours` and `textbook`, each also with `_compiled`. Memory is what building and running
-    takes.
+    The time is the median of `timed_steps` steps, after two; shares are of the median of the peaks measured between
+    them, the best of three products each, because machines change their speed. Variants: `ours` and `textbook`, each
+    also with `_compiled`. Memory is what building and running takes.
     """
     L, D, F, B = (case[key] for key in "LDFB")
     dtype = autocast_dtype(case["precision"], device)
@@ -59,12 +59,13 @@ def measure(case: dict[str, Any], copy_gb_per_s: float, timed_steps: int, device
     step = prepare(case, batch)
     for _ in range(WARMUP):
         step(batch)
-    times = [machine.seconds(lambda: step(batch), device) for _ in range(timed_steps)]
     used = machine.peak(device) - before
+    product = machine.matmul(machine.matmul_peak(dtype, device, budget=2.0)[1], dtype, device)
+    turns = [(machine.seconds(lambda: step(batch), device), product(3)) for _ in range(timed_steps)]
     job = Job(L, D, F, B, width=dtype.itemsize)
-    took, work = statistics.median(times), scale.flops(job)
+    took, limit = (statistics.median(values) for values in zip(*turns))
+    limit, work = limit * 1e12, scale.flops(job)
     precision = {value: key for key, value in machine.PRECISIONS.items()}[dtype]
-    limit = machine.matmul_peak(dtype, device, budget=2.0) * 1e12
     roofline = max(work / limit, unavoidable_bytes(job) / (copy_gb_per_s * 1e9))
     formula = {} if "textbook" in case["variant"] else {"formula_memory_gb": formula_memory(job) / 1e9}
     return {

@@ -42,7 +42,7 @@ def main() -> None:
     old = json.loads(arguments.compare.read_text()) if arguments.compare else None  # a wrong path ends the run here
     result = machine.where()
     budget = 0.5 if arguments.quick else 2.0
-    result["matmul_peak_tflops"] = {k: machine.matmul_peak(v, device, budget) for k, v in machine.PRECISIONS.items()}
+    result["matmul_peak_tflops"] = {k: machine.matmul_peak(v, device, budget)[0] for k, v in machine.PRECISIONS.items()}
     result["copy_gb_per_s"] = machine.copy_bandwidth(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the steps run in other processes

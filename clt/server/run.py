@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -66,6 +67,7 @@ def serve(config: Config, without_token: bool = False, **options: Any) -> None:
     # Batches are allocated and freed all the time: glibc would return their memory and fault it back in. For children.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 28))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # uvicorn raises it again when all is shut down
     ensure(config).close(stay=True)  # for the workers: they may die and come back without its being made anew
     with tempfile.TemporaryDirectory(prefix="clt-serve-") as directory:
         file = Path(directory) / "config.yaml"

@@ -418,9 +418,9 @@ def test_other_machines_are_not_served_without_a_token(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_a_dead_supervisor_is_replaced_and_stopping_leaves_nothing(serve):
+def test_a_dead_supervisor_is_replaced_and_stopping_leaves_nothing(serve, tmp_path):
     name = f"test-{os.getpid()}-stop"
-    server, file = serve(f"server.name={name}"), Path(f"/dev/shm/clt-{name}")
+    server, file = serve(f"server.name={name}", TMPDIR=str(tmp_path)), Path(f"/dev/shm/clt-{name}")
     client = ActivationClient(server.url)
     first = client.stats()["segment"]
     segment = Segment.attach(name)
@@ -432,5 +432,8 @@ def test_a_dead_supervisor_is_replaced_and_stopping_leaves_nothing(serve):
         connection.sendall(b"GET /activations/stream HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
         assert connection.recv(9) == b"HTTP/1.1 "
         assert connection.recv(3) == b"200"
-        server.stop()
+        assert list(tmp_path.glob("clt-serve-*"))
+        server.process.terminate()
+        assert server.process.wait(60) == 0
     eventually(lambda: not file.exists())
+    assert not list(tmp_path.glob("clt-serve-*"))
