@@ -47,7 +47,7 @@ def reader(name: str, megabytes: int, train_steps: int, device: torch.device) ->
     rows = max(2 * B, megabytes * 1_000_000 // (4 * L * D))
     with tempfile.TemporaryDirectory() as directory:
         write_store(directory, torch.randn(rows, 2, L, D).half(), shard_rows=min(rows, 32_768))
-        store, steps = DiscBuffer(directory), max(40, rows // B)
+        store, steps = DiscBuffer(directory), max(40, min(500, 1_000_000_000 // (B * 4 * L * D)))
         data = load_config(ROOT / "configs" / f"{name}.yaml").data
         files = [Path(directory, shard["file"]) for shard in store.index.shards]
 
