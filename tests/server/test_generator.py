@@ -176,6 +176,13 @@ def test_what_is_missing_or_of_another_config_is_said(config: MakeConfig, stores
             prepare(config("server.device=gpu"))
 
 
+def test_too_little_memory_is_said_before_the_language_model_works(config: MakeConfig) -> None:
+    made = config("server.source=model", "server.rows=2000000000")
+    with pytest.raises(UserError, match=r"the shared buffer needs .* GB but"):
+        prepare(made)
+    assert not Path(made.data.store).exists()
+
+
 def test_presets_and_their_mistakes(tmp_path: Path) -> None:
     sizes = [load_config(None, [], preset).server.rows for preset in PRESETS]
     assert list(PRESETS) == ["test", "production", "large-scale"]
