@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,7 +88,10 @@ def test_ipv6(own_config: Config, tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_the_status_page_in_a_browser(serve, tmp_path: Path) -> None:
     server: Server = serve()
-    list(ActivationClient(server.url).stream_activations(100, 10))
+    client = ActivationClient(server.url)
+    list(client.stream_activations(100, 10))
+    while len(client.stats()["history"]["seconds"]) < 2:  # a line takes two points, and they come every two seconds
+        time.sleep(0.1)
 
     def page(path: str = "/") -> str:
         browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]
