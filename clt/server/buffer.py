@@ -35,6 +35,7 @@ PUT_ROWS = 1024
 """Rows written at once: bounds how long the lock is held, and lets readers have the first rows early."""
 SLOW_SHARE = 1 / 4
 """What a serving process may keep in memory of its own for clients that read slowly, of the buffer's size."""
+_PIDS = 1 << 24  # more than Linux has: 2^22
 _HEADER = np.dtype(
     [
         ("rows", "i8"), ("n_layers", "i8"), ("d_acts", "i8"), ("dtype", "S16"), ("min_fill", "i8"),
@@ -230,10 +231,12 @@ class SharedBuffer:
     def reclaim(self) -> int:
         """Free the slots that dead processes had claimed (their rows are lost); returns how many."""
         suspects = np.flatnonzero((self._state == WRITING) | (self._state == READING))
-        owners = np.stack([self._pid[suspects], self._start[suspects]], axis=1)
-        dead = [owner for owner in np.unique(owners, axis=0).tolist() if start_time(owner[0]) != owner[1]]
+        # As one number, because rows of two sort twenty times as slowly, and this is asked five times a second.
+        owners = np.unique(self._start[suspects] * _PIDS + self._pid[suspects])
         freed = 0
-        for pid, start in dead:
+        for start, pid in (divmod(owner, _PIDS) for owner in owners.tolist()):
+            if start_time(pid) == start:
+                continue
             with self._locked():  # a suspect may have become free, and another's, since
                 claimed = (self._state[suspects] == WRITING) | (self._state[suspects] == READING)
                 theirs = (self._pid[suspects] == pid) & (self._start[suspects] == start)
