@@ -125,8 +125,11 @@ def main(config: Config, prepare: bool) -> int:
 
     logger = Logger(config, world.rank, start, wandb_id)
 
+    def evaluation_due() -> bool:
+        return step == steps or (config.eval.every > 0 and step % config.eval.every == 0)
+
     def evaluation():  # of the weights as they are, over all ranks
-        share = {"rank": data.rank, "world": data.size, "all_sum": data.sum}
+        share = {"rank": data.rank, "world": data.size, "all_sum": data.sum, "progress": lambda: watch.progress(step)}
         mean_output = store.statistics.target_mean
         numbers, tensors = evaluate(transcoder, heldout, mean_output, lm, windows, autocast=dtype, **share)
         dead = dead_features(data.max(last_fired.clone()), step, batch_tokens, config.eval.dead_window)
@@ -171,7 +174,7 @@ def main(config: Config, prepare: bool) -> int:
         )
 
     # The loop. Nothing in it waits for the device but logging, evaluation and checkpoints.
-    L, step, sparsity = transcoder.n_layers, start, torch.zeros((), device=device)
+    L, step, sparsity = transcoder.n_layers, start, 0.0
     names = [*TERMS[:3], *(f"mse/layer_{l}" for l in range(L)), *(f"L0/layer_{l}" for l in range(L))]
     sampler = DistributedSampler(*order, start, steps)
     if data.size > 1 and start < steps:
@@ -184,13 +187,19 @@ def main(config: Config, prepare: bool) -> int:
     loader = Loader(store, sampler, device, config.data.prefetch)
     watch = Watch(world, config.parallel.timeout_seconds, config.checkpoint.grace_seconds)
     votes, stopped = dist.Votes(world, 2), False
-    clock, logged, stalled, results = time.perf_counter(), start, 0.0, ({}, {})
+    results = None
     with logger, loader, profiler, checkpoints, watch:
+        # A run that was stopped between a checkpoint and its evaluation makes up for that.
+        evaluated = dist.all_max(torch.tensor(float(logger.evaluated), device=device)).item()
+        if start and evaluation_due() and not evaluated:
+            results = evaluation()
+            logger.log_evaluation(step, results[0])
+        clock, logged, stalled = time.perf_counter(), start, loader.stalled
         for batch in loader:  # (b, 2, L, D): this rank's rows of the global batch
             lr = learning_rate(step, steps, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            sparsity.fill_(sparsity_coefficient(step, steps, config.loss))
+            sparsity = sparsity_coefficient(step, steps, config.loss)
             metrics, fired = forward_backward(batch)
             step += 1
             grad_norm = update(step, metrics[:3])
@@ -202,10 +211,10 @@ def main(config: Config, prepare: bool) -> int:
                 profiler.step()  # type: ignore[union-attr]
 
             signals, written = votes.counted()
-            stopped = signals > 0  # on any rank: now all of them stop here
+            stopped = signals > 0 and step < steps  # signals on any rank: now all of them stop here
             if written == world.size:
                 checkpoints.publish()
-            due_evaluation = (config.eval.every and step % config.eval.every == 0) or step == steps
+            due_evaluation = evaluation_due()
             due_checkpoint = (config.checkpoint.every and step % config.checkpoint.every == 0) or step == steps
             due_checkpoint = due_checkpoint or stopped
             if step % config.log.every == 0 or due_evaluation or due_checkpoint:
@@ -217,11 +226,11 @@ def main(config: Config, prepare: bool) -> int:
                         f"since. Look for bad rows with `clt inspect --verify {store.path}`, lower optim.lr (now "
                         f"{lr:.3g}), use train.precision=fp32, or leave such steps out with train.nonfinite=skip"
                     )
-                loss = values["train_mse"] + sparsity.item() * values["train_sparsity"]
+                loss = values["train_mse"] + sparsity * values["train_sparsity"]
                 loss += config.loss.pre_activation * values["train_pre_activation"]
                 values = {"train_loss": loss, **values, "L0": sum(values[f"L0/layer_{l}"] for l in range(L))}
                 values |= {"grad_norm": grad_norm.item(), "skipped_steps": update.skipped.item()}
-                values |= {"learning_rate": lr, "sparsity_coefficient": sparsity.item()}
+                values |= {"learning_rate": lr, "sparsity_coefficient": sparsity}
                 now = time.perf_counter()
                 speed = {
                     "tokens_per_second": (step - logged) * batch_tokens / (now - clock),
@@ -233,26 +242,27 @@ def main(config: Config, prepare: bool) -> int:
                     logger.log(step, speed, "speed")
 
             if due_evaluation or due_checkpoint:
-                if due_evaluation:
-                    results = evaluation()
-                    logger.log_evaluation(step, results[0])
                 if due_checkpoint:
                     begin_checkpoint()
+                if due_evaluation and not stopped:  # it is made up for, and the checkpoint is in a hurry
+                    checkpoints.finish()  # an evaluation that fails must not cost the steps before it
+                    results = evaluation()
+                    logger.log_evaluation(step, results[0])
                 clock, logged = time.perf_counter(), step
-            if stopped and step < steps:
+            if stopped:
                 watch.stopping = True  # whichever rank was told
                 break
             votes.cast(watch.stopping, checkpoints.written)
         checkpoints.finish()
 
-    if stopped and step < steps:
+    if stopped:
         if rank_zero:
             print(f"stopped by a signal after step {step} of {steps}, with a checkpoint in {run_dir}", file=sys.stderr)
         dist.cleanup()
         return PREEMPTED
 
     # The end: report and tear down. A run that was already finished is evaluated again, and only reported.
-    numbers, tensors = evaluation() if start == steps else results
+    numbers, tensors = results or evaluation()
     consumed = {} if isinstance(store, DiscBuffer) else dist.sum_counts(world, store.consumed)
     if rank_zero:
         summary = {

@@ -39,7 +39,7 @@ def main() -> None:
     objective = Objective(CrossLayerTranscoder(4, 128, 4096))
     transcoder = objective.transcoder
     optimizer = torch.optim.Adam(objective.parameters(), fused=True)
-    batch, sparsity = torch.randn(512, 2, 4, 128), torch.tensor(1e-3)
+    batch, sparsity = torch.randn(512, 2, 4, 128), 1e-3
 
     def round_of_steps(checkpoints: checkpoint.Checkpoints, kind: str, number: int) -> float:
         began = time.perf_counter()

@@ -61,16 +61,16 @@ def matmul(n: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], 
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device, budget: float) -> tuple[float, int]:
-    """The best TFLOP/s of square matrix products, and the last n: they grow while the next takes less than `budget` s.
+    """The best TFLOP/s of square matrix products, and their n. They grow while the next takes less than `budget` s.
 
     Small sizes alone where a precision is slow: bf16 on a CPU without instructions for it.
     """
-    best, n, limit = 0.0, 256, 16384 if device.type == "cuda" else 4096
+    best, n, limit = (0.0, 0), 256, 16384 if device.type == "cuda" else 4096
     while True:
         rate = matmul(n, dtype, device)(5)
-        best = max(best, rate)
+        best = max(best, (rate, n))
         if n == limit or 8 * 2 * n**3 / (rate * 1e12) > budget:
-            return best, n
+            return best
         n *= 2
 
 

@@ -109,7 +109,7 @@ def state_bytes(feature: int) -> int:
 
     objective = Objective(CrossLayerTranscoder(4, 128, FEATURES, shard=(0, feature)))
     optimizer = torch.optim.Adam(objective.parameters(), fused=True)
-    objective(torch.randn(8, 2, 4, 128), torch.tensor(0.1)).loss.backward()
+    objective(torch.randn(8, 2, 4, 128), 0.1).loss.backward()
     optimizer.step()
     tensors = [t for p in objective.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
     return sum(t.nbytes for t in [*tensors, *objective.buffers()] if t is not None)

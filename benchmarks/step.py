@@ -101,7 +101,7 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
     weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     beta1, beta2 = config.optim.betas
     optimizer = torch.optim.Adam(weights, config.optim.lr, (beta1, beta2), config.optim.eps, fused=True)
-    sparsity = torch.tensor(config.loss.sparsity, device=device)
+    sparsity = config.loss.sparsity
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     if not textbook:
         update = Update(

@@ -47,7 +47,7 @@ class Textbook(nn.Module):
         self.mask = self.W_dec.new_ones(clt.n_layers, clt.n_layers).triu()[:, :, None, None]
         self.statistics = dict(clt.normalization.named_buffers())
 
-    def forward(self, activations: Tensor, sparsity: Tensor) -> Tensor:
+    def forward(self, activations: Tensor, sparsity: float) -> Tensor:
         """activations (B, 2, L, D) -> the loss ()."""
         known, dtype = self.statistics, self.b_dec.dtype
         x = (activations[:, 0].to(dtype) - known["input_mean"]) / known["input_sd"]

@@ -218,7 +218,7 @@ class LogConfig:
     """Metrics."""
 
     every: int = 10
-    """Steps between metric lines (the only steps on which the loop waits for the device)."""
+    """Steps between metric lines. The loop waits for the device there, at evaluations and at checkpoints alone."""
     wandb: bool = False
     """Also log to Weights & Biases."""
     wandb_project: str = "clt"
@@ -379,6 +379,7 @@ def _validate(config: Config, where: typing.Callable[[str], str]) -> None:
     check(NOT_NEGATIVE, lambda v: v >= 0, "zero or a positive number")
     check(SHARES, lambda v: 0 <= v <= 1, "a share of the run's steps between 0 and 1")
     check(["server.min_fill", "server.low"], lambda v: 0 <= v <= 1, "a share of the buffer between 0 and 1")
+    check(["run.seed", "data.seed"], lambda v: 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1")
     check(["server.port"], lambda v: 0 < v < 65536, "a port number, 1 to 65535")
     named = re.compile(r"[\w.-]{1,64}")
     check(["server.name"], lambda v: v is None or bool(named.fullmatch(v)), "letters, digits, dots and dashes, or null")

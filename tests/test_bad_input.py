@@ -256,12 +256,19 @@ def test_an_altered_shard_ends_the_run_that_reads_nan(train_overrides, copied, c
     assert "altered shards: shard_00001.h5 do not have the checksums" in clt(*remedy.split()[1:])
 
 
-def test_an_altered_heldout_shard_ends_its_evaluation(train_overrides, copied, script, tmp_path):
+@pytest.mark.parametrize(("every", "reached"), [(5, 5), (0, 10)])
+def test_an_altered_heldout_shard_ends_its_evaluation_and_costs_no_step(
+    train_overrides, train, stores, copied, script, tmp_path, every, reached
+):
     write_nan(copied / "heldout", shard=2)
-    found = script(*train_overrides, f"data.store={copied}", f"run.dir={tmp_path / 'run'}")
+    run, often = tmp_path / "run", [f"eval.every={every}", f"checkpoint.every={every}"]
+    found = script(*train_overrides, f"data.store={copied}", f"run.dir={run}", *often)
     assert f"is nan or inf; look for bad rows with `clt inspect --verify {copied / 'heldout'}`" in found
-    assert not (tmp_path / "run" / "summary.json").exists()
-    assert half_written(tmp_path / "run") == []
+    assert not (run / "summary.json").exists()
+    assert half_written(run) == []
+    assert checkpoint.steps(run / "checkpoints") == [reached]
+    shutil.copytree(stores / "heldout", copied / "heldout", dirs_exist_ok=True)
+    assert train(f"data.store={copied}", f"run.dir={run}", *often).metrics == train(*often).metrics
 
 
 def test_more_micro_batches_than_rows(script, train_overrides, tmp_path):

@@ -73,6 +73,8 @@ def test_overrides_win_over_the_file_and_are_typed(tmp_path):
         ("clt.activation=gelu", "clt.activation .* is 'gelu'; wanted jumprelu or relu"),
         ("clt.d_features=-1", "clt.d_features .* is -1; wanted a positive number"),
         ("loss.sparsity=-1", "loss.sparsity .* is -1.0; wanted zero or a positive number"),
+        ("run.seed=-1", r"run.seed .* is -1; wanted a whole number from 0 to 2\^63 - 1"),
+        ("data.seed=9223372036854775808", r"data.seed .* wanted a whole number from 0 to 2\^63 - 1"),
         ("optim.decay=2", "optim.decay .* is 2.0; wanted a share of the run's steps between 0 and 1"),
         ("optim.betas=[0.9]", r"optim.betas .* wanted two numbers in \[0, 1\)"),
         ("lm.layers=[3, 1]", r"lm.layers .* is \[3, 1\]; wanted ascending layer numbers"),

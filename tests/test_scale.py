@@ -38,7 +38,7 @@ def draw(job: Job) -> torch.Tensor:
 def loss(model: Objective, job: Job, batch: torch.Tensor | None = None) -> torch.Tensor:
     batch = draw(job) if batch is None else batch
     with torch.autocast("cpu", torch.bfloat16, enabled=job.width == 2):
-        return model(batch, torch.tensor(1e-3)).loss
+        return model(batch, 1e-3).loss
 
 
 @pytest.mark.parametrize("job", SIZES)

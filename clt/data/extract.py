@@ -105,6 +105,7 @@ def differences(index: StoreIndex, config: Config) -> str:
     rows = "train_tokens" if part == "train" else "heldout_tokens"
     pairs = {
         "lm.model": (index.model, lm.model),
+        "lm.revision": (index.revision if lm.revision == index.revision else index.lm_revision, lm.revision),
         "lm.dtype": (index.lm_dtype, lm.dtype),
         "lm.layers": (index.layers, layers),
         "lm.context": (index.context, lm.context),
@@ -116,7 +117,7 @@ def differences(index: StoreIndex, config: Config) -> str:
     for key, sites in (("input_site", index.input_sites), ("output_site", index.output_sites)):
         template = getattr(lm, key)
         if template is not None:
-            pairs[f"lm.{key}"] = (sites, [template.format(layer=layer) for layer in index.layers])
+            pairs[f"lm.{key}"] = (sites, [template.replace("{layer}", str(layer)) for layer in index.layers])
     return "; ".join(
         f"{key}: found {found!r}, wanted {wanted!r}" for key, (found, wanted) in pairs.items() if found != wanted
     )
@@ -154,6 +155,7 @@ def _blank_index(config: Config, part: Part, lm: LanguageModel) -> StoreIndex:
         layers=list(lm.layers),
         lm_layers=lm.model.config.get_text_config().num_hidden_layers,
         lm_dtype=config.lm.dtype,
+        lm_revision=config.lm.revision,
         input_sites=[site.input_path for site in lm.sites],
         output_sites=[site.output_path for site in lm.sites],
         text={"part": part, **dataclasses.asdict(config.text)},

@@ -58,6 +58,8 @@ class StoreIndex:
     """Layers that the language model has, chosen or not; None when that is not known."""
     lm_dtype: str = "float32"
     """Dtype that the language model computed in."""
+    lm_revision: str | None = None
+    """The revision that was asked for; `revision` is the commit that it then was."""
 
 
 def content_hash(index: StoreIndex) -> str:
@@ -88,9 +90,11 @@ def read_index(path: str | Path) -> StoreIndex:
             f"{file} has format version {version!r}, wanted {FORMAT_VERSION}: "
             "read it with the release of clt that wrote it, or extract it again"
         )
-    known = {field.name for field in dataclasses.fields(StoreIndex)}
-    if tree.keys() != known:
-        odd = ", ".join(sorted(tree.keys() ^ known))
+    fields = dataclasses.fields(StoreIndex)
+    known = {field.name for field in fields}
+    wanted = {field.name for field in fields if field.default is dataclasses.MISSING}  # older stores lack the others
+    if not wanted <= tree.keys() <= known:
+        odd = ", ".join(sorted((wanted - tree.keys()) | (tree.keys() - known)))
         raise UserError(f"{file} is damaged: missing or unknown fields {odd}; copy it again or extract it again")
     index = StoreIndex(**tree)
     if sum(shard["rows"] for shard in index.shards) != index.rows:

@@ -25,7 +25,7 @@ def permutation(n: int, seed: int, number: int, stream: int) -> np.ndarray:
 
     Sorts raw Philox words: their values are promised by numpy for good, those of `Generator.permutation` are not.
     """
-    bits = np.random.Philox(key=[seed % 2**64, number], counter=[0, 0, 0, stream])
+    bits = np.random.Philox(key=np.array([seed, number], np.uint64), counter=[0, 0, 0, stream])
     return np.argsort(bits.random_raw(n), kind="stable")
 
 

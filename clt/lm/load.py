@@ -37,10 +37,6 @@ class LanguageModel:
     """Commit hash of a model from the hub; None for local files."""
     tokenizer_hash: str
     """sha256 of the serialised tokenizer and its special tokens."""
-    special_ids: frozenset[int]
-    """Ids of all special tokens."""
-    bos_id: int | None
-    """The token that every window starts with: bos, else eos, else none."""
 
     @property
     def device(self) -> torch.device:
@@ -72,8 +68,6 @@ def load_language_model(config: LMConfig, device: torch.device | str = "cpu") ->
         name=config.model,
         revision=_commit(source, config.revision),
         tokenizer_hash=hash_tokenizer(tokenizer),
-        special_ids=frozenset(tokenizer.all_special_ids),
-        bos_id=bos_token(tokenizer),
     )
 
 

@@ -62,7 +62,8 @@ def find_sites(
         input_site, output_site = ARCHITECTURES[architecture]
     modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     known = set(modules)
-    sites = [Site(layer, input_site.format(layer=layer), output_site.format(layer=layer)) for layer in layers]
+    paths = [[site.replace("{layer}", str(layer)) for site in (input_site, output_site)] for layer in layers]
+    sites = [Site(layer, *pair) for layer, pair in zip(layers, paths)]
     for site in sites:
         for key, path in (("lm.input_site", site.input_path), ("lm.output_site", site.output_path)):
             if path not in known:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+_DOCUMENTS, _CHARACTERS = 64, 200_000  # about as many are tokenised at once, at most
 
 
 class Window(NamedTuple):
@@ -32,19 +33,17 @@ class Window(NamedTuple):
     """(T,) bool. False at position 0 and at special tokens, whose activations are neither stored nor replaced."""
 
 
-def pack(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, context: int, batch_documents: int = 64
-) -> Iterator[Window]:
+def pack(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, context: int) -> Iterator[Window]:
     """Cut the stream [BOS] document [BOS] document ... into windows of exactly `context` tokens that start with BOS.
 
     A window that goes on in the middle of a document gets a BOS of its own, so that attention has its usual resting
     place; it counts to that document. BOS is the tokenizer's bos, else its eos, else left out everywhere. Documents of
-    no tokens are passed over; an incomplete last window is dropped. `batch_documents` are tokenised at once.
+    no tokens are passed over; an incomplete last window is dropped.
     """
     bos = bos_token(tokenizer)
     special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int32)
     stream = _Stream.empty()
-    for batch in _tokenised(documents, tokenizer, bos, batch_documents):
+    for batch in _tokenised(documents, tokenizer, bos):
         stream = stream.joined(batch)
         position = 0
         while True:
@@ -80,12 +79,10 @@ class _Stream(NamedTuple):
         return _Stream(*(part[position:].copy() for part in self))
 
 
-def _tokenised(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, bos: int | None, size: int
-) -> Iterator[_Stream]:
-    """The stream, `size` documents at a time: one call, in which a fast tokenizer runs without the GIL."""
+def _tokenised(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, bos: int | None) -> Iterator[_Stream]:
+    """The stream, many documents at a time: one call, in which a fast tokenizer runs without the GIL."""
     prefix = [] if bos is None else [bos]
-    for batch in _batches(enumerate(documents), size):
+    for batch in _batches(enumerate(documents)):
         texts = [text for _, text in batch]
         # verbose=False: documents longer than the model's context are expected here.
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -97,15 +94,13 @@ def _tokenised(
         yield _Stream(tokens, np.repeat(np.array([index for index, _ in pieces], dtype=np.int64), lengths), starts)
 
 
-def _batches(
-    numbered: Iterable[tuple[int, str]], size: int, characters: int = 200_000
-) -> Iterator[list[tuple[int, str]]]:
-    """At most `size` documents at a time, fewer where they are long: whoever waits for the first window waits less."""
+def _batches(numbered: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """A few documents at a time, fewer where they are long: whoever waits for the first window waits less."""
     batch, length = [], 0
     for index, text in numbered:
         batch.append((index, text))
         length += len(text)
-        if len(batch) == size or length > characters:
+        if len(batch) == _DOCUMENTS or length > _CHARACTERS:
             yield batch
             batch, length = [], 0
     if batch:

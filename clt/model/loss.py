@@ -67,8 +67,8 @@ class Objective(nn.Module):
             self.kernels, self.error_kernels = self.kernels.compiled(), self.error_kernels.compiled()
             self.normalized = torch.compile(normalized, dynamic=False)
 
-    def forward(self, activations: Tensor, sparsity: Tensor) -> Terms:
-        """activations (B, 2, L, D) of any float dtype; sparsity: lambda as a 0-d tensor (a float would recompile)."""
+    def forward(self, activations: Tensor, sparsity: float) -> Terms:
+        """activations (B, 2, L, D) of any float dtype; sparsity: lambda."""
         clt, norm, device = self.transcoder, self.transcoder.normalization, activations.device.type
         (B, _, L, D), exact = activations.shape, clt.b_dec.dtype
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else exact

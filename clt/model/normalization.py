@@ -62,10 +62,6 @@ class Normalization(nn.Module):
             return x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(TINY)
         return (x - mean) / sd
 
-    def target(self, y: Tensor) -> Tensor:
-        """y (..., L, D) in model units -> normalised targets."""
-        return (y.to(self.target_mean.dtype) - self.target_mean) / self.target_sd
-
     def output(self, y: Tensor) -> Tensor:
         """y~ (..., L, D) -> yhat in model units."""
         return y * self.target_sd + self.target_mean

@@ -142,10 +142,6 @@ class CrossLayerTranscoder(nn.Module):
                 y = y + features[s] @ self.W_dec[s][:, layer - s]
         return self.normalization.output_layer(self.sum_shards(y) + self.b_dec[layer], layer)
 
-    def decoder_norms(self) -> Tensor:
-        """||W_dec,(l,f)|| over all target layers together, (L, F): a feature's whole write vector."""
-        return torch.stack([torch.linalg.vector_norm(weight.flatten(1), dim=1) for weight in self.W_dec])
-
     def dense_decoder(self) -> Tensor:
         """The masked square decoder (L, L, F, D) of the papers, [source, target]: for tests, half of it is zeros."""
         dense = self.b_dec.new_zeros(self.n_layers, self.n_layers, self.d_features, self.d_acts)

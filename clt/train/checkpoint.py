@@ -85,7 +85,7 @@ class Checkpoints:
         """keep: how many of the newest stay; keep_every: steps whose multiples stay for good, or 0."""
         self.directory, self.keep, self.keep_every, self.world = directory, keep, keep_every, world
         self.thread: threading.Thread | None = None
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def begin(self, parts: Parts, config: dict[str, Any], state: dict[str, Any]) -> None:
         """Start to write a checkpoint of `state["step"]`; the tensors may change as soon as this returns.
@@ -124,12 +124,15 @@ class Checkpoints:
         try:
             for name, file in copies.items():
                 tensorfile.write(self.partial / name, file)
-        except OSError as error:  # raised again in the main thread, by `written`
+        except BaseException as error:  # noqa: BLE001 - raised again in the main thread, by `written`
             self.error = error
 
     @property
     def written(self) -> bool:
-        """Whether this rank's share of the checkpoint begun last is on the disk. Raises UserError on a full disk."""
+        """Whether this rank's share of the checkpoint begun last is on the disk.
+
+        Raises UserError on a full disk, and whatever else has kept it from there.
+        """
         if self.thread is None or self.thread.is_alive():
             return False
         if self.error is not None:
@@ -147,7 +150,8 @@ class Checkpoints:
         sync(self.directory)
         for step in steps(self.directory)[: -self.keep]:
             if not (self.keep_every and step % self.keep_every == 0):
-                shutil.rmtree(self.directory / f"step_{step:08d}")
+                old = self.directory / f"step_{step:08d}"
+                shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # half of one must not have the name of a whole one
 
     def finish(self) -> None:
         """Wait until the checkpoint begun last, if any, is written by every rank, and publish it."""
@@ -158,10 +162,11 @@ class Checkpoints:
         dist.barrier(self.world)
         self.publish()
 
-    def _failure(self, error: OSError) -> Exception:
+    def _failure(self, error: BaseException) -> BaseException:
         if self.world.rank == 0:
             shutil.rmtree(self.partial, ignore_errors=True)
-        return UserError(self._message(str(error))) if is_full_disk(error) else error
+        full = isinstance(error, OSError) and is_full_disk(error)
+        return UserError(self._message(str(error))) if full else error
 
     def _message(self, cause: str) -> str:
         found = steps(self.directory)

@@ -22,11 +22,20 @@ if TYPE_CHECKING:
     from clt.lm.text import Window
 
 Reduce = Callable[[Tensor], Tensor]
+_LOGITS = 1 << 26  # that a model gives at once, or those of one window: several float32 tensors are made of them
+
+
+Progress = Callable[[], None]
+"""Called whenever a part is done: a whole evaluation may take longer than a process may go without a sign of life."""
 
 
 def alone(tensor: Tensor) -> Tensor:
     """The reduction of a process that has no others."""
     return tensor
+
+
+def silent() -> None:
+    """The progress that nobody follows."""
 
 
 @torch.no_grad()
@@ -38,6 +47,7 @@ def evaluate_activations(
     rank: int = 0,
     world: int = 1,
     all_sum: Reduce = alone,
+    progress: Progress = silent,
     batch: int = 2048,
 ) -> dict[str, Tensor]:
     """Reconstruction and sparsity on the rows of a held-out store.
@@ -68,6 +78,7 @@ def evaluate_activations(
         square += target.square().sum((0, 2))
         total += target.sum(0)
         fired[:, transcoder.features] += (features > 0).sum(1)
+        progress()
     sums = all_sum(torch.cat([sse, square, total.flatten(), fired.flatten()]))
     if not sums.isfinite().all():
         raise UserError(
@@ -102,7 +113,7 @@ def evaluate_replacement(
     rank: int = 0,
     world: int = 1,
     all_sum: Reduce = alone,
-    batch: int = 8,
+    progress: Progress = silent,
 ) -> dict[str, float]:
     """The language model with every chosen MLP replaced at once by the transcoder, attention live, on held-out text.
 
@@ -117,6 +128,8 @@ def evaluate_replacement(
 
     run = run or replaced_logits
     sums = torch.zeros(6, dtype=torch.float64, device=lm.device)
+    vocabulary = lm.model.config.get_text_config().vocab_size
+    batch = max(1, min(8, _LOGITS // (len(windows[0].tokens) * vocabulary)))
     for start in range(rank * batch, len(windows), world * batch):
         chunk = windows[start : start + batch]
         tokens = torch.from_numpy(np.stack([w.tokens for w in chunk])).long().to(lm.device)
@@ -130,21 +143,21 @@ def evaluate_replacement(
         def cross_entropy(log_p: Tensor, targets: Tensor = targets) -> Tensor:
             return -log_p.gather(1, targets.unsqueeze(1)).double().sum()
 
+        ablated = cross_entropy(log_probabilities(ablated_logits(lm, mean_output, tokens, keep)))
         original = log_probabilities(lm.model(input_ids=tokens, use_cache=False).logits)
         replaced = log_probabilities(run(lm, transcoder, tokens, keep))
-        ablated = log_probabilities(ablated_logits(lm, mean_output, tokens, keep))
-        sums += torch.stack(
-            [
-                counted.sum().double(),
-                (original.argmax(1) == replaced.argmax(1)).sum().double(),
-                (original.exp() * (original - replaced)).sum(-1).double().sum(),
-                cross_entropy(original),
-                cross_entropy(replaced),
-                cross_entropy(ablated),
-            ]
-        )
+        found = [
+            counted.sum().double(),
+            (original.argmax(1) == replaced.argmax(1)).sum().double(),
+            cross_entropy(original),
+            cross_entropy(replaced),
+            ablated,
+        ]
+        difference = replaced.neg_().add_(original)  # in place: these are the largest tensors of an evaluation
+        sums += torch.stack([*found, (original.exp_() * difference).sum(-1).double().sum()])
+        progress()
     n, *values = all_sum(sums).tolist()
-    top1, kl, original, replaced, ablated = (value / n for value in values)
+    top1, original, replaced, ablated, kl = (value / n for value in values)
     return {
         "top1_agreement": top1,
         "kl": kl,

@@ -18,11 +18,12 @@ class Logger:
     """Rank 0's log of a run. On the other ranks every method returns at once.
 
     `metrics.jsonl` holds one object per logged step and only what the run computes, so that two equal runs write equal
-    files; `speed.jsonl` beside it holds what depends on the machine. On resumption the lines after `start` are dropped.
+    files; `speed.jsonl` beside it holds what depends on the machine. On resumption the lines after `start` are dropped,
+    and `evaluated` says whether there is an evaluation of step `start`.
     """
 
     def __init__(self, config: Config, rank: int, start: int, wandb_id: str | None) -> None:
-        self.active = rank == 0
+        self.active, self.evaluated = rank == 0, False
         self.wandb_id = wandb_id
         self.wandb = None
         self.status: dict[str, str] = {}
@@ -30,6 +31,7 @@ class Logger:
             return
         directory = Path(config.run.dir)
         self.files = {name: _open_at_step(directory / f"{name}.jsonl", start) for name in ("metrics", "speed")}
+        self.evaluated = any("eval_fve" in line for line in read_metrics(directory) if line["step"] == start)
         self.bar = tqdm(total=config.train.steps, initial=start, unit="step", dynamic_ncols=True, mininterval=1.0)
         if config.log.wandb:
             self.wandb = _start_wandb(config, wandb_id)

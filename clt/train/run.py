@@ -18,7 +18,7 @@ from clt.model.decode import SumShards, whole
 from clt.model.loss import Objective
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.parsing import to_yaml
-from clt.train.evaluation import Reduce, alone, evaluate_activations, evaluate_replacement
+from clt.train.evaluation import Progress, Reduce, alone, evaluate_activations, evaluate_replacement, silent
 
 if TYPE_CHECKING:
     from clt.lm.documents import Part
@@ -144,12 +144,13 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     all_sum: Reduce = alone,
+    progress: Progress = silent,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Quality as plain numbers for logs and summary.json, and the tensors of `evaluate_activations` for plots.
 
     mean_output: (L, D), what mean ablation writes; lm: None leaves the replacement model out; windows: held-out text.
     """
-    share: dict[str, Any] = {"rank": rank, "world": world, "all_sum": all_sum}
+    share: dict[str, Any] = {"rank": rank, "world": world, "all_sum": all_sum, "progress": progress}
     tensors = evaluate_activations(transcoder, heldout, autocast=autocast, **share)
     numbers: dict[str, Any] = {key: value.tolist() for key, value in tensors.items() if key != "density"}
     if lm is not None:
@@ -169,5 +170,10 @@ def heldout_windows(config: Config, lm: LanguageModel) -> list[Window]:
         raise UserError(
             f"the held-out text is shorter than one window of lm.context={config.lm.context} tokens; "
             "lower lm.context, name more held-out text, or set eval.replacement_tokens=0"
+        )
+    if not any((window.keep[:-1] & window.keep[1:]).any() for window in found):
+        raise UserError(
+            f"no window of lm.context={config.lm.context} held-out tokens has two neighbours that are not special "
+            "tokens, so there is nothing to predict: raise lm.context, or set eval.replacement_tokens=0"
         )
     return found

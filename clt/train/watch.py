@@ -27,8 +27,8 @@ class Watch(threading.Thread):
     """While it is entered, SIGTERM and SIGUSR1 set `stopping` instead of ending the process.
 
     The signal reaches the thread even while the main thread waits inside a collective, so the grace time is kept.
-    `progress(step)` must be called at least every `hang_seconds`; when it is not, the ranks that are behind are named
-    (through heartbeats in torchrun's store) and the process ends, which ends the job.
+    `progress(step)` must be called at least every `hang_seconds`, also within an evaluation; when it is not, the ranks
+    that are behind are named (through heartbeats in torchrun's store) and the process ends, which ends the job.
     """
 
     def __init__(self, world: World, hang_seconds: float, grace_seconds: float) -> None:

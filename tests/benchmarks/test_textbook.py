@@ -21,7 +21,7 @@ def test_our_step_is_the_textbook_step() -> None:
         clt.threshold.uniform_(-0.05, 0.3)
     objective = Objective(clt, sparsity_scale=0.7)
     textbook = Textbook(objective)
-    batch, sparsity = torch.stack([x, y], 1), torch.tensor(0.03, dtype=torch.float64)
+    batch, sparsity = torch.stack([x, y], 1), 0.03
 
     ours, theirs = objective(batch, sparsity).loss, textbook(batch, sparsity)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
@@ -42,10 +42,10 @@ def test_in_bf16_our_step_is_about_as_near_the_truth_as_the_textbook_step() -> N
     torch.manual_seed(0)
     L, D, F, B = 3, 16, 24, 64
     clt = CrossLayerTranscoder(L, D, F, threshold=0.1, bandwidth=0.5)
-    batch, sparsity = torch.randn(B, 2, L, D), torch.tensor(0.03)
+    batch, sparsity = torch.randn(B, 2, L, D), 0.03
     objective = Objective(clt)
     textbook, exact = Textbook(objective), Objective(copy.deepcopy(clt).double())
-    truth = exact(batch.double(), sparsity.double()).loss
+    truth = exact(batch.double(), sparsity).loss
     truth.backward()
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = objective(batch, sparsity).loss, textbook(batch, sparsity)
@@ -73,7 +73,7 @@ def test_a_zero_decoder_row_that_fires_gets_no_gradient_through_its_norm() -> No
     with torch.no_grad():
         clt.W_dec[1][5] = 0
         clt.b_enc[1, 5] = 9.0  # it fires
-    (Objective(clt)(torch.randn(16, 2, 3, 4), torch.tensor(0.03)).loss * 2**24).backward()
+    (Objective(clt)(torch.randn(16, 2, 3, 4), 0.03).loss * 2**24).backward()
     assert all(weight.grad is None or weight.grad.isfinite().all() for weight in clt.parameters())
     assert clt.W_dec[1].grad is not None
     assert clt.W_dec[1].grad[5].any()  # of what it writes

@@ -215,6 +215,7 @@ def test_a_disk_that_fills_up(config: MakeConfig, lm: LanguageModel, small_disk:
     ("override", "found", "wanted"),
     [
         ("lm.model=gpt2", "'.*'", "'gpt2'"),
+        ("lm.revision=step3000", "None", "'step3000'"),
         ("lm.layers=[0, 2]", r"\[0, 1, 2\]", r"\[0, 2\]"),
         ("lm.context=32", "16", "32"),
         ("lm.input_site=h.{layer}.x", r"\['transformer.h.0.ln_2', .*\]", r"\['h.0.x', 'h.1.x', 'h.2.x'\]"),
@@ -238,6 +239,14 @@ def test_a_store_that_the_config_does_not_ask_for(
         check_store(index, other)
     with pytest.raises(UserError, match=r"the heldout store in .* is not the one"):
         extract(other, "heldout", lm, progress=False)
+
+
+def test_a_revision_goes_by_its_name_and_by_its_commit(config: MakeConfig) -> None:
+    index = dataclasses.replace(extract(config(), "heldout", progress=False), revision="c0ffee", lm_revision="main")
+    check_store(index, config("lm.revision=main"))
+    check_store(index, config("lm.revision=c0ffee"))
+    with pytest.raises(UserError, match=r"lm.revision: found 'main', wanted 'step3000'"):
+        check_store(index, config("lm.revision=step3000"))
 
 
 def test_a_store_of_some_layers_is_not_one_of_all(config: MakeConfig) -> None:

@@ -19,6 +19,15 @@ def test_write_and_read(store: Path, tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "other").iterdir()] == ["index.json"]
 
 
+def test_fields_that_older_stores_lack_and_fields_that_all_have(store: Path) -> None:
+    index, tree = read_index(store), json.loads((store / "index.json").read_text())
+    (store / "index.json").write_text(json.dumps({key: tree[key] for key in tree if not key.startswith("lm_")}))
+    assert read_index(store) == dataclasses.replace(index, lm_layers=None, lm_dtype="float32", lm_revision=None)
+    (store / "index.json").write_text(json.dumps({key: tree[key] for key in tree if key != "seed"}))
+    with pytest.raises(UserError, match="missing or unknown fields seed"):
+        read_index(store)
+
+
 def test_missing_directory_and_missing_index(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist; run `clt extract CONFIG`"):
         read_index(tmp_path / "nowhere")

@@ -53,6 +53,8 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     orders = [batch_rows(1000, 10, 1000, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
     assert batch_rows(1000, 10, 1000, 0, 1).tolist() == orders[1]
+    largest = [permutation(100, 2**63 - i, number=0, stream=0).tolist() for i in (1, 2, 3)]
+    assert len({tuple(order) for order in largest}) == 3
 
 
 def test_the_order_is_this_one_for_good() -> None:

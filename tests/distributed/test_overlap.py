@@ -38,7 +38,7 @@ def summed(group, bucket):
 objective.kernels = objective.kernels._replace(gate_gradients=noted)
 model = DDP(objective, bucket_cap_mb=0.001, gradient_as_bucket_view=True)
 model.register_comm_hook(dist.group.WORLD, summed)
-clt, lambda_, passed_on = objective.transcoder, torch.tensor(0.1), []
+clt, lambda_, passed_on = objective.transcoder, 0.1, []
 for weight in clt.W_dec:
     weight.register_hook(lambda grad: passed_on.append(grad is not None))
 for step in range(6):

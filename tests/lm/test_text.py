@@ -4,6 +4,7 @@ import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from clt.config import TextConfig
 from clt.errors import UserError
+from clt.lm import text
 from clt.lm.load import LanguageModel
 from clt.lm.text import Window, _ahead, _batches, pack, windows
 from tests.lm.conftest import BOS, byte_tokenizer, write_jsonl
@@ -42,7 +44,9 @@ def test_windows_without_inserted_bos_are_the_stream(
     bos = 256 if has_bos else None
     tokens, owners, starts = stream(documents, bos)
     position = 0
-    for window in pack(documents, WITH_BOS if has_bos else WITHOUT, context, batch):
+    with patch.object(text, "_DOCUMENTS", batch):
+        packed = list(pack(documents, WITH_BOS if has_bos else WITHOUT, context))
+    for window in packed:
         assert [part.dtype for part in window] == [np.int32, np.int64, bool]
         assert all(part.shape == (context,) for part in window)
         inserted = has_bos and not starts[position]
@@ -150,7 +154,9 @@ def test_a_context_that_the_model_does_not_have(
 
 
 def test_long_documents_are_tokenised_a_few_at_a_time() -> None:
-    batches = list(_batches(enumerate(["a" * 60, "b" * 60, "c", "d", "e"]), 2, characters=100))
+    with patch.multiple(text, _DOCUMENTS=2, _CHARACTERS=100):
+        batches = list(_batches(enumerate(["a" * 60, "b" * 60, "c", "d", "e"])))
     assert [[index for index, _ in batch] for batch in batches] == [[0, 1], [2, 3], [4]]
-    batches = list(_batches(enumerate(["a" * 160, "b" * 60, "c", "d"]), 3, characters=100))
+    with patch.multiple(text, _DOCUMENTS=3, _CHARACTERS=100):
+        batches = list(_batches(enumerate(["a" * 160, "b" * 60, "c", "d"])))
     assert [[index for index, _ in batch] for batch in batches] == [[0], [1, 2, 3]]

@@ -109,7 +109,6 @@ def test_dense_decoder_is_causal_and_decodes_the_same(options):
     torch.testing.assert_close(y, clt.reconstruct(features.transpose(0, 1)))
     for s in range(L):
         assert not dense[s, :s].any(), "a feature writes to an earlier layer"
-        torch.testing.assert_close(dense[s].transpose(0, 1).flatten(1).norm(dim=1), clt.decoder_norms()[s])
 
 
 @pytest.mark.parametrize(
@@ -125,7 +124,7 @@ def test_dense_decoder_is_causal_and_decodes_the_same(options):
 @torch.no_grad()
 def test_loss_equals_the_naive_sums(loss):
     clt, data = make(), batch()
-    terms = Objective(clt, sparsity_scale=0.7, **loss)(data, torch.tensor(0.3))
+    terms = Objective(clt, sparsity_scale=0.7, **loss)(data, 0.3)
     pre, features = naive_features(clt, data[:, 0])
     error = naive_reconstruction(clt, features) - naive_normalized(clt, data[:, 1], "target")
     if loss.get("target_scale") == "none":
@@ -155,7 +154,7 @@ def test_gradients_of_everything_but_the_threshold(options):
     values = [dict(objective.named_parameters())[name].detach().clone().requires_grad_() for name in names]
 
     def loss(*values):
-        return torch.func.functional_call(objective, dict(zip(names, values)), (data, torch.tensor(0.3))).loss
+        return torch.func.functional_call(objective, dict(zip(names, values)), (data, 0.3)).loss
 
     assert torch.autograd.gradcheck(loss, values, atol=1e-8)
 
@@ -226,7 +225,7 @@ def test_the_compiled_step_in_bf16_is_the_eager_one():
         for _ in range(2):
             clt.clear_gradients()
             with torch.autocast("cpu", torch.bfloat16):
-                loss = objective(data, torch.tensor(0.3)).loss
+                loss = objective(data, 0.3).loss
             loss.backward()
         gradients.append({name: p.grad for name, p in clt.named_parameters()})
     for name, eager in gradients[0].items():
@@ -251,9 +250,9 @@ def test_shards_add_up_in_float32(precision):
             mine = value if dim is None else value.transpose(0, dim)[of_shard].transpose(0, dim)
             shard.state_dict()[name].copy_(mine)
         with torch.autocast("cpu", precision):
-            terms.append(Objective(shard)(data, torch.tensor(0.3)))
+            terms.append(Objective(shard)(data, 0.3))
     assert [partial.dtype for partial in partials] == [torch.float32] * 2
-    exact = Objective(whole)(data, torch.tensor(0.3))
+    exact = Objective(whole)(data, 0.3)
     torch.testing.assert_close(terms[1].mse, exact.mse, rtol=8 * torch.finfo(precision).eps, atol=0)
     torch.testing.assert_close(
         terms[0].sparsity + terms[1].sparsity, exact.sparsity, rtol=8 * torch.finfo(precision).eps, atol=0
@@ -263,10 +262,10 @@ def test_shards_add_up_in_float32(precision):
 def test_a_frozen_decoder_stays_as_it_is():
     clt = make()
     objective = Objective(clt)
-    objective(batch(), torch.tensor(0.3)).loss.backward()
+    objective(batch(), 0.3).loss.backward()
     clt.clear_gradients()
     clt.W_dec.requires_grad_(False)
-    objective(batch(), torch.tensor(0.3)).loss.backward()
+    objective(batch(), 0.3).loss.backward()
     assert all(weight.grad is None for weight in clt.W_dec)
     assert clt.W_enc.grad.abs().sum() > 0
 
@@ -274,12 +273,12 @@ def test_a_frozen_decoder_stays_as_it_is():
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_autocast_is_within_the_rounding_of_its_dtype(precision):
     clt, data = make().float(), batch().float()
-    exact = Objective(clt)(data, torch.tensor(0.3))
+    exact = Objective(clt)(data, 0.3)
     exact.loss.backward()
     gradients = {name: p.grad.clone() for name, p in clt.named_parameters()}
     clt.zero_grad()
     with torch.autocast("cpu", precision):
-        terms = Objective(clt)(data, torch.tensor(0.3))
+        terms = Objective(clt)(data, 0.3)
     assert terms.loss.dtype == torch.float32
     terms.loss.backward()
     rounding = torch.finfo(precision).eps

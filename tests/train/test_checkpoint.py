@@ -27,7 +27,7 @@ def trained(steps=3, seed=0, features=8):
 
     def step(i):
         batch = torch.randn(16, 2, 2, 4, generator=torch.Generator().manual_seed(i))
-        objective(batch, torch.tensor(1e-3)).loss.backward()
+        objective(batch, 1e-3).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -161,6 +161,36 @@ def test_which_checkpoints_are_kept(tmp_path):
         save(tmp_path, transcoder, optimizer, number, keep_every=10)
     assert checkpoint.steps(tmp_path) == [10, 20, 25]
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_half_of_a_deleted_checkpoint_is_none(tmp_path, monkeypatch):
+    transcoder, optimizer, _ = trained()
+    save(tmp_path, transcoder, optimizer, 3)
+
+    def killed(directory):
+        (directory / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, transcoder, optimizer, 6, keep=1)
+    monkeypatch.undo()
+    assert checkpoint.steps(tmp_path) == [6]
+    save(tmp_path, transcoder, optimizer, 9)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000006", "step_00000009"]
+
+
+def test_whatever_keeps_a_checkpoint_from_the_disk_is_raised(tmp_path, monkeypatch):
+    transcoder, optimizer, _ = trained()
+    save(tmp_path, transcoder, optimizer, 3)
+
+    def write(path, parts):
+        raise MemoryError("no memory for a buffer")
+
+    monkeypatch.setattr(tensorfile, "write", write)
+    with pytest.raises(MemoryError, match="no memory for a buffer"):
+        save(tmp_path, transcoder, optimizer, 6, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.json"])

@@ -11,6 +11,7 @@ from clt.data.store import DiscBuffer
 from clt.lm.load import load_language_model
 from clt.lm.replacement import replaced_logits, run_with_mlps
 from clt.model.transcoder import CrossLayerTranscoder
+from clt.train import evaluation
 from clt.train.evaluation import dead_features, evaluate_activations, evaluate_replacement
 from clt.train.run import heldout_windows
 
@@ -111,10 +112,13 @@ def naive_replacement(lm, windows, replaced, ablated):
 
 
 @torch.no_grad()
-def test_replacement_against_a_loop_over_positions(base_config, stores, lm, transcoder):
+@pytest.mark.parametrize("at_once", [1, 3, 9])
+def test_replacement_against_a_loop_over_positions(base_config, stores, lm, transcoder, monkeypatch, at_once):
     windows = heldout_windows(base_config, lm)
-    mean = DiscBuffer(stores / "train").statistics.target_mean
-    result = evaluate_replacement(lm, transcoder, mean, windows, batch=3)
+    mean, parts = DiscBuffer(stores / "train").statistics.target_mean, []
+    monkeypatch.setattr(evaluation, "_LOGITS", at_once * base_config.lm.context * lm.model.config.vocab_size)
+    result = evaluate_replacement(lm, transcoder, mean, windows, progress=lambda: parts.append(1))
+    assert len(parts) == -(-len(windows) // min(at_once, 8))
     tokens = torch.from_numpy(np.stack([w.tokens for w in windows])).long()
     keep = torch.from_numpy(np.stack([w.keep for w in windows]))
     replaced = replaced_logits(lm, transcoder, tokens, keep)

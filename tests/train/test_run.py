@@ -57,3 +57,9 @@ def test_heldout_text_shorter_than_a_window(base, tmp_path):
     text = dataclasses.replace(base.text, heldout=str(tmp_path / "short.jsonl"))
     with pytest.raises(UserError, match="window"):
         heldout_windows(dataclasses.replace(base, text=text), load_language_model(base.lm))
+
+
+def test_windows_without_anything_to_predict(base):
+    short = dataclasses.replace(base, lm=dataclasses.replace(base.lm, context=2))
+    with pytest.raises(UserError, match=r"lm\.context=2 held-out tokens has two neighbours .* raise lm\.context"):
+        heldout_windows(short, load_language_model(base.lm))
