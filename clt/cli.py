@@ -17,9 +17,14 @@ DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
 def exit_on_user_error(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `work`; a UserError, or a disk that is full, is one message on stderr and ends the process with status 2."""
+    """Call `work`; a UserError, or a disk that is full, is one message on stderr and ends the process with status 2.
+
+    Ctrl-C ends it with status 130 and no word.
+    """
     try:
         return work(*arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as error:
         message = str(error)
     except OSError as error:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from clt import cli
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -109,3 +111,13 @@ def test_eval_refuses_what_is_not_there(train, tmp_path):
     assert "has no config.yaml" in refused(clt("eval", tmp_path))
     run = train()
     assert "has no checkpoint of step 3; found [10]" in refused(clt("eval", run.dir, "--step", "3"))
+
+
+def test_ctrl_c_ends_a_command_without_a_word(capsys):
+    def work():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        cli.exit_on_user_error(work)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == ""

@@ -15,14 +15,14 @@ LOCK = "lock"
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Keep other processes from extracting into directory `path`.
 
-    Raises UserError, naming the process, when another one does so already. The file that is locked says who holds it
-    and is gone afterwards; one that a killed process left behind is locked by nobody.
+    When another one does so already, `wait` for its end, or raise a UserError that names it. The file that is locked
+    says who holds it and is gone afterwards; one that a killed process left behind is locked by nobody.
     """
     file = path / LOCK
-    fd = _acquire(file)
+    fd = _acquire(file, wait)
     try:
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
@@ -32,12 +32,12 @@ def locked(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _acquire(file: Path) -> int:
+def _acquire(file: Path, wait: bool) -> int:
     """Open the file and lock it. Who had it locked may have deleted it in between: then it is made anew."""
     while True:
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.fstat(fd).st_nlink:
                 return fd
         except BlockingIOError as error:

@@ -39,6 +39,7 @@ from clt.server.token import read_token
 from clt.server.wire import PIECE, Layout, as_bytes, error_frame, layout
 
 PAGE = Path(__file__).parent / "page.html"
+_NUMBER = 24  # bytes of a float as JSON, at most
 
 
 @contextlib.asynccontextmanager
@@ -111,7 +112,7 @@ async def tensor(request: Request) -> Response:
     supply: Supply = request.state.supply
     most = _most(request)
     n = parameters(request, batch_size=(1, most, min(256, most)))["batch_size"] or 0
-    batch, buffer, release = await until_gone(request.receive, supply.batch(n))
+    batch, buffer, release = await until_gone(request.receive, supply.batch(n, n * supply.buffer.row_bytes))
     data = as_bytes(batch.activations)
     try:
         checksum = await supply.run(xxh3_64_hexdigest, data)
@@ -138,13 +139,19 @@ async def activations(request: Request) -> Response:
     supply: Supply = request.state.supply
     most = min(_most(request), request.state.config.server.max_json_batch)
     n = parameters(request, batch_size=(1, most, 1))["batch_size"] or 0
-    batch, buffer, release = await until_gone(request.receive, supply.batch(n))
+    size = n * supply.buffer.n_layers * 2 * supply.buffer.d_acts * _NUMBER
+    batch, buffer, release = await until_gone(request.receive, supply.batch(n, size))
     try:
         text = await supply.run(_json, batch, buffer.dtype, buffer.segment)
-    finally:
+    except BaseException:
         release()
-    supply.add_served(buffer, n, len(text))
-    return Response(text, media_type="application/json")
+        raise
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        yield text
+        supply.add_served(buffer, n, len(text))
+
+    return Pieces(pieces(), len(text), {"content-type": "application/json"}, release)
 
 
 def _json(batch: Batch, dtype: str, segment: str) -> bytes:

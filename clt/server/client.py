@@ -54,17 +54,26 @@ class ActivationClient:
     It makes one connection a call and keeps nothing in between: threads may share it. `timeout` is how many seconds the
     server may be silent; `patience` is for how many seconds without success (it is away, it restarts, it has no rows) a
     call tries again, ever more slowly. Calls raise ServerError for what the server refuses, and for the last failure
-    when patience is at an end.
+    when patience is at an end; a url or a token that cannot be one is a UserError.
     """
 
     def __init__(self, url: str, token: str | None = None, timeout: float = 90.0, patience: float = 60.0) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or parts.hostname is None:
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError as error:
+            raise UserError(f"url {url!r} is not of the form http://HOST:PORT or https://HOST:PORT: {error}") from error
+        if parts.username is not None:
+            raise UserError(f"url {parts.hostname} has a user's name or password in it; give the token by itself")
+        if parts.scheme not in ("http", "https") or host is None:
             raise UserError(f"url {url!r} is not of the form http://HOST:PORT or https://HOST:PORT")
+        token = None if token is None else token.strip()
+        if token is not None and not (token.isascii() and token.isprintable()):
+            raise UserError("the token has characters that a header cannot carry; wanted printable ASCII")
         self.url, self.timeout, self.patience = url.rstrip("/"), timeout, patience
-        self._headers = {} if token is None else {"Authorization": f"Bearer {token.strip()}"}
+        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connect = lambda: kind(parts.hostname or "", parts.port, timeout=timeout)
+        self._connect = lambda: kind(host, port, timeout=timeout)
         self._prefix = parts.path.rstrip("/")
 
     def get_activations(self, batch_size: int = 1) -> dict[str, Any]:
@@ -117,14 +126,24 @@ class ActivationClient:
 
     def index(self) -> StoreIndex:
         """What a row is: model, layers, sites, text, L, D, dtype."""
-        return StoreIndex(**self._json("/index"))
+        found = self._json("/index")
+        try:
+            return StoreIndex(**found)
+        except TypeError as error:
+            raise ServerError(f"{self.url}/index is not of this version's activation server: {error}", 200) from error
 
     def statistics(self) -> Statistics:
         """Mean and sd of the training rows."""
-        data = self._patiently(lambda: self._get("/statistics", lambda response: response.read()))
-        tensors = safetensors.torch.load(data)
-        rows = int(tensors.pop("rows"))
-        return Statistics(**tensors, rows=rows)
+
+        def read(response: http.client.HTTPResponse) -> Statistics:
+            data = response.read()
+            try:
+                tensors = safetensors.torch.load(data)
+                return Statistics(**{**tensors, "rows": int(tensors["rows"])})
+            except (safetensors.SafetensorError, KeyError, TypeError) as error:
+                raise ServerError(f"{self.url}/statistics: found no statistics: {error}", 200) from error
+
+        return self._patiently(lambda: self._get("/statistics", read))
 
     def refresh(self) -> int:
         """Have the server drop its rows and make others; returns how many it dropped. Asked once, without patience."""
@@ -231,7 +250,11 @@ def _waker(connection: socket.socket | None) -> Callable[[int], None]:
 
 
 def _read_json(response: http.client.HTTPResponse) -> Any:
-    return json.loads(response.read())
+    text = response.read()
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ServerError(f"found {text[:40]!r} where an activation server answers in JSON", 200) from error
 
 
 def _fill(response: http.client.HTTPResponse, view: memoryview) -> None:

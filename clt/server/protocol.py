@@ -35,6 +35,8 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.app_state["limited"] = True  # by this protocol; see clt.server.limits
+        if transport.get_extra_info("sslcontext") is None:  # with TLS, asyncio gives up what is unsent by itself
+            transport.set_write_buffer_limits(0)  # `pause_writing` when anything waits, also behind a whole answer
         if self.client is not None and is_loopback(self.client[0]):
             # There is no bottleneck to be found out: bbr, where it is the default, costs a tenth (measured).
             with contextlib.suppress(OSError):

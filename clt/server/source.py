@@ -14,6 +14,7 @@ from torch import Tensor
 from clt.config import Config
 from clt.data.extract import check_store, differences
 from clt.data.index import INDEX, STATISTICS, read_index
+from clt.data.lock import locked
 from clt.data.shards import COLUMN_DTYPES
 from clt.data.writer import write_store
 from clt.errors import UserError
@@ -111,19 +112,25 @@ def fetch_heldout(config: Config) -> None:
     index = dataclasses.asdict(store.index)
     fields: dict[str, Any] = {key: index[key] for key in index if key not in _OWN}
     fields["text"] = {**index["text"], "part": "heldout"}
-    if (path / INDEX).exists():
-        found = dataclasses.asdict(read_index(path))
-        odd = [f"{key}: found {found[key]!r}, wanted {fields[key]!r}" for key in fields if found[key] != fields[key]]
-        if odd:
-            raise UserError(
-                f"{path} does not hold the held-out rows of {store.path} ({'; '.join(odd)}): delete it, or set "
-                "data.store to another directory"
-            )
-    else:
+    path.mkdir(parents=True, exist_ok=True)
+    with locked(path, wait=True):  # many runs may start at once on one file system
+        _copy_heldout(store, path, fields)
+    check_store(read_index(path), config)
+    if not (train := path.with_name("train") / STATISTICS).exists():  # `clt eval` wants the mean outputs, server or not
+        train.parent.mkdir(exist_ok=True)
+        store.statistics.save(train)
+
+
+def _copy_heldout(store: ServerStore, path: Path, fields: dict[str, Any]) -> None:
+    if not (path / INDEX).exists():
         batches = list(store.client.heldout(min(256, store.most)))
         columns = {name: np.concatenate([getattr(batch, name) for batch in batches]) for name in COLUMN_DTYPES}
         write_store(path, torch.cat([batch.activations for batch in batches]), columns=columns, **fields)
-    check_store(read_index(path), config)
-    if not (train := path.with_name("train")).exists():  # `clt eval` wants the mean outputs when the server may be gone
-        train.mkdir()
-        store.statistics.save(train / STATISTICS)
+        return
+    found = dataclasses.asdict(read_index(path))
+    odd = [f"{key}: found {found[key]!r}, wanted {fields[key]!r}" for key in fields if found[key] != fields[key]]
+    if odd:
+        raise UserError(
+            f"{path} does not hold the held-out rows of {store.path} ({'; '.join(odd)}): delete it, or set "
+            "data.store to another directory"
+        )

@@ -45,7 +45,11 @@ def ensure(config: Config) -> SharedBuffer:
     directory = own_folder(config)
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that starts the server of {directory}", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         while (buffer := _join(config)) is None:
             _start(config, directory, lock.fileno())
         return buffer
@@ -84,8 +88,13 @@ def _start(config: Config, directory: Path, lock: int) -> None:
     pid = os.posix_spawn(sys.executable, command, os.environ, setsid=True)
     os.set_inheritable(lock, False)
     os.close(writer)
-    with open(reader) as answer:
-        text = answer.readline()  # empty when the process ended without an answer
+    try:
+        with open(reader) as answer:
+            text = answer.readline()  # empty when the process ended without an answer
+    except BaseException:  # Ctrl-C, SIGTERM: preparing may take hours more, for nobody
+        os.killpg(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
+        raise
     error = json.loads(text)["error"] if text else "the supervisor ended before the buffer was ready; see its messages"
     if error:
         os.waitpid(pid, 0)  # it is tried again and again
@@ -144,9 +153,9 @@ def _create(config: Config) -> SharedBuffer:
         file=sys.stderr,
         flush=True,
     )
-    min_fill = round(config.server.min_fill * rows)
+    min_fill, position = round(config.server.min_fill * rows), _load_position(config)
     buffer = SharedBuffer.create(segment_name(config), rows, *sizes, min_fill, tag(config))
-    buffer.mark = _load_position(config)
+    buffer.mark = position
     return buffer
 
 
@@ -242,7 +251,10 @@ def _save_position(config: Config, buffer: SharedBuffer) -> None:
 
 def _load_position(config: Config) -> tuple[int, int, int]:
     file = _position(config)
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    try:
+        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{file}, the place in the text, is damaged ({error}); delete it to begin anew") from error
     return tuple(found["mark"]) if found.get("rows") == rows_tag(config) else (0, 0, 0)
 
 

@@ -188,9 +188,9 @@ class Supply:
 
         return await self._wait_for(n, claim)
 
-    async def batch(self, n: int) -> Own:
-        """n drawn rows; waits for them, and for memory to copy them to. Raises Unavailable with the cause."""
-        size, seconds, key = n * self.buffer.row_bytes, self.config.server.wait_seconds, object()
+    async def batch(self, n: int, size: int) -> Own:
+        """n drawn rows; waits for them, and for `size` bytes of memory to answer with. Raises Unavailable, and why."""
+        seconds, key = self.config.server.wait_seconds, object()
         end = time.monotonic() + seconds
         while not _fits(self._held, size, self.buffer):
             if time.monotonic() > end:

@@ -7,6 +7,7 @@ lie on neighbouring ranks, which share a node's fast links.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections import Counter
@@ -153,10 +154,15 @@ def same_everywhere(world: World, value: int, what: str) -> int:
 
 def sum_counts(world: World, counts: dict[str, int]) -> dict[str, int]:
     """Counts by name, summed over all ranks."""
-    everyone: list[dict[str, int]] = [dict(counts)] * world.size
-    if world.size > 1:
-        dist.all_gather_object(everyone, dict(counts), world.control)
-    return dict(sum(map(Counter, everyone), Counter()))
+    if world.size == 1:
+        return dict(counts)
+    text = json.dumps(counts).encode()  # torch's own way to gather objects is pickle
+    longest = torch.tensor(len(text))
+    dist.all_reduce(longest, dist.ReduceOp.MAX, world.control)
+    own = torch.tensor(list(text.ljust(int(longest))), dtype=torch.uint8)
+    everyone = [torch.empty_like(own) for _ in range(world.size)]
+    dist.all_gather(everyone, own, world.control)
+    return dict(sum((Counter(json.loads(bytes(each.tolist()))) for each in everyone), Counter()))
 
 
 def all_sum(tensor: Tensor) -> Tensor:

@@ -380,6 +380,30 @@ def test_slow_readers_and_long_streams_are_ended(strict):
     assert 1.5 < time.monotonic() - began < 30  # stream_seconds
 
 
+def test_answers_that_nobody_reads_are_ended_however_small(strict):
+    """A connection that is to be closed waits for what is unsent: without a deadline, for ever."""
+    request = f"GET / HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\n\r\n".encode()
+    with contextlib.ExitStack() as stack:
+        connections = []
+        for _ in range(3):
+            connection = stack.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", strict.port))
+            connections.append(connection)
+            with contextlib.suppress(ConnectionError):
+                for _ in range(4000):  # more than the kernel keeps for a connection
+                    connection.sendall(request)
+
+        def ended(connection: socket.socket) -> bool:
+            try:
+                connection.sendall(b"x")
+            except ConnectionError:
+                return True
+            return False
+
+        eventually(lambda: all(map(ended, connections)), 30)
+
+
 def test_two_workers_give_each_row_once(strict):
     client, seen = ActivationClient(strict.url, TOKEN), []
     assert client.stats()["workers"] == 2, "CLT_SERVER_WORKERS is for clt serve"

@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ from clt.errors import UserError
 from clt.lm.capture import Capture
 from clt.lm.load import load_language_model
 from clt.lm.text import windows
+from clt.parsing import to_yaml
 from clt.server.buffer import SharedBuffer
 from clt.server.generator import StoredRows, device_for, fill, from_model, from_store
 from clt.server.prepare import folder, needs_model, prepare, rows_tag, segment_name
@@ -345,6 +348,23 @@ def test_the_next_takes_over_from_a_worker_that_was_killed_while_it_started_the_
     assert not into.poll()
     with served(made) as buffer:
         assert buffer.stats()["workers"] == 1
+
+
+def test_a_server_that_is_stopped_while_it_prepares_leaves_nobody_at_work(config: MakeConfig, tmp_path: Path) -> None:
+    made = config("server.rows=150", "server.statistics_tokens=100")
+    (tmp_path / "c.yaml").write_text(to_yaml(made))
+    command = [sys.executable, "-m", "clt.cli", "serve", str(tmp_path / "c.yaml")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    own = Path(made.data.store) / "server"
+    eventually(lambda: (own / "config.yaml").exists())
+    time.sleep(1)
+    process.terminate()
+    _, told = process.communicate(timeout=60)  # ends when nobody has its stderr any more
+    assert process.returncode == 0
+    assert "Traceback" not in told
+    with open(own / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert not (Path(made.data.store) / "heldout" / "index.json").exists(), "it was stopped too late"
 
 
 def test_a_killed_supervisor_leaves_nothing_and_is_replaced(config: MakeConfig, stores: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Training data from a server: what the loader gets, and what happens when the server goes away."""
 
 import dataclasses
+import http.server
 import itertools
 import json
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 
 from clt.config import Config, load_config
 from clt.data.loader import Loader
+from clt.data.statistics import Statistics
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
 from clt.parsing import to_yaml
@@ -68,6 +71,15 @@ def test_heldout_rows_become_a_store(server, reader):
     assert np.array_equal(here.documents(slice(None)), there.documents(slice(None)))
     here.verify()
     fetch_heldout(config)  # is content with it
+
+
+def test_runs_that_start_at_once_share_one_copy(server, reader):
+    config = reader()
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(fetch_heldout, config) for _ in range(4)]:
+            done.result()
+    DiscBuffer(f"{config.data.store}/heldout").verify()
+    assert Statistics.load(f"{config.data.store}/train/stats.safetensors").rows > 0
 
 
 def test_another_config_is_refused(reader):
@@ -209,3 +221,43 @@ def test_rows_of_a_server_that_was_started_again_with_another_config_are_refused
     with pytest.raises(UserError, match=rf"now serves other rows \({told}\)"):
         store.read(np.arange(5), torch.empty(5, 2, 3, 16, dtype=torch.float16))
     assert not store.consumed
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://a", "a:1", "http://a:80000", "http://a:80a", "http://[::1", "http://u:hidden@a"]
+)
+def test_a_url_that_is_none_is_told(url):
+    with pytest.raises(UserError, match=r"not of the form http://HOST:PORT|has a user's name or password") as caught:
+        ActivationClient(url)
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("token", ["secret\nsecret", "secret\u20ac"])
+def test_a_token_that_no_header_carries_is_not_repeated(token):
+    with pytest.raises(UserError, match="wanted printable ASCII") as caught:
+        ActivationClient("http://127.0.0.1:1", token)
+    assert "secret" not in str(caught.value)
+
+
+class _Notebook(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"a": 1}' if self.path == "/index" else b"<html>a notebook</html>")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_another_kind_of_server_is_told():
+    """At once: asking again does not help."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Notebook) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = ActivationClient(f"http://127.0.0.1:{server.server_port}", patience=600)
+        with pytest.raises(ServerError, match="found b'<html>a notebook</html>' where an activation server answers"):
+            client.stats()
+        with pytest.raises(ServerError, match="/index is not of this version's activation server"):
+            client.index()
+        with pytest.raises(ServerError, match="/statistics: found no statistics"):
+            client.statistics()
+        server.shutdown()

@@ -125,18 +125,18 @@ def test_batches_share_the_same_memory(buffer: SharedBuffer) -> None:
     found.buffer = buffer
 
     async def main() -> None:
-        first = await found.batch(N)
+        first = await found.batch(N, N * buffer.row_bytes)
         assert (first.batch.activations[:, 0, 0, 0].numpy() == first.batch.document).all()
-        small = await found.batch(6)
+        small = await found.batch(6, 6 * buffer.row_bytes)
         with pytest.raises(Unavailable, match=r"read slowly had all the memory for batches for 0\.2 seconds"):
-            await found.batch(N)
+            await found.batch(1, N * buffer.row_bytes)  # also what takes more than its rows, as JSON
         asyncio.get_running_loop().call_later(0.05, first.release)
-        again = await found.batch(N)
+        again = await found.batch(N, N * buffer.row_bytes)
         for each in (small, again, again):
             each.release()
         with pytest.raises(Unavailable, match="the buffer had no 60 rows"):  # more than a quarter, but alone
-            await found.batch(60)
-        assert len((await found.batch(20)).batch.row) == 20
+            await found.batch(60, 60 * buffer.row_bytes)
+        assert len((await found.batch(20, 20 * buffer.row_bytes)).batch.row) == 20
 
     asyncio.run(main())
     assert buffer.stats()["in_flight"] == 0
