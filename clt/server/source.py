@@ -115,10 +115,10 @@ def fetch_heldout(config: Config) -> None:
     path.mkdir(parents=True, exist_ok=True)
     with locked(path, wait=True):  # many runs may start at once on one file system
         _copy_heldout(store, path, fields)
+        if not (train := path.with_name("train") / STATISTICS).exists():  # `clt eval` wants them later
+            train.parent.mkdir(exist_ok=True)
+            store.statistics.save(train)
     check_store(read_index(path), config)
-    if not (train := path.with_name("train") / STATISTICS).exists():  # `clt eval` wants the mean outputs, server or not
-        train.parent.mkdir(exist_ok=True)
-        store.statistics.save(train)
 
 
 def _copy_heldout(store: ServerStore, path: Path, fields: dict[str, Any]) -> None:
