@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import logging
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
@@ -38,6 +39,7 @@ from clt.server.supply import Drawn, Supply, Unavailable
 from clt.server.token import read_token
 from clt.server.wire import PIECE, Layout, as_bytes, error_frame, layout
 
+log = logging.getLogger("uvicorn.error")
 PAGE = Path(__file__).parent / "page.html"
 _NUMBER = 24  # bytes of a float as JSON, at most
 
@@ -95,8 +97,9 @@ async def _frames(supply: Supply, count: int | None, drawn: Drawn) -> AsyncGener
                 yield piece
             if sequence == count or time.monotonic() > end:
                 return
-            drawn = await supply.draw(n)
+            drawn = await supply.draw(n, drawn.slow)
     except Unavailable as error:
+        log.warning("a stream was ended: %s", error)
         yield error_frame(sequence, str(error), error.retry_after)
     finally:
         drawn.release()
@@ -128,8 +131,9 @@ async def tensor(request: Request) -> Response:
 
     async def pieces() -> AsyncGenerator[memoryview, None]:
         for start in range(0, len(data), PIECE):
+            if start + PIECE >= len(data):  # counted before the client can have it whole
+                supply.add_served(buffer, n, len(data))
             yield data[start : start + PIECE]
-        supply.add_served(buffer, n, len(data))
 
     return Pieces(pieces(), len(data), headers, release)
 
@@ -148,8 +152,8 @@ async def activations(request: Request) -> Response:
         raise
 
     async def pieces() -> AsyncGenerator[bytes, None]:
-        yield text
         supply.add_served(buffer, n, len(text))
+        yield text
 
     return Pieces(pieces(), len(text), {"content-type": "application/json"}, release)
 

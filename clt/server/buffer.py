@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 FREE, WRITING, VALID, READING = range(4)
 WORKERS = 256
 """Serving processes that one buffer can have."""
-PUT_ROWS = 1024
-"""Rows written at once: bounds how long the lock is held, and lets readers have the first rows early."""
+LOCKED_ROWS = 1024
+"""Rows that change their state under one hold of the lock, at most: it lasts for microseconds."""
 SLOW_SHARE = 1 / 4
 """What a serving process may keep in memory of its own for clients that read slowly, of the buffer's size."""
+_STAYS = -1  # in the place of a worker's clients: it serves none, but its life keeps the buffer
 _PIDS = 1 << 24  # more than Linux has: 2^22
 _HEADER = np.dtype(
     [
@@ -118,11 +119,11 @@ class SharedBuffer:
     # The writer
 
     def put(self, rows: Rows | StoredRows, mark: tuple[int, int, int] | None = None) -> int:
-        """Write as many of `rows` as there is room for, at most 1024; returns how many.
+        """Write as many of `rows` as there is room for, at most LOCKED_ROWS; returns how many.
 
         `mark`, with that many added to its last number, is recorded under the lock that makes the rows valid.
         """
-        slots = self.reserve(min(len(rows), PUT_ROWS))
+        slots = self.reserve(min(len(rows), LOCKED_ROWS))
         if len(slots) == 0:
             return 0
         part = rows[: len(slots)]
@@ -189,20 +190,35 @@ class SharedBuffer:
         """The first part of `draw`: n random valid slots (n,) for reading, VALID -> READING, or None."""
         if not 0 < n <= self.rows:
             raise ValueError(f"a batch of {n} rows of a buffer of {self.rows}; wanted 1 to {self.rows}")
-        with self._locked() as header:
-            valid = int(header["n_valid"])
-            if valid < n or (valid < header["min_fill"] and header["state"] != b"stopped"):
+        parts: list[np.ndarray] = []
+        for start in range(0, n, LOCKED_ROWS):
+            slots = self._claim_valid(min(LOCKED_ROWS, n - start), n - start, first=start == 0)
+            if slots is None:  # others have drawn them meanwhile
+                for taken in parts:
+                    self.publish(taken)
                 return None
-            places = self.random.choice(valid, n, replace=False)
-            slots = self._valid[places]
-            self._claim(slots, READING)
-            # Fill the holes below the new end with those above it that were not drawn.
-            end = valid - n
-            stays = np.ones(n, bool)
-            stays[places[places >= end] - end] = False
-            self._valid[places[places < end]] = self._valid[end:valid][stays]
-            header["n_valid"] = end
-            return slots
+            parts.append(slots)
+        return np.concatenate(parts)
+
+    def _claim_valid(self, n: int, wanted: int, first: bool) -> np.ndarray | None:
+        """n random valid slots; None when there are not `wanted`, or not min_fill at `first`."""
+        places, seen = np.empty(0, np.int64), -1
+        while True:
+            with self._locked() as header:
+                valid, early = int(header["n_valid"]), first and header["state"] != b"stopped"
+                if valid < wanted or (early and valid < header["min_fill"]):
+                    return None
+                if 0 <= seen <= valid:  # rows that have come meanwhile are behind them in the list
+                    slots = self._valid[places]
+                    self._claim(slots, READING)
+                    # Fill the holes below the new end with those above it that were not drawn.
+                    end = valid - n
+                    stays = np.ones(n, bool)
+                    stays[places[places >= end] - end] = False
+                    self._valid[places[places < end]] = self._valid[end:valid][stays]
+                    header["n_valid"] = end
+                    return slots
+            places, seen = self.random.choice(valid, n, replace=False), valid  # it takes its time: not under the lock
 
     def copy(self, slots: np.ndarray, out: memoryview) -> None:
         """The bytes of the activations in claimed slots (n,), into `out`."""
@@ -215,12 +231,14 @@ class SharedBuffer:
 
     def release(self, slots: np.ndarray) -> None:
         """The last part of `draw`: claimed slots that have been read, READING -> FREE."""
-        with self._locked() as header:
-            self._give_back(slots)
-            header["drawn"] += len(slots)
+        for start in range(0, len(slots), LOCKED_ROWS):
+            part = slots[start : start + LOCKED_ROWS]
+            with self._locked() as header:
+                self._give_back(part)
+                header["drawn"] += len(part)
 
     def refresh(self) -> int:
-        """Drop all valid rows; returns how many."""
+        """Drop all valid rows; returns how many. Holds the lock for about a nanosecond a row."""
         with self._locked() as header:
             slots = self._valid[: int(header["n_valid"])].copy()
             header["n_valid"] = 0
@@ -252,7 +270,7 @@ class SharedBuffer:
         with self._locked() as header:
             h = header.copy()
         rows, valid, free, generated = (int(h[name]) for name in ("rows", "n_valid", "n_free", "generated"))
-        drawn, dropped, living = int(h["drawn"]), int(h["dropped"]), self._living()
+        drawn, dropped, living = int(h["drawn"]), int(h["dropped"]), self._clients()
         return {
             "segment": self.segment,
             "rows": rows,
@@ -267,7 +285,7 @@ class SharedBuffer:
             "rows_dropped": dropped,
             "rows_served": int(h["served_rows"]),
             "bytes_served": int(h["served_bytes"]),
-            "clients": sum(count for _, count in living),
+            "clients": sum(living),
             "workers": len(living),
             "created": float(h["created"]),
             "epoch": int(h["mark"][0]),
@@ -278,7 +296,8 @@ class SharedBuffer:
     def generator(self) -> dict[str, Any]:
         """The generator: {state: starting|running|failed|stopped, cause, pid, restarts, since (unix time)}."""
         with self._locked() as header:
-            return self._generator(header.copy())
+            found = header.copy()
+        return self._generator(found)
 
     def set_generator(self, state: str, cause: str = "", pid: int = 0, restarts: int | None = None) -> None:
         """Record what the generator does and, when it failed, why."""
@@ -296,29 +315,32 @@ class SharedBuffer:
 
     def join(self) -> bool:
         """Enter this process among the workers that keep the buffer alive; False when it is about to be removed."""
-        with self._locked() as header:
-            if header["closing"]:
-                return False
-            entries = enumerate(self._workers.tolist())
-            free = next((i for i, (pid, start, _) in entries if not pid or start_time(pid) != start), None)
+        while True:
+            entries = self._workers.tolist()
+            free = next((i for i, (pid, start, _) in enumerate(entries) if not pid or start_time(pid) != start), None)
             if free is None:
                 raise UserError(f"the shared buffer serves {WORKERS} processes already: lower server.workers")
-            self._worker = free
-            self._workers[free] = (*self._me, 0)
-            header["joined"] += 1
-            return True
+            with self._locked() as header:
+                if header["closing"]:
+                    return False
+                if self._workers[free].item() == entries[free]:  # nobody else has taken it
+                    self._worker = free
+                    self._workers[free] = (*self._me, 0)
+                    header["joined"] += 1
+                    return True
 
     def clients(self, delta: int) -> int:
         """Change the number of this worker's clients; returns that of all workers (those of dead ones do not count)."""
         assert self._worker is not None, "join first"
         with self._locked():
             self._workers[self._worker]["clients"] += delta
-        return sum(count for _, count in self._living())
+        return sum(self._clients())
 
     def close_if_unused(self, waited: bool) -> bool:
         """Refuse all further workers if the last one has left, or none came and it was `waited` long enough for it."""
+        joined, living = int(self._header["joined"]), self._living()
         with self._locked() as header:
-            if (waited or header["joined"]) and not self._living():
+            if (waited or joined) and not living and header["joined"] == joined:  # nobody has come since
                 header["closing"] = 1
             return bool(header["closing"])
 
@@ -326,7 +348,8 @@ class SharedBuffer:
     def in_use(self) -> bool:
         """Whether a worker is on it, or the first is still to come."""
         with self._locked() as header:
-            return not header["closing"] and (not header["joined"] or bool(self._living()))
+            closing, joined = bool(header["closing"]), bool(header["joined"])
+        return not closing and (not joined or bool(self._living()))
 
     def give_up(self) -> None:
         """Of a buffer whose owner has died: drop the valid rows and return the memory, unless rows are just being read.
@@ -359,9 +382,9 @@ class SharedBuffer:
 
         If its owner is dead, its name is removed.
         """
-        if self._worker is not None and not stay:
+        if self._worker is not None:
             with self._locked():
-                self._workers[self._worker] = (0, 0, 0)
+                self._workers[self._worker] = (*self._me, _STAYS) if stay else (0, 0, 0)
         del self._header, self._workers, self._payload, self._state, self._pid, self._start
         del self._valid, self._free, self._columns
         self._segment.close()
@@ -394,9 +417,13 @@ class SharedBuffer:
         self._free[free : free + len(slots)] = slots
         self._header["n_free"] = free + len(slots)
 
-    def _living(self) -> list[tuple[int, int]]:
-        """(pid, clients) of the workers that run."""
-        return [(pid, count) for pid, start, count in self._workers.tolist() if pid and start_time(pid) == start]
+    def _clients(self) -> list[int]:
+        """How many clients each worker has that runs and serves."""
+        return [count for count in self._living() if count != _STAYS]
+
+    def _living(self) -> list[int]:
+        """The same of all who keep the buffer alive, _STAYS for those who do no more than that."""
+        return [count for pid, start, count in self._workers.tolist() if pid and start_time(pid) == start]
 
     def _generator(self, header: np.ndarray) -> dict[str, Any]:
         found = {name: header[name].item().decode("utf-8", "replace") for name in ("state", "cause")}

@@ -23,7 +23,7 @@ from clt.data.sampler import batch_rows
 from clt.data.store import DiscBuffer
 from clt.data.writer import Rows
 from clt.errors import UserError
-from clt.server.buffer import PUT_ROWS, SharedBuffer
+from clt.server.buffer import LOCKED_ROWS, SharedBuffer
 
 if TYPE_CHECKING:
     from clt.lm.load import LanguageModel
@@ -125,7 +125,7 @@ def fill(
     for (epoch, position), rows in batches:
         done, skip = skip, 0
         while done < len(rows):
-            wanted = min(len(rows) - done, PUT_ROWS)
+            wanted = min(len(rows) - done, LOCKED_ROWS)
             written = buffer.put(rows[done : done + wanted], (epoch, position, done))
             done, since = done + written, since + written
             if written < wanted:  # full

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import socket
+import struct
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -24,7 +26,10 @@ HEAD_SECONDS = 10.0
 
 
 class Protocol(HttpToolsProtocol):
-    """One connection. The lifespan's state sets `idle_seconds`, the time to take what was sent before it is dropped."""
+    """One connection. The lifespan's state sets `idle_seconds`, the time to take what was sent before it is dropped.
+
+    A request's state has `end()`, for an answer that cannot be completed.
+    """
 
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
@@ -70,10 +75,11 @@ class Protocol(HttpToolsProtocol):
         before = () if self.cycle is None else (*self._under_way, self.cycle)
         self._under_way = tuple(cycle for cycle in before if not cycle.response_complete)
         super().on_headers_complete()
+        self.scope["state"]["end"] = functools.partial(self._end, self.cycle)
 
     def pause_writing(self) -> None:
         self._stop(self._write_timer)
-        self._write_timer = self.loop.call_later(self.app_state["idle_seconds"], self.transport.abort)
+        self._write_timer = self.loop.call_later(self.app_state["idle_seconds"], self._drop)
         super().pause_writing()
 
     def resume_writing(self) -> None:
@@ -86,7 +92,7 @@ class Protocol(HttpToolsProtocol):
     def refuse(self, status: int, reason: str) -> None:
         """Answer with a reason and close; within a response there is only the closing."""
         if self.cycle is not None and not self.cycle.response_complete:
-            self.transport.abort()
+            self._drop()
             return
         body = json.dumps({"error": reason}).encode()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(body)
@@ -99,6 +105,18 @@ class Protocol(HttpToolsProtocol):
             self.refuse(408, f"no complete request came within {HEAD_SECONDS:g} seconds")
         else:
             self.transport.close()
+
+    def _end(self, cycle: Any) -> None:
+        """Close behind what was sent of an answer that has no end: uvicorn would log that as the application's error."""
+        cycle.disconnected = True
+        self.transport.close()
+
+    def _drop(self) -> None:
+        """End the connection now: the kernel would keep megabytes, for minutes, for one who does not read."""
+        with contextlib.suppress(OSError):
+            now = struct.pack("ii", 1, 0)
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+        self.transport.abort()
 
     @staticmethod
     def _stop(timer: asyncio.TimerHandle | None) -> None:

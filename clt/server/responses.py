@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
@@ -14,11 +15,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
+log = logging.getLogger("uvicorn.error")
 _TURN_SECONDS = 0.003  # of sending, before it is others' turn
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """Nobody waits for the answer any more, or it was given up for the reason that is said."""
 
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
@@ -32,7 +34,7 @@ async def until_gone(receive: Receive, work: Coroutine[Any, Any, T], seconds: fl
     try:
         await asyncio.wait({task, watch}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientGone
+            raise ClientGone("" if watch.done() else f"it took longer than {seconds:g} seconds")
         return task.result()
     finally:
         for each in (task, watch):
@@ -43,7 +45,7 @@ async def until_gone(receive: Receive, work: Coroutine[Any, Any, T], seconds: fl
 class Pieces(Response):
     """A body of bytes-likes that are sent as they are made.
 
-    `size` is their sum, or None if that is unknown. Fewer bytes than that cut the connection off, which clients notice.
+    `size` is their sum, or None if that is unknown. Where fewer come, the connection is closed, which clients notice.
     `release` is called in the end, also when the client has gone before the first piece was made.
     """
 
@@ -60,7 +62,10 @@ class Pieces(Response):
         self.init_headers(headers if size is None else {**headers, "content-length": str(size)})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        complete = False
+
         async def answer() -> None:
+            nonlocal complete
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             sent, turn_ends = 0, time.monotonic()
             async with contextlib.aclosing(self.pieces) as pieces:
@@ -72,11 +77,17 @@ class Pieces(Response):
                         turn_ends = now + _TURN_SECONDS
             if self.size is None or sent == self.size:
                 await send({"type": "http.response.body", "body": b""})
+                complete = True
 
         try:
             await until_gone(receive, answer(), scope["state"]["answer_seconds"])
+        except ClientGone as error:
+            if str(error):
+                log.warning("%s was cut off: %s", scope["path"], error)
         finally:
             self.release()
+        if not complete:
+            scope["state"].get("end", lambda: None)()
 
 
 class Counted:

@@ -44,17 +44,23 @@ class Drawn:
     """n rows that were drawn for a client, and are copied out of the shared buffer as they are sent.
 
     Where that takes longer than _HOLD_SECONDS, the rest is copied: who reads slowly, or not at all, must not keep the
-    slots from the generator. `held` has all of a process that are not released, with the bytes of their copies; when
-    there is no room for another, the client is given up instead.
+    slots from the generator. `held` has all of a process that are not released, with the bytes that were copied, or
+    `reserved` for it. Where none were and there is no room for more, the slots are kept for `seconds`; after that the
+    client is given up.
     """
 
-    def __init__(self, buffer: SharedBuffer, slots: np.ndarray, held: dict[object, int]) -> None:
+    slow = False
+    """Whether it took longer."""
+
+    def __init__(
+        self, buffer: SharedBuffer, slots: np.ndarray, held: dict[object, int], reserved: int, seconds: float
+    ) -> None:
         self.buffer, self.columns = buffer, buffer.columns(slots)
-        self._n, self._next, self._held = len(slots), 0, held
+        self._n, self._next, self._held, self._end = len(slots), 0, held, time.monotonic() + seconds
         self._slots: np.ndarray | None = slots  # None when they have been given back
         self._own: memoryview | None = None  # the rows from `_next` on, when they have been copied
         self._timer = asyncio.get_running_loop().call_later(_HOLD_SECONDS, self.detach)
-        held[self] = 0
+        held[self] = reserved
 
     def __len__(self) -> int:
         return self._n
@@ -68,18 +74,22 @@ class Drawn:
             size = self.buffer.row_bytes
             out[:] = self._own[(rows.start - self._next) * size : (rows.stop - self._next) * size]
         else:
-            raise ClientGone
+            raise ClientGone(f"it reads too slowly for its {self._n} rows, and others took the memory to wait for it")
 
-    def detach(self) -> None:
-        """Go on without the buffer."""
+    def detach(self, at_once: bool = False) -> None:
+        """Go on without the buffer, as soon as there is room for the rest of the rows or `at_once`."""
         if self._slots is None:
             return
+        self.slow = True
         rest = self._slots[self._next :]
         size = len(rest) * self.buffer.row_bytes
-        if size and _fits(self._held, size, self.buffer):
+        if at_once or self._held[self] or _fits(self._held, size, self.buffer):
             self._own = np.empty(size, np.uint8).data
             self.buffer.copy(rest, self._own)
             self._held[self] = size
+        elif time.monotonic() < self._end:
+            self._timer = asyncio.get_running_loop().call_later(_HOLD_SECONDS, self.detach)
+            return
         self._give_back()
 
     def release(self) -> None:
@@ -162,7 +172,7 @@ class Supply:
     async def _leave(self, buffer: SharedBuffer, pool: ThreadPoolExecutor) -> None:
         await asyncio.to_thread(pool.shutdown)  # draws that are under way still use the buffer
         for drawn in [each for each in self._held if isinstance(each, Drawn) and each.buffer is buffer]:
-            drawn.detach()
+            drawn.detach(at_once=True)  # its slots' memory goes
         buffer.close()
 
     @contextlib.contextmanager
@@ -179,24 +189,27 @@ class Supply:
             self._clients -= 1
             self.buffer.clients(-1)
 
-    async def draw(self, n: int) -> Drawn:
-        """n drawn rows, to be released; waits for them. Raises Unavailable with the cause."""
+    async def draw(self, n: int, slow: bool = False) -> Drawn:
+        """n drawn rows, to be released; waits for them. Raises Unavailable with the cause.
+
+        For a `slow` client it waits for room to copy them, first: they will not have been sent before they must be.
+        """
+        size, key = n * self.buffer.row_bytes if slow else 0, object()
+        await self._reserve(key, size)
 
         async def claim(buffer: SharedBuffer) -> Drawn | None:
             slots = buffer.claim(n)
-            return None if slots is None else Drawn(buffer, slots, self._held)
+            return None if slots is None else Drawn(buffer, slots, self._held, size, self.config.server.idle_seconds)
 
-        return await self._wait_for(n, claim)
+        try:
+            return await self._wait_for(n, claim)
+        finally:
+            del self._held[key]
 
     async def batch(self, n: int, size: int) -> Own:
         """n drawn rows; waits for them, and for `size` bytes of memory to answer with. Raises Unavailable, and why."""
-        seconds, key = self.config.server.wait_seconds, object()
-        end = time.monotonic() + seconds
-        while not _fits(self._held, size, self.buffer):
-            if time.monotonic() > end:
-                raise Unavailable(f"clients that read slowly had all the memory for batches for {seconds:g} seconds", 1)
-            await asyncio.sleep(_POLL[1])
-        self._held[key] = size
+        key = object()
+        await self._reserve(key, size)
         release = functools.partial(self._held.pop, key, None)
 
         async def draw(buffer: SharedBuffer) -> Own | None:
@@ -208,6 +221,16 @@ class Supply:
         except BaseException:
             release()
             raise
+
+    async def _reserve(self, key: object, size: int) -> None:
+        """Wait until `size` bytes may be held, and hold them as `key`."""
+        seconds = self.config.server.wait_seconds
+        end = time.monotonic() + seconds
+        while size and not _fits(self._held, size, self.buffer):
+            if time.monotonic() > end:
+                raise Unavailable(f"clients that read slowly had all the memory for batches for {seconds:g} seconds", 1)
+            await asyncio.sleep(_POLL[1])
+        self._held[key] = size
 
     def add_served(self, buffer: SharedBuffer, rows: int, size: int) -> None:
         """Count rows that were sent. The counters of a buffer that has been replaced since are gone."""

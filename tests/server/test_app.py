@@ -393,12 +393,24 @@ def test_answers_that_nobody_reads_are_ended_however_small(strict):
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", strict.port))
-        sizes = [0]
-        while len(set(sizes[-4:])) > 1 or sizes[-1] == 0:  # until the kernel takes no more: the rest is the server's
+        def ended() -> bool:
+            return connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
+
+        def queued() -> int:
+            return unacknowledged(strict.port, connection.getsockname()[1])
+
+        stuck = False
+        while not stuck:  # until the kernel takes no more of an answer: the rest is the server's
+            before, began = queued(), time.monotonic()
             connection.sendall(request)
-            time.sleep(0.01)
-            sizes.append(unacknowledged(strict.port, connection.getsockname()[1]))
-        eventually(lambda: connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0, 30)
+            while queued() <= before and not stuck:
+                if time.monotonic() > began + 2:
+                    stuck = before > 0
+                    break
+                if ended():
+                    return
+                time.sleep(0.005)
+        eventually(ended, 30)
 
 
 def test_two_workers_give_each_row_once(strict):

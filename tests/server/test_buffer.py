@@ -123,6 +123,48 @@ def test_every_row_is_equally_likely_at_every_draw(buffer: SharedBuffer) -> None
     assert 13.4 * 12 / 11 < chi2 < 63.9 * 12 / 11, chi2
 
 
+def test_rows_of_a_large_batch_are_claimed_in_parts(buffer: SharedBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the lock is held for a moment; each row is as likely in each place of the batch as any other."""
+    buffer.random = np.random.default_rng(2)
+    trials, counts = 600, np.zeros((12, 10))
+    for _ in range(trials):
+        buffer.put(known_rows(12))
+        with monkeypatch.context() as patch:
+            patch.setattr("clt.server.buffer.LOCKED_ROWS", 4)
+            batch = buffer.draw(10)
+        assert batch is not None
+        assert len(set(batch.row.tolist())) == 10
+        counts[batch.document, np.arange(10)] += 1
+        assert buffer.draw(2) is not None
+    expected = trials / 12
+    chi2 = float(((counts - expected) ** 2 / expected).sum())
+    # Ten columns of a random permutation of 12: 11 x 10 degrees of freedom times 12/11. Bounds: 0.1% on both sides.
+    assert 69.7 * 12 / 11 < chi2 < 161.6 * 12 / 11, chi2
+    assert buffer.stats()["rows_drawn"] == 12 * trials
+    check_whole(buffer)
+
+
+def test_a_large_batch_is_had_whole_or_not_at_all(buffer: SharedBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer.put(known_rows(20))
+    claim, others = buffer._claim_valid, []
+
+    def claim_after_others(n: int, wanted: int, first: bool) -> np.ndarray | None:
+        if wanted == 4:  # the last part; someone else comes before it
+            others.append(buffer.draw(6))
+        return claim(n, wanted, first)
+
+    monkeypatch.setattr(buffer, "_claim_valid", claim_after_others)
+    monkeypatch.setattr("clt.server.buffer.LOCKED_ROWS", 6)
+    assert buffer.claim(16) is None
+    stats = buffer.stats()
+    assert (stats["valid"], stats["in_flight"], stats["rows_drawn"], stats["rows_lost"]) == (14, 0, 6, 0)
+    batch = buffer.draw(14)
+    assert batch is not None
+    assert sorted([*batch.row.tolist(), *others[0].row.tolist()]) == list(range(20))
+    check(batch)
+    check_whole(buffer)
+
+
 def test_the_order_within_a_batch_is_random(buffer: SharedBuffer) -> None:
     buffer.random = np.random.default_rng(1)
     first = np.zeros(8)
@@ -434,9 +476,10 @@ def test_a_buffer_that_is_given_up_returns_its_memory_once_nobody_reads(buffer: 
 
 def test_who_stays_keeps_a_buffer_alive_that_it_has_unmapped(buffer: SharedBuffer, name: str, spawn: Spawn) -> None:
     child = spawn(_join_and_unmap, name)
-    eventually(lambda: buffer.stats()["workers"] == 1)
-    assert not buffer.close_if_unused(waited=True)
+    eventually(lambda: buffer._header["joined"] == 1)
     eventually(lambda: str(buffer._segment.path) not in Path(f"/proc/{child.pid}/maps").read_text())
+    assert not buffer.close_if_unused(waited=True)
+    assert (buffer.stats()["workers"], buffer.stats()["clients"]) == (0, 0), "it serves nobody"
     kill(child)
     assert buffer.close_if_unused(waited=True)
 

@@ -24,7 +24,7 @@ def hold(buffer: SharedBuffer, work: Callable[[Drawn, dict[object, int]], Corout
         held: dict[object, int] = {}
         slots = buffer.claim(N)
         assert slots is not None
-        await work(Drawn(buffer, slots, held), held)
+        await work(Drawn(buffer, slots, held, 0, 60), held)
 
     asyncio.run(main())
 
@@ -67,32 +67,82 @@ def test_who_reads_slowly_does_not_keep_the_slots(buffer: SharedBuffer, monkeypa
     hold(buffer, work)
 
 
-def test_slow_readers_share_a_bounded_memory(buffer: SharedBuffer) -> None:
-    """A quarter of the buffer's 64 rows: one client's copies fit, a second's do not, until the first has ended."""
+def test_slow_readers_share_a_bounded_memory(buffer: SharedBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the buffer's 64 rows: one client's copies fit, a second's stay in the buffer until there is room."""
+    monkeypatch.setattr(supply, "_HOLD_SECONDS", 0.05)
 
     async def work(drawn: Drawn, held: dict[object, int]) -> None:
-        others = [Drawn(buffer, slots, held) for _ in range(2) if (slots := buffer.claim(N)) is not None]
-        drawn.detach()
-        others[0].detach()
+        slots = buffer.claim(N)
+        assert slots is not None
+        other = Drawn(buffer, slots, held, 0, 60)
+        await asyncio.sleep(0.5)
+        assert (drawn.slow, other.slow) == (True, True)
         assert buffer.stats()["in_flight"] == N
         check(drawn, slice(0, N))
-        with pytest.raises(ClientGone):
-            check(others[0], slice(0, 1))
+        check(other, slice(0, 3))
         drawn.release()
-        others[1].detach()
-        check(others[1], slice(0, N))
-        for other in others:
-            other.release()
+        await asyncio.sleep(0.5)
+        assert buffer.stats()["in_flight"] == 0
+        check(other, slice(3, N))
+        other.release()
         assert not held
-        assert buffer.stats()["rows_drawn"] == 3 * N
+        assert buffer.stats()["rows_drawn"] == 2 * N
 
     hold(buffer, work)
 
 
-def test_rows_outlive_the_buffer_that_is_left(buffer: SharedBuffer) -> None:
+def test_who_reads_too_slowly_for_too_long_is_given_up(buffer: SharedBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supply, "_HOLD_SECONDS", 0.05)
+
     async def work(drawn: Drawn, held: dict[object, int]) -> None:
-        drawn.detach()
+        slots = buffer.claim(N)
+        assert slots is not None
+        other = Drawn(buffer, slots, held, 0, 0.2)
+        await asyncio.sleep(0.5)
         assert buffer.stats()["in_flight"] == 0
+        check(drawn, slice(0, N))
+        with pytest.raises(ClientGone, match="it reads too slowly for its 10 rows"):
+            check(other, slice(0, 1))
+
+    hold(buffer, work)
+
+
+def test_a_slow_client_waits_for_room_before_it_is_given_rows(
+    buffer: SharedBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supply, "_HOLD_SECONDS", 0.05)
+    buffer.put(known_rows(60))
+    found = Supply(load_config(None, ["server.wait_seconds=0.2"]))
+    found.buffer = buffer
+
+    async def main() -> None:
+        first = await found.draw(N)
+        await asyncio.sleep(0.3)  # it is copied
+        with pytest.raises(Unavailable, match=r"read slowly had all the memory for batches for 0\.2 seconds"):
+            await found.draw(N, slow=True)
+        assert buffer.stats()["in_flight"] == 0, "nothing was drawn in vain"
+        second = await found.draw(N)  # who has not been slow does not wait
+        asyncio.get_running_loop().call_later(0.05, first.release)
+        third = await found.draw(N, slow=True)
+        await asyncio.sleep(0.3)
+        assert buffer.stats()["in_flight"] == N, "the third was copied to where there was room for it"
+        check(third, slice(0, N))
+        for each in (second, third):
+            each.release()
+        assert not found._held
+
+    asyncio.run(main())
+    assert buffer.stats()["in_flight"] == 0
+
+
+def test_rows_outlive_the_buffer_that_is_left(buffer: SharedBuffer) -> None:
+    """Also where there is no room."""
+
+    async def work(drawn: Drawn, held: dict[object, int]) -> None:
+        held[object()] = buffer.rows * buffer.row_bytes
+        drawn.detach()
+        assert buffer.stats()["in_flight"] == N
+        drawn.detach(at_once=True)
         assert buffer.stats()["in_flight"] == 0
         check(drawn, slice(0, N))
         drawn.detach()
