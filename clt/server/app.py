@@ -14,6 +14,8 @@ import itertools
 import json
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from pathlib import Path
@@ -50,7 +52,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     config = environment_config()
     token = read_token(config.server.token_file)
     supply = Supply(config)
-    await supply.open()
+    with _signals_end_it():
+        await supply.open()
     watch = asyncio.create_task(supply.watch())
     try:
         yield {
@@ -68,6 +71,20 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     finally:
         watch.cancel()
         await supply.close()
+
+
+@contextlib.contextmanager
+def _signals_end_it() -> Iterator[None]:
+    """uvicorn takes Ctrl-C and SIGTERM for later, but what is prepared may take hours; it ends with this process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 async def stream(request: Request) -> Response:

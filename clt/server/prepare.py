@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from clt.lm.load import LanguageModel
 
 _ASKED = "statistics.json"  # how many rows the statistics were asked of: a short text has fewer
+_TRAINING = ("source", "url", "token_file", "store", "prefetch")  # of the data section: not what the rows are
 
 
 def folder(config: Config) -> Path:
@@ -45,16 +46,17 @@ def segment_name(config: Config) -> str:
 
 def tag(config: Config) -> str:
     """64 hexadecimal digits that two configs share if and only if they ask for the same buffer of the same rows."""
-    server = dataclasses.asdict(config.server)
+    server, store = dataclasses.asdict(config.server), os.path.realpath(config.data.store)
     return _digest(
-        [rows_tag(config), *(server[key] for key in ("rows", "min_fill", "device", "low", "statistics_tokens"))]
+        [rows_tag(config), store, *(server[key] for key in ("rows", "min_fill", "device", "low", "statistics_tokens"))]
     )
 
 
 def rows_tag(config: Config) -> str:
     """The same of the rows alone, and the order in which they come."""
-    parts = [dataclasses.asdict(part) for part in (config.lm, config.text, config.data)]
-    return _digest([*parts, config.server.source, config.run.seed])
+    data = {key: value for key, value in dataclasses.asdict(config.data).items() if key not in _TRAINING}
+    parts = [dataclasses.asdict(part) for part in (config.lm, config.text)]
+    return _digest([*parts, data, config.server.source, config.run.seed])
 
 
 def _digest(parts: list[Any]) -> str:

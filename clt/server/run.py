@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import socket
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import uvicorn
 
 from clt.cli import DEFAULT_CONFIG
 from clt.config import PRESETS, Config, ServerConfig, load_config
+from clt.data.index import write_whole
 from clt.errors import UserError
 from clt.parsing import names, to_yaml
 from clt.server.limits import is_loopback
+from clt.server.prepare import own_folder
 from clt.server.supervisor import ensure
 from clt.server.token import read_token
 
@@ -69,22 +70,22 @@ def serve(config: Config, without_token: bool = False, **options: Any) -> None:
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 28))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # uvicorn raises it again when all is shut down
     ensure(config).close(stay=True)  # for the workers: they may die and come back without its being made anew
-    with tempfile.TemporaryDirectory(prefix="clt-serve-") as directory:
-        file = Path(directory) / "config.yaml"
-        file.write_text(to_yaml(config))
-        os.environ["CLT_CONFIG"], os.environ["CLT_SERVER_OPEN"] = str(file), str(int(without_token))
-        for name in names(ServerConfig):  # they are in the config already, below the command line's
-            os.environ.pop(_variable(name), None)
-        print(f"serving on {server.host}:{server.port}, {'with' if token else 'without'} a token", file=sys.stderr)
-        uvicorn.run(
-            "clt.server.app:app",
-            host=server.host,
-            port=server.port,
-            workers=server.workers,
-            http="clt.server.protocol:Protocol",
-            ws="none",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=_GRACE_SECONDS,
-            **options,
-        )
+    text = to_yaml(config).encode()
+    file = own_folder(config) / f"serve-{hashlib.sha256(text).hexdigest()[:8]}.yaml"  # stays: a worker may start anew
+    write_whole(file, text)
+    os.environ["CLT_CONFIG"], os.environ["CLT_SERVER_OPEN"] = str(file), str(int(without_token))
+    for name in names(ServerConfig):  # they are in the config already, below the command line's
+        os.environ.pop(_variable(name), None)
+    print(f"serving on {server.host}:{server.port}, {'with' if token else 'without'} a token", file=sys.stderr)
+    uvicorn.run(
+        "clt.server.app:app",
+        host=server.host,
+        port=server.port,
+        workers=server.workers,
+        http="clt.server.protocol:Protocol",
+        ws="none",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+        **options,
+    )

@@ -55,11 +55,12 @@ class Segment:
     def create(cls, name: str, size: int) -> Segment:
         """A zeroed segment of `size` bytes that this process owns, locked until `publish`.
 
-        Replaces one whose owner is dead. Raises UserError when the owner lives or the memory is not there.
+        Replaces one whose owner is dead. Raises UserError when the owner lives, the memory is not there, or something else
+        has the name.
         """
         path = _path(name)
         while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            descriptor = _open(path, os.O_CREAT)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             with contextlib.ExitStack() as undo:
                 undo.callback(os.close, descriptor)
@@ -92,9 +93,9 @@ class Segment:
 
     @classmethod
     def attach(cls, name: str) -> Segment:
-        """The segment of that name, complete. Raises FileNotFoundError when there is none."""
+        """The segment of that name, complete. Raises FileNotFoundError when there is none, UserError if it is no file."""
         path = _path(name)
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = _open(path)
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits while it is being created
         if os.pread(descriptor, len(_MAGIC), 0) != _MAGIC:
             os.close(descriptor)
@@ -139,6 +140,19 @@ def _path(name: str) -> Path:
     if not FOLDER.is_dir():
         raise UserError(f"this machine has no {FOLDER}: the server needs Linux")
     return FOLDER / f"clt-{name}"
+
+
+def _open(path: Path, flags: int = 0) -> int:
+    """A descriptor of the file itself; FileNotFoundError when there is none, UserError when it cannot be a buffer."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be opened as a shared buffer ({error.strerror}): it is another user's, or a link or a "
+            "directory; give this server another server.name, or have it removed"
+        ) from error
 
 
 def _named(path: Path, descriptor: int) -> bool:

@@ -18,7 +18,7 @@ from clt.data.lock import locked
 from clt.data.shards import COLUMN_DTYPES
 from clt.data.writer import write_store
 from clt.errors import UserError
-from clt.server.client import ActivationClient
+from clt.server.client import ActivationClient, ServerError
 from clt.server.token import read_token
 from clt.server.wire import Frame, as_bytes
 
@@ -66,14 +66,24 @@ class ServerStore:
 
     def _next(self) -> Tensor:
         if self._frames is None:
-            row_bytes = 2 * self.index.n_layers * self.index.d_acts * getattr(torch, self.index.dtype).itemsize
-            self._frames = self.client.stream_frames(min(self.most, max(1, _FRAME_BYTES // row_bytes)))
-        frame = next(self._frames)
+            self._frames = self._stream()
+        try:
+            frame = next(self._frames)
+        except ServerError as error:
+            if error.status != 422:
+                raise
+            self.most = self.client.stats()["max_batch"]  # it was started again, with another limit
+            self._frames = self._stream()
+            frame = next(self._frames)
         if frame.segment not in self.consumed:
             self._check_index()
         tensor = frame.batch.activations
         self.consumed[frame.segment] = self.consumed.get(frame.segment, 0) + len(tensor)
         return tensor
+
+    def _stream(self) -> Iterator[Frame]:
+        row_bytes = 2 * self.index.n_layers * self.index.d_acts * getattr(torch, self.index.dtype).itemsize
+        return self.client.stream_frames(min(self.most, max(1, _FRAME_BYTES // row_bytes)))
 
     def _check_index(self) -> None:
         """A buffer that is new to this run may be that of a server that was started again with another config."""
@@ -114,18 +124,16 @@ def fetch_heldout(config: Config) -> None:
     fields["text"] = {**index["text"], "part": "heldout"}
     path.mkdir(parents=True, exist_ok=True)
     with locked(path, wait=True):  # many runs may start at once on one file system
-        _copy_heldout(store, path, fields)
+        _copy_heldout(store, path, config.data.heldout_tokens, fields)
         if not (train := path.with_name("train") / STATISTICS).exists():  # `clt eval` wants them later
             train.parent.mkdir(exist_ok=True)
             store.statistics.save(train)
     check_store(read_index(path), config)
 
 
-def _copy_heldout(store: ServerStore, path: Path, fields: dict[str, Any]) -> None:
+def _copy_heldout(store: ServerStore, path: Path, rows: int, fields: dict[str, Any]) -> None:
     if not (path / INDEX).exists():
-        batches = list(store.client.heldout(min(256, store.most)))
-        columns = {name: np.concatenate([getattr(batch, name) for batch in batches]) for name in COLUMN_DTYPES}
-        write_store(path, torch.cat([batch.activations for batch in batches]), columns=columns, **fields)
+        _fetch(store, path, rows, fields)
         return
     found = dataclasses.asdict(read_index(path))
     odd = [f"{key}: found {found[key]!r}, wanted {fields[key]!r}" for key in fields if found[key] != fields[key]]
@@ -134,3 +142,21 @@ def _copy_heldout(store: ServerStore, path: Path, fields: dict[str, Any]) -> Non
             f"{path} does not hold the held-out rows of {store.path} ({'; '.join(odd)}): delete it, or set "
             "data.store to another directory"
         )
+
+
+def _fetch(store: ServerStore, path: Path, rows: int, fields: dict[str, Any]) -> None:
+    """In memory once: they may be most of what there is."""
+    shape = (rows, 2, store.index.n_layers, store.index.d_acts)
+    tensor = torch.empty(shape, dtype=getattr(torch, store.index.dtype))
+    columns, done = {name: np.zeros(rows, dtype) for name, dtype in COLUMN_DTYPES.items()}, 0
+    for batch in store.client.heldout(min(256, store.most)):
+        end = done + len(batch.row)
+        if end > rows:
+            raise UserError(
+                f"the server {store.path} has more than data.heldout_tokens={rows} held-out rows: set it to the server's"
+            )
+        tensor[done:end] = batch.activations
+        for name, column in columns.items():
+            column[done:end] = getattr(batch, name)
+        done = end
+    write_store(path, tensor[:done], columns={name: column[:done] for name, column in columns.items()}, **fields)

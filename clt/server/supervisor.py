@@ -10,8 +10,10 @@ import fcntl
 import json
 import multiprocessing
 import os
+import select
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -109,10 +111,14 @@ def main(path: str, answer: int, lock: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     for descriptor in (answer, lock):
         os.set_inheritable(descriptor, False)
+    answered = threading.Event()
+    threading.Thread(target=_end_with_starter, args=(answer, answered), daemon=True, name="clt-starter").start()
     try:
         config = load_config(path)
         buffer = _create(config)
+        answered.set()
     except BaseException as error:
+        answered.set()
         cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         _answer(answer, cause)
         if isinstance(error, UserError):
@@ -131,6 +137,15 @@ def main(path: str, answer: int, lock: int) -> None:
         finally:  # the segment must go, also when the data directory has gone before
             buffer.unlink()
             buffer.close()
+
+
+def _end_with_starter(answer: int, answered: threading.Event) -> None:
+    """When the process that started this one dies before it has its answer, end all that this one has started."""
+    poll = select.poll()
+    poll.register(answer, 0)  # of a pipe that nobody reads any more, only the error comes
+    poll.poll()
+    if not answered.is_set():
+        os.killpg(0, signal.SIGTERM)
 
 
 def _answer(descriptor: int, error: str | None) -> bool:

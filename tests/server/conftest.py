@@ -96,11 +96,11 @@ class Server:
         self._command = [sys.executable, "-m", *(part.format(port=self.port) for part in command)]
         self.start()
 
-    def start(self) -> None:
-        """Start the process, again if it has ended, and wait until it serves."""
+    def start(self, *overrides: str) -> None:
+        """Start the process, again if it has ended, and wait until it serves. `overrides` are for `clt serve`."""
         root = Path(__file__).parents[2]
         with open(self.log, "a") as file:
-            self.process = subprocess.Popen(self._command, env=self._environment, cwd=root, stdout=file, stderr=file)
+            self.process = subprocess.Popen([*self._command, *overrides], env=self._environment, cwd=root, stdout=file, stderr=file)
         try:
             eventually(self._answers, 120)
         except AssertionError:

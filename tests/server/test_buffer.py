@@ -474,6 +474,23 @@ def test_a_buffer_that_is_given_up_returns_its_memory_once_nobody_reads(buffer: 
     assert (batch.activations.view(10, -1)[:, 0].numpy() == batch.document).all()
 
 
+def test_what_is_no_buffer_in_its_place_is_told(name: str, tmp_path: Path) -> None:
+    path = Path(f"/dev/shm/clt-{name}")
+    (tmp_path / "precious").write_text("kept")
+    for make, remove, cause in (
+        (lambda: path.symlink_to(tmp_path / "precious"), path.unlink, "Too many levels of symbolic links"),
+        (path.mkdir, path.rmdir, "Is a directory"),
+    ):
+        make()
+        try:
+            for work in (lambda: SharedBuffer.attach(name), lambda: SharedBuffer.create(name, 4, 1, 2, "float32", 0)):
+                with pytest.raises(UserError, match=rf"{path} cannot be opened as a shared buffer \({cause}\): "):
+                    work()
+        finally:
+            remove()
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
 def test_who_stays_keeps_a_buffer_alive_that_it_has_unmapped(buffer: SharedBuffer, name: str, spawn: Spawn) -> None:
     child = spawn(_join_and_unmap, name)
     eventually(lambda: buffer._header["joined"] == 1)

@@ -31,7 +31,7 @@ from clt.lm.text import windows
 from clt.parsing import to_yaml
 from clt.server.buffer import SharedBuffer
 from clt.server.generator import StoredRows, device_for, fill, from_model, from_store
-from clt.server.prepare import folder, needs_model, prepare, rows_tag, segment_name
+from clt.server.prepare import folder, needs_model, prepare, rows_tag, segment_name, tag
 from clt.server.segment import start_time
 from clt.server.supervisor import _save_position, ensure
 from tests.server.conftest import eventually, known_rows
@@ -337,34 +337,51 @@ def test_workers_share_one_supervisor_which_outlives_the_first_and_not_the_last(
 def test_the_next_takes_over_from_a_worker_that_was_killed_while_it_started_the_server(
     config: MakeConfig, spawn: Spawn
 ) -> None:
-    """Only one process at a time may extract: two would write the same shards."""
+    """Nobody works on for the dead, and only one process at a time extracts: two would write the same shards."""
     made = config("server.rows=150", "server.statistics_tokens=100")
     into, out = multiprocessing.Pipe(duplex=False)
-    worker = spawn(_ensure_and_hang, made, out)
-    eventually(lambda: (Path(made.data.store) / "server" / "config.yaml").exists())
+    worker, own = spawn(_ensure_and_hang, made, out), Path(made.data.store) / "server"
+    eventually(lambda: (own / "config.yaml").exists())
     os.kill(worker.pid or 0, signal.SIGKILL)
-    with open(Path(made.data.store) / "server" / "lock") as lock, pytest.raises(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    eventually(lambda: _is_free(own / "lock"))
+    assert not (Path(made.data.store) / "heldout" / "index.json").exists(), "it was stopped too late"
     assert not into.poll()
     with served(made) as buffer:
         assert buffer.stats()["workers"] == 1
 
 
-def test_a_server_that_is_stopped_while_it_prepares_leaves_nobody_at_work(config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("by", "number", "status"),
+    [("clt serve", signal.SIGTERM, 0), ("clt serve", signal.SIGINT, 130), ("uvicorn", signal.SIGINT, -signal.SIGINT)],
+)
+def test_a_server_that_is_stopped_while_it_prepares_leaves_nobody_at_work(
+    config: MakeConfig, tmp_path: Path, by: str, number: int, status: int
+) -> None:
     made = config("server.rows=150", "server.statistics_tokens=100")
     (tmp_path / "c.yaml").write_text(to_yaml(made))
-    command = [sys.executable, "-m", "clt.cli", "serve", str(tmp_path / "c.yaml")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = ["clt.cli", "serve", str(tmp_path / "c.yaml")]
+    if by == "uvicorn":
+        command = ["uvicorn", "clt.server.app:app", "--port", "0"]
+    environment = os.environ | {"CLT_CONFIG": str(tmp_path / "c.yaml")}
+    process = subprocess.Popen([sys.executable, "-m", *command], env=environment, stderr=subprocess.PIPE, text=True)
     own = Path(made.data.store) / "server"
     eventually(lambda: (own / "config.yaml").exists())
     time.sleep(1)
-    process.terminate()
+    process.send_signal(number)
     _, told = process.communicate(timeout=60)  # ends when nobody has its stderr any more
-    assert process.returncode == 0
+    assert process.returncode == status
     assert "Traceback" not in told
-    with open(own / "lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert _is_free(own / "lock")
     assert not (Path(made.data.store) / "heldout" / "index.json").exists(), "it was stopped too late"
+
+
+def _is_free(lock: Path) -> bool:
+    with open(lock) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
 
 def test_a_killed_supervisor_leaves_nothing_and_is_replaced(config: MakeConfig, stores: Path, tmp_path: Path) -> None:
@@ -392,6 +409,31 @@ def test_mistakes_reach_the_one_who_asked(config: MakeConfig, stores: Path, tmp_
     with pytest.raises(UserError, match=r"the shared buffer needs .* GB but .*lower server\.rows"):
         ensure(config(f"data.store={tmp_path / 'fresh'}", "server.rows=1_000_000_000"))
     assert not (tmp_path / "fresh" / "heldout").exists(), "it was told before the language model ran for hours"
+
+
+def test_a_damaged_place_in_the_text_is_told_before_memory_is_taken(
+    config: MakeConfig, stores: Path, tmp_path: Path
+) -> None:
+    made = store_config(config, stores, tmp_path)
+    file = Path(made.data.store) / "server" / "position.json"
+    file.parent.mkdir()
+    file.write_text("{")
+    with pytest.raises(UserError, match=r"position\.json, the place in the text, is damaged .*; delete it to begin anew"):
+        ensure(made)
+    assert not Path(f"/dev/shm/clt-{segment_name(made)}").exists()
+
+
+def test_settings_that_do_not_change_the_rows_may_differ(config: MakeConfig, tmp_path: Path) -> None:
+    """Of two servers on one buffer, or of a server and the one before it."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    made = config(f"data.store={tmp_path}/store")
+    for same in (f"data.store={tmp_path}/link/../{tmp_path.name}/store", "data.prefetch=9", "server.max_batch=7"):
+        other = config(f"data.store={tmp_path}/store", same)
+        assert (tag(made), rows_tag(made)) == (tag(other), rows_tag(other)), same
+    for other in ("data.store=/elsewhere", "server.rows=9"):
+        assert tag(made) != tag(config(f"data.store={tmp_path}/store", other)), other
+    for other in ("data.dtype=bfloat16", "text.source=moby.txt", "lm.context=7", "run.seed=3", "server.source=store"):
+        assert rows_tag(made) != rows_tag(config(f"data.store={tmp_path}/store", other)), other
 
 
 def test_a_disk_that_is_full_or_gone_does_not_end_the_server(

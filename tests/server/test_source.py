@@ -207,6 +207,17 @@ def test_a_run_trains_from_the_server_and_records_what_it_read(server, train, mo
     assert summary["fve"] != by_store.summary["fve"], "it read the store in the store's order"
 
 
+def test_a_server_that_was_started_again_with_a_smaller_limit_is_read_on(serve):
+    server = serve("server.max_batch=100")
+    store, out = ServerStore(ActivationClient(server.url), 1000), torch.empty(400, 2, 3, 16, dtype=torch.float16)
+    store.read(np.arange(400), out)
+    server.stop()
+    server.start("server.max_batch=30")
+    while len(store.consumed) == 1:  # the kernel still has megabytes of the first
+        store.read(np.arange(400), out)
+    assert store.most == 30
+
+
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
