@@ -23,6 +23,8 @@ from clt.config import Config, config_hash
 from clt.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
 
@@ -45,7 +47,7 @@ def main(config: Config, prepare: bool) -> int:
     from clt.train.logger import Logger
     from clt.train.optim import NEVER, TERMS, Update, autocast_dtype, learning_rate, sparsity_coefficient
     from clt.train.run import build, check_run_dir, claim_run_dir, evaluate, heldout_windows, make_stores, open_stores
-    from clt.train.watch import PREEMPTED, Watch
+    from clt.train.watch import PREEMPTED, TICK, Watch
 
     began = time.perf_counter()
     # The watch names a rank that hangs; should it fail, the collectives themselves time out a little later.
@@ -99,7 +101,7 @@ def main(config: Config, prepare: bool) -> int:
     last_fired = torch.zeros(transcoder.n_layers, transcoder.d_features, dtype=torch.int64, device=device)
 
     # Resume.
-    start, busy, wandb_id = 0, 0.0, None
+    start, saved, busy, wandb_id = 0, -1, 0.0, None
     checkpoints = checkpoint.Checkpoints(
         run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every, world
     )
@@ -110,7 +112,8 @@ def main(config: Config, prepare: bool) -> int:
         tensors = update.tensors() | {"last_fired": last_fired}
         path = checkpoints.directory / f"step_{newest:08d}"
         state = checkpoint.restore(path, transcoder, optimizer, tensors, identity)
-        start, busy, wandb_id = state["step"], state["busy_seconds"], state["wandb_id"]
+        start = saved = state["step"]
+        busy, wandb_id = state["busy_seconds"], state["wandb_id"]
         if not isinstance(store, DiscBuffer) and rank_zero:
             store.consumed |= state["rows_by_segment"]
     dist.on_rank_zero(world, lambda: claim_run_dir(config))
@@ -137,12 +140,28 @@ def main(config: Config, prepare: bool) -> int:
         return numbers, tensors
 
     def begin_checkpoint() -> None:
+        nonlocal saved
+        saved = step
         tensors = update.tensors() | {"last_fired": data.max(last_fired.clone())}
         parts = checkpoint.parts(transcoder, optimizer, tensors, (data.rank, data.size))
         state = {"step": step, "busy_seconds": busy, "wandb_id": logger.wandb_id, "world_size": world.size}
         if not isinstance(store, DiscBuffer):
             state |= {"rows_by_segment": dist.sum_counts(world, store.consumed)}
         checkpoints.begin(parts, transcoder.config, state | identity)
+
+    def batches() -> Iterator[Tensor]:
+        """The loader's. A server may be away for long: all ranks take its next batch, or end here to be saved."""
+        if isinstance(store, DiscBuffer):
+            yield from loader
+            return
+        while step < steps:
+            ready = loader.ready(TICK)
+            waiting, told, failed = dist.count(world, not ready, watch.stopping, loader.failure is not None)
+            watch.progress(step)
+            if failed or (waiting and told):
+                return
+            if not waiting:
+                yield next(loader)
 
     def forward_backward(batch: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the mean over the global batch; this rank's addends of the metrics, and what fired."""
@@ -195,7 +214,7 @@ def main(config: Config, prepare: bool) -> int:
             results = evaluation()
             logger.log_evaluation(step, results[0])
         clock, logged, stalled = time.perf_counter(), start, loader.stalled
-        for batch in loader:  # (b, 2, L, D): this rank's rows of the global batch
+        for batch in batches():  # (b, 2, L, D): this rank's rows of the global batch
             lr = learning_rate(step, steps, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -253,12 +272,19 @@ def main(config: Config, prepare: bool) -> int:
                 watch.stopping = True  # whichever rank was told
                 break
             votes.cast(watch.stopping, checkpoints.written)
+        if step < steps and not stopped:  # the server's rows did not come
+            stopped, watch.stopping, busy = True, True, busy + time.perf_counter() - clock
+            if saved < step:
+                begin_checkpoint()
         checkpoints.finish()
+        failure = loader.failure
 
     if stopped:
         if rank_zero:
-            print(f"stopped by a signal after step {step} of {steps}, with a checkpoint in {run_dir}", file=sys.stderr)
+            print(f"stopped after step {step} of {steps}, with a checkpoint in {run_dir}", file=sys.stderr)
         dist.cleanup()
+        if failure is not None:
+            raise failure
         return PREEMPTED
 
     # The end: report and tear down. A run that was already finished is evaluated again, and only reported.

@@ -57,6 +57,8 @@ class Loader:
 
     stalled: float
     """Seconds that the consumer has waited for batches so far."""
+    failure: BaseException | None = None
+    """What the next batch will raise, once it is `ready`."""
 
     def __init__(
         self, buffer: Readable, sampler: Iterable[np.ndarray], device: torch.device | str = "cpu", prefetch: int = 4
@@ -90,6 +92,20 @@ class Loader:
             return self._next()
         finally:
             self.stalled += time.perf_counter() - start
+
+    def ready(self, seconds: float) -> bool:
+        """Whether the next batch is there, or `failure` instead; waits that long for it at most."""
+        if not self._reading or self.failure is not None:
+            return True
+        start, slot = time.perf_counter(), self._reading[0]
+        try:
+            self.failure = slot.done.get(timeout=seconds)
+        except queue.Empty:
+            return False
+        finally:
+            self.stalled += time.perf_counter() - start
+        slot.done.put(self.failure)
+        return True
 
     def _next(self) -> Tensor:
         if self._held is not None:

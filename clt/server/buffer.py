@@ -369,6 +369,11 @@ class SharedBuffer:
         return 1 - int(self._header["n_free"]) / self.rows
 
     @property
+    def held_up(self) -> bool:
+        """Whether readers wait, and the generator cannot help them: too many rows are claimed."""
+        return int(self._header["n_free"]) == 0 and self._header["n_valid"] < self._header["min_fill"]
+
+    @property
     def alive(self) -> bool:
         """Whether the process that created the buffer still runs. If not, close it and look for another."""
         return self._segment.owner_lives()

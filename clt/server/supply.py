@@ -45,8 +45,8 @@ class Drawn:
 
     Where that takes longer than _HOLD_SECONDS, the rest is copied: who reads slowly, or not at all, must not keep the
     slots from the generator. `held` has all of a process that are not released, with the bytes that were copied, or
-    `reserved` for it. Where none were and there is no room for more, the slots are kept for `seconds`; after that the
-    client is given up.
+    `reserved` for it. Where none were and there is no room for more, the slots are kept, for `seconds` at most and not
+    when that holds up others: then the client is given up.
     """
 
     slow = False
@@ -87,7 +87,7 @@ class Drawn:
             self._own = np.empty(size, np.uint8).data
             self.buffer.copy(rest, self._own)
             self._held[self] = size
-        elif time.monotonic() < self._end:
+        elif time.monotonic() < self._end and not self.buffer.held_up:
             self._timer = asyncio.get_running_loop().call_later(_HOLD_SECONDS, self.detach)
             return
         self._give_back()

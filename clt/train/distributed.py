@@ -185,6 +185,14 @@ def barrier(world: World) -> None:
         dist.barrier(world.control)
 
 
+def count(world: World, *flags: bool) -> list[int]:
+    """How many ranks raise each of the flags."""
+    sums = torch.tensor(flags, dtype=torch.int64)
+    if world.size > 1:
+        dist.all_reduce(sums, group=world.control)
+    return sums.tolist()
+
+
 class Votes:
     """How many ranks raised each of a few flags. It is added up during the next step, so that nobody waits."""
 

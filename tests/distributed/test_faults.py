@@ -55,7 +55,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(train_overrides, tmp_p
     assert stderr.count(f"exitcode  : {PREEMPTED}") == 2, stderr
     (step,) = checkpoint.steps(tmp_path / "checkpoints")
     assert 0 < step < STEPS
-    assert f"stopped by a signal after step {step} of {STEPS}, with a checkpoint" in stderr
+    assert f"stopped after step {step} of {STEPS}, with a checkpoint" in stderr
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
     logged = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert logged == list(range(5, step + 1, 5)), "no line that an undisturbed run would not have"

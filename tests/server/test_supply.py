@@ -91,6 +91,24 @@ def test_slow_readers_share_a_bounded_memory(buffer: SharedBuffer, monkeypatch: 
     hold(buffer, work)
 
 
+def test_who_reads_slowly_holds_up_nobody(buffer: SharedBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supply, "_HOLD_SECONDS", 0.05)
+
+    async def work(drawn: Drawn, held: dict[object, int]) -> None:
+        held[object()] = buffer.rows * buffer.row_bytes  # no room
+        buffer._header["min_fill"] = 55
+        await asyncio.sleep(0.3)
+        assert buffer.stats()["in_flight"] == N, "the generator has room to help the others"
+        while buffer.put(known_rows(60, first=500)):
+            pass
+        await asyncio.sleep(0.3)
+        assert buffer.stats()["in_flight"] == 0
+        with pytest.raises(ClientGone):
+            check(drawn, slice(0, 1))
+
+    hold(buffer, work)
+
+
 def test_who_reads_too_slowly_for_too_long_is_given_up(buffer: SharedBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supply, "_HOLD_SECONDS", 0.05)
 
