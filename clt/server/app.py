@@ -32,6 +32,7 @@ from xxhash import xxh3_64_hexdigest
 
 from clt.data.index import STATISTICS, read_index
 from clt.data.store import DiscBuffer
+from clt.memory import keep_freed_memory
 from clt.server.buffer import Batch
 from clt.server.limits import Guard, parameters
 from clt.server.prepare import folder
@@ -50,6 +51,7 @@ _NUMBER = 24  # bytes of a float as JSON, at most
 async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     """From the first to the last request of one worker."""
     config = environment_config()
+    keep_freed_memory(1 << 28)
     token = read_token(config.server.token_file)
     supply = Supply(config)
     with _signals_end_it():

@@ -23,6 +23,7 @@ from clt.data.sampler import batch_rows
 from clt.data.store import DiscBuffer
 from clt.data.writer import Rows
 from clt.errors import UserError
+from clt.memory import keep_freed_memory
 from clt.server.buffer import LOCKED_ROWS, SharedBuffer
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def run_generator(config: Config, name: str) -> None:
     buffer.set_generator("starting", pid=os.getpid())
     _end_with_parent(buffer)
     torch.set_num_threads(max(torch.get_num_threads() - 1, 1))  # one core is the servers'
+    keep_freed_memory()
     try:
         if config.server.source == "store":
             fill(buffer, from_store(config, *buffer.mark[:2]))

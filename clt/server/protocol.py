@@ -75,7 +75,7 @@ class Protocol(HttpToolsProtocol):
         before = () if self.cycle is None else (*self._under_way, self.cycle)
         self._under_way = tuple(cycle for cycle in before if not cycle.response_complete)
         super().on_headers_complete()
-        self.scope["state"]["end"] = functools.partial(self._end, self.cycle)
+        self.scope.setdefault("state", {})["end"] = functools.partial(self._end, self.cycle)
 
     def pause_writing(self) -> None:
         self._stop(self._write_timer)
@@ -107,7 +107,7 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
 
     def _end(self, cycle: Any) -> None:
-        """Close behind what was sent of an answer that has no end: uvicorn would log that as the application's error."""
+        """Close behind what was sent of an answer without an end, which uvicorn would log as the application's error."""
         cycle.disconnected = True
         self.transport.close()
 

@@ -65,9 +65,6 @@ def serve(config: Config, without_token: bool = False, **options: Any) -> None:
             raise UserError(
                 f"server.host={server.host} server.port={server.port}: {error.strerror}; choose others"
             ) from error
-    # Batches are allocated and freed all the time: glibc would return their memory and fault it back in. For children.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 28))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # uvicorn raises it again when all is shut down
     ensure(config).close(stay=True)  # for the workers: they may die and come back without its being made anew
     text = to_yaml(config).encode()

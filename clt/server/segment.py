@@ -55,8 +55,8 @@ class Segment:
     def create(cls, name: str, size: int) -> Segment:
         """A zeroed segment of `size` bytes that this process owns, locked until `publish`.
 
-        Replaces one whose owner is dead. Raises UserError when the owner lives, the memory is not there, or something else
-        has the name.
+        Replaces one whose owner is dead. Raises UserError when the owner lives, the memory is not there, or something
+        else has the name.
         """
         path = _path(name)
         while True:
@@ -93,7 +93,7 @@ class Segment:
 
     @classmethod
     def attach(cls, name: str) -> Segment:
-        """The segment of that name, complete. Raises FileNotFoundError when there is none, UserError if it is no file."""
+        """The complete segment of that name. Raises FileNotFoundError when there is none, UserError for another thing."""
         path = _path(name)
         descriptor = _open(path)
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits while it is being created

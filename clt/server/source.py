@@ -153,7 +153,7 @@ def _fetch(store: ServerStore, path: Path, rows: int, fields: dict[str, Any]) ->
         end = done + len(batch.row)
         if end > rows:
             raise UserError(
-                f"the server {store.path} has more than data.heldout_tokens={rows} held-out rows: set it to the server's"
+                f"the server {store.path} has more than data.heldout_tokens={rows} held-out rows: set it to its number"
             )
         tensor[done:end] = batch.activations
         for name, column in columns.items():

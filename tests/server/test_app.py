@@ -394,6 +394,7 @@ def test_answers_that_nobody_reads_are_ended_however_small(strict):
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", strict.port))
+
         def ended() -> bool:
             return connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
 

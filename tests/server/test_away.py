@@ -12,8 +12,9 @@ from tests.distributed.test_faults import ranks, start, wait_for_steps
 
 
 def config(server, lm_overrides, tmp_path) -> str:
-    keys = [f"data.store={tmp_path / 'here'}", "data.source=server", f"data.url={server.url}", "clt.d_features=24",
-            "train.batch_tokens=500", "train.compile=false", "log.every=5", "checkpoint.every=0", "eval.every=0"]  # fmt: skip
+    keys = [f"data.store={tmp_path / 'here'}", "data.source=server", f"data.url={server.url}",
+            "clt.d_features=24", "train.batch_tokens=500", "train.compile=false", "log.every=5",
+            "checkpoint.every=0", "eval.every=0"]  # fmt: skip
     (tmp_path / "config.yaml").write_text(to_yaml(load_config(None, [*lm_overrides, *keys])))
     return str(tmp_path / "config.yaml")
 

@@ -418,7 +418,7 @@ def test_a_damaged_place_in_the_text_is_told_before_memory_is_taken(
     file = Path(made.data.store) / "server" / "position.json"
     file.parent.mkdir()
     file.write_text("{")
-    with pytest.raises(UserError, match=r"position\.json, the place in the text, is damaged .*; delete it to begin anew"):
+    with pytest.raises(UserError, match=r"position\.json, the place in the text, is damaged .*; delete it to begin"):
         ensure(made)
     assert not Path(f"/dev/shm/clt-{segment_name(made)}").exists()
 
