@@ -371,7 +371,7 @@ class SharedBuffer:
     @property
     def held_up(self) -> bool:
         """Whether readers wait, and the generator cannot help them: too many rows are claimed."""
-        return int(self._header["n_free"]) == 0 and self._header["n_valid"] < self._header["min_fill"]
+        return not int(self._header["n_free"]) and int(self._header["n_valid"]) < int(self._header["min_fill"])
 
     @property
     def alive(self) -> bool:

@@ -107,7 +107,7 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
 
     def _end(self, cycle: Any) -> None:
-        """Close behind what was sent of an answer without an end, which uvicorn would log as the application's error."""
+        """Close behind what was sent of an answer without an end; uvicorn would log that as the application's error."""
         cycle.disconnected = True
         self.transport.close()
 

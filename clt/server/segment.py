@@ -93,7 +93,7 @@ class Segment:
 
     @classmethod
     def attach(cls, name: str) -> Segment:
-        """The complete segment of that name. Raises FileNotFoundError when there is none, UserError for another thing."""
+        """The complete segment of that name. FileNotFoundError when there is none, UserError for something else."""
         path = _path(name)
         descriptor = _open(path)
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits while it is being created
