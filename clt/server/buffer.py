@@ -20,34 +20,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clt.data.shards import COLUMN_DTYPES, TENSOR_DTYPES
+from clt.data.shards import COLUMN_DTYPES
 from clt.data.writer import Rows
-from clt.errors import UserError
+from clt.server.layout import HEADER, arrays, buffer_bytes
 from clt.server.segment import PREFIX_BYTES, Segment, start_time
+from clt.server.workers import Workers
 
 if TYPE_CHECKING:
     from clt.server.generator import StoredRows
 
 FREE, WRITING, VALID, READING = range(4)
-WORKERS = 256
-"""Serving processes that one buffer can have."""
 LOCKED_ROWS = 1024
 """Rows that change their state under one hold of the lock, at most: it lasts for microseconds."""
 SLOW_SHARE = 1 / 4
 """What a serving process may keep in memory of its own for clients that read slowly, of the buffer's size."""
-_STAYS = -1  # in the place of a worker's clients: it serves none, but its life keeps the buffer
 _PIDS = 1 << 24  # more than Linux has: 2^22
-_HEADER = np.dtype(
-    [
-        ("rows", "i8"), ("n_layers", "i8"), ("d_acts", "i8"), ("dtype", "S16"), ("min_fill", "i8"),
-        ("segment", "S16"), ("tag", "S64"),
-        ("created", "f8"), ("dirty", "i8"), ("closing", "i8"), ("joined", "i8"),
-        ("n_valid", "i8"), ("n_free", "i8"), ("generated", "i8"), ("drawn", "i8"), ("dropped", "i8"),
-        ("served_rows", "i8"), ("served_bytes", "i8"), ("mark", "i8", 3),
-        ("state", "S16"), ("cause", "S1024"), ("pid", "i8"), ("restarts", "i8"), ("since", "f8"),
-    ]
-)  # fmt: skip
-_WORKER = np.dtype([("pid", "i8"), ("start", "i8"), ("clients", "i8")])
 
 
 class Batch(NamedTuple):
@@ -74,17 +61,17 @@ class SharedBuffer:
     def __init__(self, segment: Segment, shape: tuple[int, int, int, str]) -> None:
         self._segment = segment
         self.rows, self.n_layers, self.d_acts, self.dtype = shape
-        arrays = {
+        found = {
             name: np.ndarray(size, dtype, segment.memory, offset)
-            for name, (offset, size, dtype) in _layout(*shape)[0].items()
+            for name, (offset, size, dtype) in arrays(*shape)[0].items()
         }
-        self._header, self._workers, self._payload = arrays["header"], arrays["workers"], arrays["payload"]
-        self._state, self._pid, self._start = arrays["state"], arrays["claim_pid"], arrays["claim_start"]
-        self._valid, self._free = arrays["valid"], arrays["free"]
-        self._columns = {name: arrays[name] for name in (*COLUMN_DTYPES, "row")}
+        self._header, self._payload = found["header"], found["payload"]
+        self._state, self._pid, self._start = found["state"], found["claim_pid"], found["claim_start"]
+        self._valid, self._free = found["valid"], found["free"]
+        self._columns = {name: found[name] for name in (*COLUMN_DTYPES, "row")}
         self.row_bytes = self._payload.shape[1]
         self._me = (os.getpid(), start_time(os.getpid()))
-        self._worker: int | None = None
+        self.workers = Workers(found["workers"], self._header, self._locked)
         self.random = np.random.default_rng()
         self.segment, self.tag = (self._header[name].item().decode() for name in ("segment", "tag"))
 
@@ -99,7 +86,7 @@ class SharedBuffer:
         """
         assert 0 <= min_fill <= rows < 2**31, (min_fill, rows)
         segment = Segment.create(name, buffer_bytes(rows, n_layers, d_acts, dtype))
-        header = np.ndarray((), _HEADER, segment.memory, PREFIX_BYTES)
+        header = np.ndarray((), HEADER, segment.memory, PREFIX_BYTES)
         header["rows"], header["n_layers"], header["d_acts"], header["dtype"] = rows, n_layers, d_acts, dtype.encode()
         header["min_fill"], header["segment"], header["created"] = min_fill, secrets.token_hex(8).encode(), time.time()
         header["tag"] = tag.encode()
@@ -112,7 +99,7 @@ class SharedBuffer:
     def attach(cls, name: str) -> SharedBuffer:
         """The buffer in the segment `name`. Raises FileNotFoundError when there is none."""
         segment = Segment.attach(name)
-        header = np.ndarray((), _HEADER, segment.memory, PREFIX_BYTES)
+        header = np.ndarray((), HEADER, segment.memory, PREFIX_BYTES)
         sizes = (int(header["rows"]), int(header["n_layers"]), int(header["d_acts"]), header["dtype"].item().decode())
         return cls(segment, sizes)
 
@@ -270,7 +257,7 @@ class SharedBuffer:
         with self._locked() as header:
             h = header.copy()
         rows, valid, free, generated = (int(h[name]) for name in ("rows", "n_valid", "n_free", "generated"))
-        drawn, dropped, living = int(h["drawn"]), int(h["dropped"]), self._clients()
+        drawn, dropped, living = int(h["drawn"]), int(h["dropped"]), self.workers.clients()
         return {
             "segment": self.segment,
             "rows": rows,
@@ -313,44 +300,6 @@ class SharedBuffer:
             header["served_rows"] += rows
             header["served_bytes"] += bytes
 
-    def join(self) -> bool:
-        """Enter this process among the workers that keep the buffer alive; False when it is about to be removed."""
-        while True:
-            entries = self._workers.tolist()
-            free = next((i for i, (pid, start, _) in enumerate(entries) if not pid or start_time(pid) != start), None)
-            if free is None:
-                raise UserError(f"the shared buffer serves {WORKERS} processes already: lower server.workers")
-            with self._locked() as header:
-                if header["closing"]:
-                    return False
-                if self._workers[free].item() == entries[free]:  # nobody else has taken it
-                    self._worker = free
-                    self._workers[free] = (*self._me, 0)
-                    header["joined"] += 1
-                    return True
-
-    def clients(self, delta: int) -> int:
-        """Change the number of this worker's clients; returns that of all workers (those of dead ones do not count)."""
-        assert self._worker is not None, "join first"
-        with self._locked():
-            self._workers[self._worker]["clients"] += delta
-        return sum(self._clients())
-
-    def close_if_unused(self, waited: bool) -> bool:
-        """Refuse all further workers if the last one has left, or none came and it was `waited` long enough for it."""
-        joined, living = int(self._header["joined"]), self._living()
-        with self._locked() as header:
-            if (waited or joined) and not living and header["joined"] == joined:  # nobody has come since
-                header["closing"] = 1
-            return bool(header["closing"])
-
-    @property
-    def in_use(self) -> bool:
-        """Whether a worker is on it, or the first is still to come."""
-        with self._locked() as header:
-            closing, joined = bool(header["closing"]), bool(header["joined"])
-        return not closing and (not joined or bool(self._living()))
-
     def give_up(self) -> None:
         """Of a buffer whose owner has died: drop the valid rows and return the memory, unless rows are just being read.
 
@@ -360,7 +309,7 @@ class SharedBuffer:
         self.reclaim()
         with self._locked() as header:
             if int(header["n_free"]) == self.rows:
-                offset, shape, _ = _layout(self.rows, self.n_layers, self.d_acts, self.dtype)[0]["payload"]
+                offset, shape, _ = arrays(self.rows, self.n_layers, self.d_acts, self.dtype)[0]["payload"]
                 self._segment.memory.madvise(mmap.MADV_REMOVE, offset, int(np.prod(shape)))
 
     @property
@@ -387,10 +336,8 @@ class SharedBuffer:
 
         If its owner is dead, its name is removed.
         """
-        if self._worker is not None:
-            with self._locked():
-                self._workers[self._worker] = (*self._me, _STAYS) if stay else (0, 0, 0)
-        del self._header, self._workers, self._payload, self._state, self._pid, self._start
+        self.workers.leave(stay)
+        del self.workers, self._header, self._payload, self._state, self._pid, self._start
         del self._valid, self._free, self._columns
         self._segment.close()
 
@@ -422,46 +369,9 @@ class SharedBuffer:
         self._free[free : free + len(slots)] = slots
         self._header["n_free"] = free + len(slots)
 
-    def _clients(self) -> list[int]:
-        """How many clients each worker has that runs and serves."""
-        return [count for count in self._living() if count != _STAYS]
-
-    def _living(self) -> list[int]:
-        """The same of all who keep the buffer alive, _STAYS for those who do no more than that."""
-        return [count for pid, start, count in self._workers.tolist() if pid and start_time(pid) == start]
-
     def _generator(self, header: np.ndarray) -> dict[str, Any]:
         found = {name: header[name].item().decode("utf-8", "replace") for name in ("state", "cause")}
         found |= {name: header[name].item() for name in ("pid", "restarts", "since")}
         if found["state"] != "stopped" and not self.alive:
             found |= {"state": "failed", "cause": f"the supervisor (process {self._segment.owner}) died"}
         return found
-
-
-def _layout(rows: int, n_layers: int, d_acts: int, dtype: str) -> tuple[dict[str, tuple[int, Any, Any]], int]:
-    """(offset, shape, dtype) of every array of a buffer, and the bytes of all of it."""
-    row_bytes = 2 * n_layers * d_acts * TENSOR_DTYPES[dtype].itemsize
-    parts: dict[str, tuple[Any, Any]] = {
-        "header": ((), _HEADER),
-        "workers": (WORKERS, _WORKER),
-        "state": (rows, "u1"),
-        "claim_pid": (rows, "i4"),
-        "claim_start": (rows, "i8"),
-        "valid": (rows, "i4"),
-        "free": (rows, "i4"),
-        **{name: (rows, column) for name, column in COLUMN_DTYPES.items()},
-        "row": (rows, "i8"),
-        "payload": ((rows, row_bytes), "u1"),
-    }
-    layout, offset = {}, PREFIX_BYTES
-    for name, (shape, kind) in parts.items():
-        step = mmap.PAGESIZE if name == "payload" else 64
-        offset = -(-offset // step) * step
-        layout[name] = (offset, shape, kind)
-        offset += int(np.prod(shape)) * np.dtype(kind).itemsize
-    return layout, offset
-
-
-def buffer_bytes(rows: int, n_layers: int, d_acts: int, dtype: str) -> int:
-    """Bytes of shared memory that a buffer takes."""
-    return _layout(rows, n_layers, d_acts, dtype)[1]

@@ -17,8 +17,8 @@ from clt.data.index import INDEX, STATISTICS, StoreIndex, read_index, write_inde
 from clt.data.rows import captured
 from clt.data.statistics import Moments, Statistics
 from clt.errors import UserError
-from clt.server.buffer import buffer_bytes
 from clt.server.generator import device_for
+from clt.server.layout import buffer_bytes
 from clt.server.segment import FOLDER, check_memory
 
 if TYPE_CHECKING:

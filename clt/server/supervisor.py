@@ -27,8 +27,9 @@ from clt.data.index import StoreIndex, write_json, write_whole
 from clt.data.shards import row_bytes
 from clt.errors import UserError
 from clt.parsing import to_yaml
-from clt.server.buffer import SLOW_SHARE, SharedBuffer, buffer_bytes
+from clt.server.buffer import SLOW_SHARE, SharedBuffer
 from clt.server.generator import run_generator
+from clt.server.layout import buffer_bytes
 from clt.server.prepare import needs_model, own_folder, prepare, rows_tag, segment_name, tag
 
 _TICK = 0.2  # seconds between two looks at the workers and their claims
@@ -63,13 +64,13 @@ def _join(config: Config) -> SharedBuffer | None:
     except FileNotFoundError:
         return None
     same = buffer.tag == tag(config)
-    if buffer.alive and not same and buffer.in_use:
+    if buffer.alive and not same and buffer.workers.wanted:
         buffer.close()
         raise UserError(
             f"a server with other settings runs on the buffer {segment_name(config)!r}: stop it first, or give this "
             "one another server.name"
         )
-    if buffer.alive and same and buffer.join():
+    if buffer.alive and same and buffer.workers.join():
         return buffer
     while buffer.alive:  # it is about to end
         time.sleep(_TICK / 4)
@@ -221,7 +222,7 @@ def _watch(
         elif wait([child.sentinel], _TICK):
             return False
         buffer.reclaim()
-        if buffer.close_if_unused(waited=now - started > _FIRST_WORKER):
+        if buffer.workers.close_if_unused(waited=now - started > _FIRST_WORKER):
             return True
         if now - saved > _POSITION_SECONDS:
             _save_position(config, buffer)

@@ -165,7 +165,7 @@ class Supply:
             await asyncio.to_thread(self.buffer.give_up)  # it may be what takes the memory
             return
         old, pool, self.buffer, self._pool = self.buffer, self._pool, buffer, _pool()
-        buffer.clients(self._clients)
+        buffer.workers.add_clients(self._clients)
         self._samples.clear()
         await self._leave(old, pool)
 
@@ -179,7 +179,7 @@ class Supply:
     def client(self) -> Iterator[None]:
         """Count a client while its rows are drawn and sent; Unavailable when there are `max_streams` already."""
         limit = self.config.server.max_streams
-        clients = self.buffer.clients(1)
+        clients = self.buffer.workers.add_clients(1)
         self._clients += 1
         try:
             if clients > limit:
@@ -187,7 +187,7 @@ class Supply:
             yield
         finally:
             self._clients -= 1
-            self.buffer.clients(-1)
+            self.buffer.workers.add_clients(-1)
 
     async def draw(self, n: int, slow: bool = False) -> Drawn:
         """n drawn rows, to be released; waits for them. Raises Unavailable with the cause.

@@ -16,7 +16,8 @@ import torch
 
 from clt.errors import UserError
 from clt.server import segment
-from clt.server.buffer import FREE, READING, VALID, WRITING, Batch, SharedBuffer, buffer_bytes
+from clt.server.buffer import FREE, READING, VALID, WRITING, Batch, SharedBuffer
+from clt.server.layout import buffer_bytes
 from clt.server.segment import start_time
 from tests.server.conftest import ROWS, D, L, eventually, kill, known_rows
 
@@ -495,15 +496,15 @@ def test_who_stays_keeps_a_buffer_alive_that_it_has_unmapped(buffer: SharedBuffe
     child = spawn(_join_and_unmap, name)
     eventually(lambda: buffer._header["joined"] == 1)
     eventually(lambda: str(buffer._segment.path) not in Path(f"/proc/{child.pid}/maps").read_text())
-    assert not buffer.close_if_unused(waited=True)
+    assert not buffer.workers.close_if_unused(waited=True)
     assert (buffer.stats()["workers"], buffer.stats()["clients"]) == (0, 0), "it serves nobody"
     kill(child)
-    assert buffer.close_if_unused(waited=True)
+    assert buffer.workers.close_if_unused(waited=True)
 
 
 def _join_and_unmap(name: str) -> None:
     buffer = SharedBuffer.attach(name)
-    buffer.join()
+    buffer.workers.join()
     buffer.close(stay=True)
     time.sleep(600)
 
@@ -522,27 +523,27 @@ def test_start_time_knows_the_dead(spawn: Spawn) -> None:
 
 def _join_and_hang(name: str, out: Connection) -> None:
     buffer = SharedBuffer.attach(name)
-    out.send((buffer.join(), buffer.clients(3)))
+    out.send((buffer.workers.join(), buffer.workers.add_clients(3)))
     time.sleep(600)
 
 
 def test_clients_of_a_dead_worker_do_not_count(buffer: SharedBuffer, name: str, spawn: Spawn) -> None:
-    assert not buffer.close_if_unused(waited=False)
+    assert not buffer.workers.close_if_unused(waited=False)
     into, out = multiprocessing.Pipe(duplex=False)
     child = spawn(_join_and_hang, name, out)
     assert into.recv() == (True, 3)
     worker = SharedBuffer.attach(name)
-    assert worker.join()
-    assert worker.clients(2) == 5
+    assert worker.workers.join()
+    assert worker.workers.add_clients(2) == 5
     assert buffer.stats()["workers"] == 2
     kill(child)
-    assert worker.clients(-1) == 1
-    assert not buffer.close_if_unused(waited=True)
+    assert worker.workers.add_clients(-1) == 1
+    assert not buffer.workers.close_if_unused(waited=True)
     worker.add_served(10, 1000)
     worker.close()
-    assert buffer.close_if_unused(waited=False)
+    assert buffer.workers.close_if_unused(waited=False)
     late = SharedBuffer.attach(name)
-    assert not late.join()
+    assert not late.workers.join()
     stats = buffer.stats()
     assert (stats["clients"], stats["workers"], stats["rows_served"], stats["bytes_served"]) == (0, 0, 10, 1000)
 
