@@ -101,7 +101,7 @@ def main(config: Config, prepare: bool) -> int:
     last_fired = torch.zeros(transcoder.n_layers, transcoder.d_features, dtype=torch.int64, device=device)
 
     # Resume.
-    start, saved, busy, wandb_id = 0, -1, 0.0, None
+    start, saved, busy, wandb_id = 0, 0, 0.0, None
     checkpoints = checkpoint.Checkpoints(
         run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every, world
     )
@@ -139,6 +139,15 @@ def main(config: Config, prepare: bool) -> int:
         numbers["dead_fraction"] = feature.sum(dead.double().mean()).item() / feature.size
         return numbers, tensors
 
+    def check_finite() -> None:  # before anything is saved
+        first = (-dist.all_max(-update.failed_at)).tolist()
+        if min(first) != NEVER and config.train.nonfinite == "stop":
+            raise UserError(
+                f"{TERMS[first.index(min(first))]} was not finite at step {min(first)}; no weights changed since. Look "
+                f"for bad rows with `clt inspect --verify {store.path}`, lower optim.lr (now {lr:.3g}), use "
+                "train.precision=fp32, or leave such steps out with train.nonfinite=skip"
+            )
+
     def begin_checkpoint() -> None:
         nonlocal saved
         saved = step
@@ -151,6 +160,7 @@ def main(config: Config, prepare: bool) -> int:
 
     def batches() -> Iterator[Tensor]:
         """The loader's. A server may be away for long: all ranks take its next batch, or end here to be saved."""
+        nonlocal lost
         if isinstance(store, DiscBuffer):
             yield from loader
             return
@@ -158,7 +168,8 @@ def main(config: Config, prepare: bool) -> int:
             ready = loader.ready(TICK)
             waiting, told, failed = dist.count(world, not ready, watch.stopping, loader.failure is not None)
             watch.progress(step)
-            if failed or (waiting and told):
+            lost = failed > 0
+            if lost or (waiting and told):
                 return
             if not waiting:
                 yield next(loader)
@@ -205,7 +216,7 @@ def main(config: Config, prepare: bool) -> int:
         optimizer.zero_grad()  # and not clear_gradients: DDP makes its buckets anew, in that order
     loader = Loader(store, sampler, device, config.data.prefetch)
     watch = Watch(world, config.parallel.timeout_seconds, config.checkpoint.grace_seconds)
-    votes, stopped = dist.Votes(world, 2), False
+    votes, stopped, lost = dist.Votes(world, 2), False, False  # lost: the rows of a rank, with its server
     results = None
     with logger, loader, profiler, checkpoints, watch:
         # A run that was stopped between a checkpoint and its evaluation makes up for that.
@@ -238,13 +249,7 @@ def main(config: Config, prepare: bool) -> int:
             due_checkpoint = due_checkpoint or stopped
             if step % config.log.every == 0 or due_evaluation or due_checkpoint:
                 values = dict(zip(names, dist.all_sum(metrics).tolist()))
-                first = (-dist.all_max(-update.failed_at)).tolist()
-                if min(first) != NEVER and config.train.nonfinite == "stop":
-                    raise UserError(
-                        f"{TERMS[first.index(min(first))]} was not finite at step {min(first)}; no weights changed "
-                        f"since. Look for bad rows with `clt inspect --verify {store.path}`, lower optim.lr (now "
-                        f"{lr:.3g}), use train.precision=fp32, or leave such steps out with train.nonfinite=skip"
-                    )
+                check_finite()
                 loss = values["train_mse"] + sparsity * values["train_sparsity"]
                 loss += config.loss.pre_activation * values["train_pre_activation"]
                 values = {"train_loss": loss, **values, "L0": sum(values[f"L0/layer_{l}"] for l in range(L))}
@@ -275,17 +280,19 @@ def main(config: Config, prepare: bool) -> int:
         if step < steps and not stopped:  # the server's rows did not come
             stopped, watch.stopping, busy = True, True, busy + time.perf_counter() - clock
             if saved < step:
+                check_finite()
                 begin_checkpoint()
         checkpoints.finish()
         failure = loader.failure
 
     if stopped:
         if rank_zero:
-            print(f"stopped after step {step} of {steps}, with a checkpoint in {run_dir}", file=sys.stderr)
+            kept = f"with a checkpoint in {run_dir}" if step else "before there was anything to keep"
+            print(f"stopped after step {step} of {steps}, {kept}", file=sys.stderr)
         dist.cleanup()
         if failure is not None:
             raise failure
-        return PREEMPTED
+        return 2 if lost else PREEMPTED  # another rank says why
 
     # The end: report and tear down. A run that was already finished is evaluated again, and only reported.
     numbers, tensors = results or evaluation()

@@ -1,5 +1,6 @@
 """Small shared buffers of known rows, and processes to kill."""
 
+import contextlib
 import http.client
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from clt.config import Config, load_config
 from clt.data.writer import Rows
 from clt.parsing import to_yaml
 from clt.server.buffer import SharedBuffer
+from clt.server.client import ActivationClient, ServerError
 
 ROWS, L, D = 64, 2, 3
 
@@ -40,6 +42,19 @@ def eventually(holds: Callable[[], object], seconds: float = 60.0) -> None:
     while not holds():
         assert time.monotonic() < end, "it did not come true in time"
         time.sleep(0.01)
+
+
+def pause_generator(client: ActivationClient, token: str | None = None) -> int:
+    """Stop it (SIGSTOP) at a moment when it does not hold the buffer's lock; returns its pid."""
+    eventually(lambda: client.stats()["generator"]["pid"])
+    pid = client.stats()["generator"]["pid"]
+    quick = ActivationClient(client.url, token, timeout=3, patience=0)
+    while True:
+        os.kill(pid, signal.SIGSTOP)
+        with contextlib.suppress(ServerError):
+            quick.stats()
+            return pid
+        os.kill(pid, signal.SIGCONT)
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ import torch
 
 from clt.data.extract import extract
 from clt.data.store import DiscBuffer
-from clt.server.client import ActivationClient, ServerError
+from clt.server.client import ActivationClient
 from clt.server.segment import Segment
-from tests.server.conftest import Server, eventually
+from tests.server.conftest import Server, eventually, pause_generator
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a-token-of-the-tests-0123456789"
@@ -67,18 +67,6 @@ def send(server: Server, *parts: bytes, pause: float = 0.0, half_close: bool = F
             while piece := connection.recv(65536):
                 answer += piece
         return answer
-
-
-def pause_generator(client: ActivationClient) -> int:
-    """Stop it (SIGSTOP) at a moment when it does not hold the buffer's lock; returns its pid."""
-    pid = client.stats()["generator"]["pid"]
-    quick = ActivationClient(client.url, TOKEN, timeout=3, patience=0)
-    while True:
-        os.kill(pid, signal.SIGSTOP)
-        with contextlib.suppress(ServerError):
-            quick.stats()
-            return pid
-        os.kill(pid, signal.SIGCONT)
 
 
 def known_rows(store: Path) -> set[tuple[int, int, int, bytes]]:
@@ -315,7 +303,7 @@ def test_a_request_that_does_not_end_is_not_waited_for(server):
 
 def test_waiting_clients_hear_at_once_why_the_generator_died(server):
     client = ActivationClient(server.url, patience=0)
-    pid = pause_generator(client)
+    pid = pause_generator(client, TOKEN)
     client.refresh()
     answers: list[tuple[int, http.client.HTTPMessage, bytes]] = []
     waiting = [threading.Thread(target=lambda: answers.append(ask(server, "/activations"))) for _ in range(3)]
@@ -433,7 +421,7 @@ def test_two_workers_give_each_row_once(strict):
 
 def test_an_empty_buffer_is_waited_for_and_then_reported(strict):
     client = ActivationClient(strict.url, TOKEN, patience=0)
-    pid = pause_generator(client)
+    pid = pause_generator(client, TOKEN)
     try:
         client.refresh()
         began = time.monotonic()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -143,6 +144,29 @@ def test_rows_of_a_large_batch_are_claimed_in_parts(buffer: SharedBuffer, monkey
     assert 69.7 * 12 / 11 < chi2 < 161.6 * 12 / 11, chi2
     assert buffer.stats()["rows_drawn"] == 12 * trials
     check_whole(buffer)
+
+
+def test_rows_that_are_drawn_while_a_draw_chooses_are_not_given_twice(buffer: SharedBuffer) -> None:
+    buffer.put(known_rows(40))
+    others: list[Batch | None] = []
+
+    class Slow:
+        """A choice during which others draw, three times."""
+
+        def choice(self, valid: int, n: int, replace: bool) -> np.ndarray:
+            if len(others) < 3:  # the fourth is under the lock: they would wait for ever
+                buffer.random = dice
+                others.append(buffer.draw(6))
+                buffer.random = cast(np.random.Generator, self)
+            return dice.choice(valid, n, replace=replace)
+
+    dice = np.random.default_rng(3)
+    buffer.random = cast(np.random.Generator, Slow())
+    batch = buffer.draw(10)
+    assert batch is not None
+    rows = [row for each in (batch, *others) if each is not None for row in each.row.tolist()]
+    assert len(set(rows)) == len(rows) == 28
+    check(batch)
 
 
 def test_a_large_batch_is_had_whole_or_not_at_all(buffer: SharedBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
