@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -44,6 +45,7 @@ from clt.server.wire import PIECE, Layout, as_bytes, error_frame, layout
 
 log = logging.getLogger("uvicorn.error")
 PAGE = Path(__file__).parent / "page.html"
+_PARENT_SECONDS = 1.0
 _NUMBER = 24  # bytes of a float as JSON, at most
 
 
@@ -54,9 +56,10 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     keep_freed_memory(1 << 28)
     token = read_token(config.server.token_file)
     supply = Supply(config)
+    tasks = [asyncio.create_task(_end_with_parent())]
     with _signals_end_it():
         await supply.open()
-    watch = asyncio.create_task(supply.watch())
+    tasks.append(asyncio.create_task(supply.watch()))
     try:
         yield {
             "config": config,
@@ -71,8 +74,20 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
             "page": PAGE.read_text(),
         }
     finally:
-        watch.cancel()
+        for task in tasks:
+            task.cancel()
         await supply.close()
+
+
+async def _end_with_parent() -> None:
+    """uvicorn's process of its workers; when it was killed, nobody else would end them."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    while parent.is_alive():
+        await asyncio.sleep(_PARENT_SECONDS)
+    log.error("the parent of this worker has died; it ends, too")
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager

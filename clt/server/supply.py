@@ -6,9 +6,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import multiprocessing
-import os
-import signal
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
@@ -87,7 +84,7 @@ class Drawn:
             self._own = np.empty(size, np.uint8).data
             self.buffer.copy(rest, self._own)
             self._held[self] = size
-        elif time.monotonic() < self._end and not self.buffer.held_up:
+        elif time.monotonic() < self._end and not self.buffer.held_up(self._n):
             self._timer = asyncio.get_running_loop().call_later(_HOLD_SECONDS, self.detach)
             return
         self._give_back()
@@ -140,19 +137,11 @@ class Supply:
         await self._leave(self.buffer, self._pool)
 
     async def watch(self) -> None:
-        """Sample the counters, and look for the next buffer when the owner of this one has died.
-
-        Returns when the process that started this one has died.
-        """
+        """Sample the counters, and look for the next buffer when the owner of this one has died."""
         while True:
             stats = self.buffer.stats()
             self._samples.append((time.monotonic(), stats["rows_served"], stats["fill"]))
             await asyncio.sleep(_SAMPLE_SECONDS)
-            parent = multiprocessing.parent_process()
-            if parent is not None and not parent.is_alive():  # uvicorn's own: nobody else would end its workers
-                log.error("the parent of this worker has died; it ends, too")
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
             if not self.buffer.alive:
                 log.error("the supervisor of the shared buffer has died; starting another")
                 await self._replace()

@@ -352,7 +352,12 @@ def test_the_next_takes_over_from_a_worker_that_was_killed_while_it_started_the_
 
 @pytest.mark.parametrize(
     ("by", "number", "status"),
-    [("clt serve", signal.SIGTERM, 0), ("clt serve", signal.SIGINT, 130), ("uvicorn", signal.SIGINT, -signal.SIGINT)],
+    [
+        ("clt serve", signal.SIGTERM, 0),
+        ("clt serve", signal.SIGINT, 130),
+        ("uvicorn", signal.SIGINT, -signal.SIGINT),
+        ("uvicorn --workers 2", signal.SIGKILL, -signal.SIGKILL),
+    ],
 )
 def test_a_server_that_is_stopped_while_it_prepares_leaves_nobody_at_work(
     config: MakeConfig, tmp_path: Path, by: str, number: int, status: int
@@ -360,8 +365,8 @@ def test_a_server_that_is_stopped_while_it_prepares_leaves_nobody_at_work(
     made = config("server.rows=150", "server.statistics_tokens=100")
     (tmp_path / "c.yaml").write_text(to_yaml(made))
     command = ["clt.cli", "serve", str(tmp_path / "c.yaml")]
-    if by == "uvicorn":
-        command = ["uvicorn", "clt.server.app:app", "--port", "0"]
+    if by != "clt serve":
+        command = ["uvicorn", "clt.server.app:app", "--port", "0", *by.split()[1:]]
     environment = os.environ | {"CLT_CONFIG": str(tmp_path / "c.yaml")}
     process = subprocess.Popen([sys.executable, "-m", *command], env=environment, stderr=subprocess.PIPE, text=True)
     own = Path(made.data.store) / "server"
