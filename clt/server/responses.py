@@ -70,6 +70,8 @@ class Pieces(Response):
             sent, turn_ends = 0, time.monotonic()
             async with contextlib.aclosing(self.pieces) as pieces:
                 async for piece in pieces:
+                    if self.size is not None and sent + len(piece) > self.size:  # an error's frame, without the room
+                        return
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
                     sent += len(piece)
                     if (now := time.monotonic()) > turn_ends:  # sending alone does not give way to others, ever

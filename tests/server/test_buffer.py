@@ -144,6 +144,15 @@ def test_rows_of_a_large_batch_are_claimed_in_parts(buffer: SharedBuffer, monkey
     assert 69.7 * 12 / 11 < chi2 < 161.6 * 12 / 11, chi2
     assert buffer.stats()["rows_drawn"] == 12 * trials
     check_whole(buffer)
+    taken, given = [], []
+    claim, give_back = buffer._claim, buffer._give_back
+    monkeypatch.setattr(buffer, "_claim", lambda slots, state: (taken.append(len(slots)), claim(slots, state)))
+    monkeypatch.setattr(buffer, "_give_back", lambda slots: (given.append(len(slots)), give_back(slots)))
+    buffer.put(known_rows(12))
+    taken.clear()
+    monkeypatch.setattr("clt.server.buffer.LOCKED_ROWS", 4)
+    assert buffer.draw(10) is not None
+    assert taken == given == [4, 4, 2], "each under the lock for itself"
 
 
 def test_rows_that_are_drawn_while_a_draw_chooses_are_not_given_twice(buffer: SharedBuffer) -> None:

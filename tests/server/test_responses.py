@@ -72,6 +72,27 @@ def test_an_answer_has_its_time(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == ["/x was cut off: it took longer than 0.05 seconds"]
 
 
+def test_an_answer_is_never_longer_than_it_said(caplog: pytest.LogCaptureFixture) -> None:
+    """An error's frame has no room in an answer of known length; the client sees that it ends too early."""
+    ended, sent = [], []
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        yield b"row"
+        yield b"an error"
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message.get("body"))
+
+    async def receive() -> dict[str, str]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    state = {"answer_seconds": 60, "end": lambda: ended.append(True)}
+    asyncio.run(Pieces(pieces(), 6, {})({"type": "http", "path": "/x", "state": state}, receive, send))
+    assert sent == [None, b"row"]
+    assert ended == [True]
+
+
 def test_who_waits_for_rows_when_the_server_is_shut_down_is_asked_to_come_again() -> None:
     """uvicorn cancels what is under way; without an answer it would say 500, which no client tries again."""
     sent: list[MutableMapping[str, Any]] = []

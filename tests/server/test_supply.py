@@ -1,13 +1,14 @@
 """Rows that are held while they are sent: for a moment in the shared buffer, then in memory of their own."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
 
 import numpy as np
 import pytest
 
 from clt.config import Config, load_config
-from clt.server import supply
+from clt.server import app, supply
 from clt.server.buffer import SharedBuffer
 from clt.server.responses import ClientGone
 from clt.server.supply import Drawn, Supply, Unavailable
@@ -109,6 +110,30 @@ def test_who_reads_slowly_holds_up_nobody(buffer: SharedBuffer, monkeypatch: pyt
     hold(buffer, work)
 
 
+def test_a_batch_larger_than_min_fill_is_held_up_by_what_it_lacks(
+    buffer: SharedBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supply, "_HOLD_SECONDS", 0.05)
+
+    async def work(drawn: Drawn, held: dict[object, int]) -> None:
+        held[object()] = buffer.rows * buffer.row_bytes  # no room
+        buffer._header["min_fill"] = 1
+        others = buffer.claim(buffer.stats()["valid"] - N + 1)
+        while buffer.put(known_rows(60, first=500)):
+            pass
+        rest = buffer.claim(buffer.stats()["valid"] - N + 1)
+        assert others is not None
+        assert rest is not None
+        assert buffer.draw(N) is None, "one row too few, and the generator has no room"
+        await asyncio.sleep(0.3)
+        with pytest.raises(ClientGone):
+            check(drawn, slice(0, 1))
+        assert buffer.put(known_rows(N)) == N
+        assert buffer.draw(N) is not None
+
+    hold(buffer, work)
+
+
 def test_who_reads_too_slowly_for_too_long_is_given_up(buffer: SharedBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supply, "_HOLD_SECONDS", 0.05)
 
@@ -151,6 +176,30 @@ def test_a_slow_client_waits_for_room_before_it_is_given_rows(
 
     asyncio.run(main())
     assert buffer.stats()["in_flight"] == 0
+
+
+def test_a_stream_whose_client_was_slow_waits_for_room_and_is_ended_with_the_reason(
+    buffer: SharedBuffer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supply, "_HOLD_SECONDS", 0.05)
+    buffer.put(known_rows(60))
+    monkeypatch.setattr("clt.server.wire.PIECE", 64)
+    found = Supply(load_config(None, ["server.wait_seconds=0.2"]))
+    found.buffer = buffer
+
+    async def main() -> list[bytes]:
+        found._held[object()] = buffer.rows * buffer.row_bytes  # no room
+        frames = []
+        async with contextlib.aclosing(app._frames(found, 2, await found.draw(N))) as pieces:
+            async for piece in pieces:
+                frames.append(bytes(piece))
+                await asyncio.sleep(0.2)
+        return frames
+
+    told = "clients that read slowly had all the memory for batches for 0.2 seconds"
+    assert told.encode() in asyncio.run(main())[-1]
+    assert caplog.messages == [f"a stream was ended: {told}"]
+    assert buffer.stats()["rows_drawn"] == N
 
 
 def test_rows_outlive_the_buffer_that_is_left(buffer: SharedBuffer) -> None:
