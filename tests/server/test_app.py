@@ -421,8 +421,14 @@ def test_two_workers_give_each_row_once(strict):
 
 def test_an_empty_buffer_is_waited_for_and_then_reported(strict):
     client = ActivationClient(strict.url, TOKEN, patience=0)
+    eventually(lambda: client.stats()["fill"] > 0.9)
     pid = pause_generator(client, TOKEN)
     try:
+        query = f"?batch_size=100&max_batches=100 HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\n\r\n"
+        head, _, body = send(strict, f"GET /activations/stream{query}".encode()).partition(b"\r\n\r\n")
+        assert len(body) < int(head.lower().partition(b"content-length: ")[2].split()[0]), "the connection is closed"
+        assert "a stream was ended: the buffer had no 100 rows for 1.5 seconds" in strict.log.read_text()
+        assert "ASGI callable" not in strict.log.read_text(), "uvicorn's error in one's own program"
         client.refresh()
         began = time.monotonic()
         status, headers, body = ask(strict, "/activations", authorization=f"Bearer {TOKEN}")
