@@ -24,6 +24,14 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def no_gpu_for_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide this machine's GPUs, from child processes too, when they are fewer than the four ranks that tests start."""
+    if torch.cuda.device_count() < 4:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def lm_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a random GPT-2 of three layers, a BPE tokenizer, and `text.jsonl` of 120 documents."""

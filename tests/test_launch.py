@@ -127,6 +127,7 @@ def test_the_environment_is_installed_once(recorded, tmp_path):
     assert len(marker.splitlines()) == 1
 
 
+@pytest.mark.usefixtures("no_gpu_for_several_ranks")
 @pytest.mark.skipif(not Path(sys.prefix, "installed").exists(), reason="the tests' environment is not launch.sh's own")
 def test_a_real_run_ends_with_the_table_and_the_place(train_overrides, tmp_path):
     command = ["bash", "launch.sh", *train_overrides, f"run.dir={tmp_path / 'run'}", f"data.store={tmp_path / 'store'}"]
