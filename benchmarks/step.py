@@ -20,6 +20,7 @@ from clt.data.store import DiscBuffer
 from clt.data.writer import write_store
 from clt.memory import keep_freed_memory
 from clt.model.decode import whole
+from clt.train.distributed import accumulate_in_float32
 from clt.train.optim import Update, autocast_dtype
 from clt.train.run import build
 
@@ -92,6 +93,7 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
     compiled = "compiled" in case["variant"]
     config = load_config(None, [f"clt.d_features={case['F']}", f"train.compile={compiled and not textbook}"])
     dtype = autocast_dtype(case["precision"], device)
+    accumulate_in_float32()
     with tempfile.TemporaryDirectory() as directory:
         write_store(directory, batch[:64].float().cpu())
         objective = build(config, DiscBuffer(directory)).to(device)
