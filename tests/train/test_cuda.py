@@ -4,6 +4,11 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from clt.model.transcoder import CrossLayerTranscoder
+from clt.train import checkpoint
+from clt.train.distributed import World
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
 
@@ -31,3 +36,22 @@ def test_only_logging_waits_for_the_device(train, precision, compiled):
     assert once > 0, "the evaluation at the end waits: the count works"
     assert waits(20, 100) == once
     assert waits(10, 1) >= once + 9
+
+
+def test_a_checkpoint_is_of_the_weights_before_the_next_update(tmp_path):
+    """Though it is asked for and the weights are changed while the GPU still has much to do."""
+    device = torch.device("cuda", 0)
+    transcoder = CrossLayerTranscoder(2, 256, 8192).to(device)
+    optimizer = torch.optim.Adam(transcoder.parameters(), fused=True)
+    before = {name: tensor.cpu().clone() for name, tensor in transcoder.state_dict().items()}
+    with checkpoint.Checkpoints(tmp_path, 1, 0, World(0, 1, device)) as checkpoints:
+        busy = torch.ones(8192, 8192, device=device)
+        for _ in range(20):
+            busy = busy @ busy
+        checkpoints.begin(checkpoint.parts(transcoder, optimizer, {}), transcoder.config, {"step": 1})
+        with torch.no_grad():
+            for weight in transcoder.parameters():
+                weight.fill_(7)
+        checkpoints.finish()
+    saved = load_file(tmp_path / "step_00000001" / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in before.items())
