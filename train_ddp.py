@@ -77,7 +77,7 @@ def main(config: Config, prepare: bool) -> int:
         )
     lm, windows = None, []
     if config.eval.replacement_tokens:
-        lm = load_language_model(config.lm, device)
+        lm = load_language_model(config.lm)  # on the CPU: evaluation takes it to the device and back
         check_model(store.index, lm)
         windows = heldout_windows(config, lm)
     if prepare:
