@@ -32,14 +32,15 @@ def main() -> None:
     import torch
 
     from clt.model.loss import Objective
+    from clt.model.spec import CLTConfig, LossConfig
     from clt.model.transcoder import CrossLayerTranscoder
     from clt.train import checkpoint
     from clt.train.distributed import World
 
-    objective = Objective(CrossLayerTranscoder(4, 128, 4096))
+    objective = Objective(CrossLayerTranscoder(4, 128, CLTConfig(d_features=4096)), LossConfig())
     transcoder = objective.transcoder
     optimizer = torch.optim.Adam(objective.parameters(), fused=True)
-    batch, sparsity = torch.randn(512, 2, 4, 128), 1e-3
+    batch, sparsity = torch.randn(512, 2, 4, 128), {"sparsity": 1e-3, "pre_activation": 0.0}
 
     def round_of_steps(checkpoints: checkpoint.Checkpoints, kind: str, number: int) -> float:
         began = time.perf_counter()
@@ -49,7 +50,7 @@ def main() -> None:
         if kind == "waited for":
             checkpoints.finish()
         for _ in range(STEPS_IN_A_ROUND):
-            objective(batch, sparsity).loss.backward()
+            objective(batch, sparsity).total.backward()
             optimizer.step()
             optimizer.zero_grad()
         checkpoints.finish()

@@ -19,7 +19,10 @@ from clt.config import load_config
 from clt.data.store import DiscBuffer
 from clt.data.writer import write_store
 from clt.memory import keep_freed_memory
-from clt.model.decode import whole
+from clt.model.decode import unsharded
+from clt.model.loss import value_names
+from clt.train.distributed import GradientMemory
+from clt.train.metrics import coefficients
 from clt.train.optim import Update, autocast_dtype
 from clt.train.run import build
 
@@ -94,27 +97,28 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
     dtype = autocast_dtype(case["precision"], device)
     with tempfile.TemporaryDirectory() as directory:
         write_store(directory, batch[:64].float().cpu())
-        objective = build(config, DiscBuffer(directory)).to(device)
+        store = DiscBuffer(directory)
+        objective = build(config, store.index, store.statistics).to(device)
     model: nn.Module = Textbook(objective) if textbook else objective
-    clear = model.zero_grad if textbook else objective.transcoder.clear_gradients
+    memory = objective.gradient_memory = GradientMemory(objective.parameters())
     del objective
     weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     beta1, beta2 = config.optim.betas
     optimizer = torch.optim.Adam(weights, config.optim.lr, (beta1, beta2), config.optim.eps, fused=True)
-    sparsity = config.loss.sparsity
+    terms, sparsity = coefficients(1, 1, config.loss), config.loss.sparsity
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     if not textbook:
         update = Update(
-            optimizer, sharded=weights, replicated=[], sum_shards=whole, clip_norm=config.optim.clip_norm,
-            fp16=dtype == torch.float16, stop=True,
+            optimizer, sharded=weights, replicated=[], names=value_names(), sum_shards=unsharded,
+            clip_norm=config.optim.clip_norm, fp16=dtype == torch.float16, stop=True,
         )  # fmt: skip
 
         def ours(batch: Tensor) -> None:
             with autocast():
-                terms = model(batch, sparsity)
-            (terms.loss * update.scale).backward()
-            update(1, torch.stack([terms.mse, terms.sparsity, terms.pre_activation]))
-            clear()
+                losses = model(batch, terms)
+            (losses.total * update.scale).backward()
+            update(1, config.optim.lr, torch.stack([*losses.values.values()]))
+            memory.clear()
 
         return ours
 
@@ -129,6 +133,6 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
         nn.utils.clip_grad_norm_(weights, config.optim.clip_norm or math.inf)
         scaler.step(optimizer)
         scaler.update()
-        clear()
+        model.zero_grad()
 
     return theirs

@@ -10,10 +10,11 @@ from clt.config import load_config
 from clt.data.store import DiscBuffer
 from clt.lm.load import load_language_model
 from clt.lm.replacement import replaced_logits, run_with_mlps
+from clt.model.spec import CLTConfig
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import evaluation
 from clt.train.evaluation import dead_features, evaluate_activations, evaluate_replacement
-from clt.train.run import heldout_windows
+from clt.train.results import heldout_windows
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def heldout(stores):
 @pytest.fixture(scope="module")
 def transcoder(stores):
     torch.manual_seed(0)
-    clt = CrossLayerTranscoder(3, 16, 24, normalization="layer")
+    clt = CrossLayerTranscoder(3, 16, CLTConfig(d_features=24))
     statistics = DiscBuffer(stores / "train").statistics
     clt.normalization.set(statistics.input_mean, statistics.input_sd, statistics.target_mean, statistics.target_sd)
     with torch.no_grad():
@@ -57,7 +58,7 @@ def test_activations_against_a_loop_over_rows(heldout, transcoder):
 @torch.no_grad()
 def test_predicting_the_mean_explains_nothing_and_the_truth_everything(heldout):
     rows = heldout[:].float()
-    clt = CrossLayerTranscoder(3, 16, 4)
+    clt = CrossLayerTranscoder(3, 16, CLTConfig(d_features=4, normalization="none"))
     for weight in clt.W_dec:
         weight.zero_()
     clt.b_dec.copy_(rows[:, 1].mean(0))
