@@ -21,7 +21,7 @@ from clt.data.writer import write_store
 from clt.memory import keep_freed_memory
 from clt.model.decode import unsharded
 from clt.model.loss import value_names
-from clt.train.distributed import GradientMemory
+from clt.train.distributed import GradientMemory, accumulate_in_float32
 from clt.train.metrics import coefficients
 from clt.train.optim import Update, autocast_dtype
 from clt.train.run import build
@@ -95,6 +95,7 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
     compiled = "compiled" in case["variant"]
     config = load_config(None, [f"clt.d_features={case['F']}", f"train.compile={compiled and not textbook}"])
     dtype = autocast_dtype(case["precision"], device)
+    accumulate_in_float32()
     with tempfile.TemporaryDirectory() as directory:
         write_store(directory, batch[:64].float().cpu())
         store = DiscBuffer(directory)

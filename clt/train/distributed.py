@@ -69,7 +69,7 @@ def setup(feature_shards: int, timeout_seconds: float) -> World:
     """Join the process group that torchrun's environment describes: NCCL with one GPU a rank, or gloo on the CPU.
 
     A collective that a rank does not join within `timeout_seconds` is an error on the others. Raises UserError when
-    the ranks cannot be split into feature_shards.
+    the ranks cannot be split into feature_shards, and when a node has fewer GPUs than ranks.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size % feature_shards:
@@ -77,14 +77,8 @@ def setup(feature_shards: int, timeout_seconds: float) -> World:
             f"parallel.feature_shards={feature_shards} does not divide {size} processes: start a multiple of it with "
             "--nproc_per_node (or NPROC), or set parallel.feature_shards=1"
         )
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        # One product adds up as many features as write to a layer: all of it in float32, as the CPU does.
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    else:
-        device = torch.device("cpu")
+    device = _own_gpu() if torch.cuda.is_available() else torch.device("cpu")
+    accumulate_in_float32()
     if size == 1:
         return World(rank, size, device)
     timeout = timedelta(seconds=timeout_seconds)
@@ -95,6 +89,27 @@ def setup(feature_shards: int, timeout_seconds: float) -> World:
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)  # every rank is a member
     return World(rank, size, device, data, feature, control)
+
+
+def _own_gpu() -> torch.device:
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= count:
+        raise UserError(
+            f"local rank {local} has no GPU of its own: found {count} GPU{'s' * (count > 1)}, wanted one a rank. "
+            f"Start at most {count} with --nproc_per_node (or NPROC), or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device
+
+
+def accumulate_in_float32() -> None:
+    """Have CUDA's products of bf16 and fp16 matrices add up in float32 throughout, as the CPU's do.
+
+    One product adds up as many features as write to a layer.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def shared_store(world: World) -> PrefixStore | None:

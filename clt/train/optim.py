@@ -94,11 +94,13 @@ class Update:
         skip = ~finite
         if self.stop:
             skip = skip | (self.failed_at != NEVER).any()
-        clip = 1.0 if self.clip_norm is None else (norm / self.clip_norm).clamp_min(1)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # The two attributes through which torch's own GradScaler talks to a fused optimizer.
-        self.optimizer.grad_scale = torch.where(skip, 1.0, self.scale * clip)  # type: ignore[attr-defined]
+        # The two attributes through which torch's own GradScaler talks to a fused optimizer. Given a scale, the kernel
+        # also writes the gradients back, 4 bytes a parameter: it gets none where nothing is to be scaled.
+        if self.fp16 or self.clip_norm is not None:
+            clip = 1.0 if self.clip_norm is None else (norm / self.clip_norm).clamp_min(1)
+            self.optimizer.grad_scale = torch.where(skip, 1.0, self.scale * clip)  # type: ignore[attr-defined]
         self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.skipped += skip

@@ -20,7 +20,7 @@ from clt.lm.text import windows
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import report
 from clt.train.distributed import World
-from clt.train.evaluation import dead_features, evaluate_activations, evaluate_replacement
+from clt.train.evaluation import Replace, dead_features, evaluate_activations, evaluate_replacement
 from clt.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Evaluator:
         self.world, self.dtype = world, dtype
         self.lm: LanguageModel | None = None
         if config.eval.replacement_tokens:
-            self.lm = load_language_model(config.lm, world.device)
+            self.lm = load_language_model(config.lm)  # on the CPU: evaluation takes it to the device and back
             check_model(heldout.index, self.lm)
             self.windows = heldout_windows(config, self.lm)
 
@@ -57,7 +57,7 @@ class Evaluator:
         last_fired: Tensor,
         step: int,
         progress: Callable[[int], None] = lambda step: None,
-        run: Callable[..., Tensor] | None = None,
+        run: Replace | None = None,
     ) -> Evaluation:
         """Evaluate the transcoder as it is after `step` steps; all ranks must call it.
 
@@ -65,12 +65,11 @@ class Evaluator:
         run: as `evaluate_replacement` takes it.
         """
         data, feature, config = self.world.data, self.world.feature, self.config
-        share: dict[str, Any] = {"rank": data.rank, "world": data.size, "all_sum": data.sum}
-        share["progress"] = lambda: progress(step)
+        share: dict[str, Any] = {"data": data, "progress": lambda: progress(step)}
         tensors = evaluate_activations(transcoder, self.heldout, autocast=self.dtype, **share)
         numbers: dict[str, Any] = {key: value.tolist() for key, value in tensors.items() if key != "density"}
         if self.lm is not None:
-            mean_output = self.mean_output.to(self.lm.device)
+            mean_output = self.mean_output.to(self.world.device)
             numbers |= evaluate_replacement(self.lm, transcoder, mean_output, self.windows, run=run, **share)
         last_fired = data.max(last_fired.clone())
         dead = dead_features(last_fired, step, config.train.batch_tokens, config.eval.dead_window)

@@ -76,6 +76,26 @@ def test_update_is_torchs_clipping_and_adam(size):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize(("clip_norm", "fp16"), [(None, False), (None, True), (1.0, False)])
+def test_the_kernel_is_given_a_scale_only_where_there_is_something_to_scale(monkeypatch, clip_norm, fp16):
+    """For it writes the gradients back then. Without a clip the update is Adam's own, and a failed step is left out."""
+    (ours, theirs), gradients = problem(100.0)
+    given, kernel = [], torch._fused_adam_
+    monkeypatch.setattr(
+        torch, "_fused_adam_", lambda *tensors, **options: (given.append(options), kernel(*tensors, **options))
+    )
+    update, adam = updater(ours, clip_norm=clip_norm, fp16=fp16, stop=False), torch.optim.Adam(theirs, 0.1)
+    for step, factor in enumerate([1.0, float("nan"), 2.0], 1):
+        for a, b, gradient in zip(ours, theirs, gradients):
+            a.grad, b.grad = gradient * factor * update.scale, gradient * factor
+        update(step, 0.1, torch.zeros(3))
+        if factor == factor:
+            adam.step()
+    assert [options["grad_scale"] is None for options in given] == [clip_norm is None and not fp16] * 3
+    if clip_norm is None:
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_update_counts_every_shard_once():
     """Two shards with the same gradients: the sharded part doubles in square, the replicated part does not."""
     (ours, _), gradients = problem()
