@@ -1,10 +1,13 @@
 """The step's gradients, precisions, shards and compiled kernels."""
 
+import threading
+
 import pytest
 import torch
 
 from clt.model.loss import Objective
 from clt.model.spec import LossConfig
+from clt.model.step import Kernels, multiply_into
 from clt.model.transcoder import feature_dim
 from clt.train.distributed import GradientMemory
 from tests.model.naive import F, batch, coefficients, losses, make
@@ -99,3 +102,43 @@ def test_autocast_is_within_the_rounding_of_its_dtype(precision):
         assert p.grad.dtype == torch.float32
         error = (p.grad - gradients[name]).norm() / gradients[name].norm()
         assert error < 16 * rounding, f"{name}: relative gradient error {error:.2e}"
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_a_wide_result_is_rounded_once(precision):
+    """As shards need it: a partial y~ that was rounded to the factors' dtype first would be off by its epsilon."""
+    features, weights = torch.rand(32, 3 * 40).to(precision), torch.randn(3, 40, 16).to(precision)
+    exact = features.double() @ weights.double().flatten(0, 1)
+    for dtype, eps in ((torch.float32, 2**-20), (precision, torch.finfo(precision).eps)):
+        out = torch.full((32, 2, 16), float("nan"), dtype=dtype)
+        multiply_into(out[:, 1], features, weights)
+        error = (out[:, 1].double() - exact).abs().max() / exact.abs().max()
+        assert error < eps, dtype
+        if dtype == precision:
+            assert error > 2**-20, "narrow results are worse: the bound can fail"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_reductions_are_pinned_in_whichever_thread_compiles_them(monkeypatch):
+    """Inductor's settings are per thread, and the backward pass of CUDA compiles in autograd's."""
+    from torch._inductor import config
+    from torch._inductor.graph import GraphLowering
+
+    seen, run = [], GraphLowering.run
+
+    def recorded(graph, *arguments):
+        seen.append((threading.get_ident(), config.dynamic_scale_rblock, config.deterministic))
+        return run(graph, *arguments)
+
+    monkeypatch.setattr(GraphLowering, "run", recorded)
+    monkeypatch.setattr(config, "force_disable_caches", True)
+    torch._dynamo.reset()
+    kernels, grad_y = Kernels().compiled(), torch.randn(5, 3, 7)
+    sums = [kernels.sum_over_tokens(grad_y, torch.float32)]
+    thread = threading.Thread(target=lambda: sums.append(kernels.transposed(grad_y[0])))
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(sums, [grad_y.sum(0), grad_y[0].t()])
+    assert [(rblock, fixed) for _, rblock, fixed in seen] == [(False, True)] * 2
+    assert len({ident for ident, _, _ in seen}) == 2
+    assert config.dynamic_scale_rblock, "elsewhere it is inductor's default"
