@@ -9,11 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from clt.config import Config, load_config
+from clt.config import DEFAULT_CONFIG, Config, load_config
 from clt.errors import UserError
 from clt.parsing import to_yaml
-
-DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
 def exit_on_user_error(work: Callable[..., Any], *arguments: Any) -> Any:

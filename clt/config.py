@@ -321,10 +321,10 @@ def load_config(
     return config
 
 
-PRESETS = {
-    name: Path(__file__).parent / "server" / "presets" / f"{name}.yaml"
-    for name in ("test", "production", "large-scale")
-}
+_PACKAGE = Path(__file__).parent
+_CONFIGS = _PACKAGE / "configs"  # where a wheel has them; in a checkout they lie beside the package
+DEFAULT_CONFIG = (_CONFIGS if _CONFIGS.is_dir() else _PACKAGE.parent / "configs") / "quickstart.yaml"
+PRESETS = {name: _PACKAGE / "server" / "presets" / f"{name}.yaml" for name in ("test", "production", "large-scale")}
 """Sizes of the activation server, by name."""
 
 
