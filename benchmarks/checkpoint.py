@@ -37,11 +37,12 @@ def cost(
     from benchmarks import step
     from clt.train import checkpoint
     from clt.train.distributed import World
+    from clt.train.metrics import coefficients
 
     L, D, F, B = shape
     batch = torch.randn(B, 2, L, D, device=device)
     objective = step.objective(F, batch, "train.compile=false")
-    transcoder = objective.transcoder
+    transcoder, terms = objective.transcoder, coefficients(1, 1, objective.loss)
     optimizer = torch.optim.Adam(objective.parameters(), fused=True)
     begin_seconds: list[float] = []
 
@@ -55,7 +56,7 @@ def cost(
         if kind == "waited for":
             checkpoints.finish()
         for _ in range(steps):
-            objective(batch, 1e-3).loss.backward()
+            objective(batch, terms).total.backward()
             optimizer.step()
             optimizer.zero_grad()
         machine.wait(device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import subprocess
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from benchmarks import step
 from benchmarks.machine import PRECISIONS, ROOT
 from benchmarks.textbook import Textbook
-from clt.model.loss import Objective, Terms
+from clt.model.loss import Losses, Objective
+from clt.train.metrics import coefficients
 
 Found = dict[str, Any]
 TESTS = ["tests/train/test_cuda.py", "tests/data/test_loader.py", "tests/train/test_optim.py"]
@@ -49,7 +49,7 @@ def gradients(rehearsal: bool) -> Found:
     for L, D, F, B in [(3, 16, 24, 63)] if rehearsal else [(6, 256, 2048, 1024), (3, 40, 24, 1023)]:
         torch.manual_seed(0)
         batch = torch.randn(B, 2, L, D)
-        overrides = ["clt.threshold=0.1", "clt.bandwidth=0.5", "loss.sparsity_scale=0.7"]
+        overrides = ["clt.threshold=0.1", "clt.bandwidth=0.5", "loss.sparsity=0.03", "loss.sparsity_scale=0.7"]
         exact = step.objective(F, batch, *overrides, "train.compile=false").double()
         for name, parameter in exact.named_parameters():
             if name.rpartition(".")[2] in ("b_enc", "b_dec"):
@@ -73,14 +73,17 @@ def gradients(rehearsal: bool) -> Found:
     return {"ok": not any(row.get("over_bar") or not row.get("repeats", True) for row in rows), "rows": rows}
 
 
-def _gradients(model: nn.Module, batch: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _losses(objective: Objective, batch: Tensor) -> Losses:
+    return objective(batch, coefficients(1, 1, objective.loss))
+
+
+def _gradients(model: Objective | Textbook, batch: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Gradients by parameter, in float64 on the CPU, and the loss; the textbook's decoder packed as ours is."""
     model.zero_grad()
     scale = 2.0**16 if dtype == torch.float16 else 1.0  # as in training: fp16 has no smaller numbers
     narrow = dtype not in (None, torch.float32)
     with torch.autocast(batch.device.type, dtype, enabled=narrow):
-        out = model(batch, 0.03)
-    loss = out.loss if isinstance(out, Terms) else out
+        loss = model(batch, 0.03) if isinstance(model, Textbook) else _losses(model, batch).total
     (loss * scale).backward()
     found = {"loss": loss.detach().double().cpu()}
     for name, parameter in model.named_parameters():
@@ -117,9 +120,9 @@ def _sums(objective: Objective, batch: Tensor) -> dict[str, Tensor]:
     """Means over tokens, times their number: squared errors, L0 and two gradients, in bf16."""
     objective.zero_grad()
     with torch.autocast(batch.device.type, torch.bfloat16):
-        terms = objective(batch, 0.1)
-    terms.loss.backward()
-    means = {"mse_per_layer": terms.mse_per_layer, "l0_per_layer": terms.l0_per_layer}
+        losses = _losses(objective, batch)
+    losses.total.backward()
+    means = {"mse_per_layer": losses.mse_per_layer, "l0_per_layer": losses.l0_per_layer}
     grads = {name: parameter.grad for name, parameter in objective.named_parameters() if name.endswith("_enc")}
     return {name: value.detach().double() * len(batch) for name, value in (means | grads).items() if value is not None}
 
@@ -154,28 +157,31 @@ def waits(rehearsal: bool) -> Found:
 def hook(rehearsal: bool) -> Found:
     """DDP of one rank, with the hook, its backend's stream and gradients in the buckets, against no DDP, to the bit."""
     import torch.distributed as dist  # noqa: TID251
+    from torch._C._distributed_c10d import HashStore
 
-    from clt.train.distributed import sum_bucket
+    from clt.train.distributed import Axis, GradientMemory, data_parallel, settle_buckets
 
     device = device_of(rehearsal)
-    dist.init_process_group("gloo" if rehearsal else "nccl", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo" if rehearsal else "nccl", store=HashStore(), rank=0, world_size=1)
     L, D, F, B = (3, 8, 64, 32) if rehearsal else (6, 64, 4096, 512)
     batch = torch.randn(B, 2, L, D, device=device)
     alone, inner = (step.objective(F, batch, "train.compile=false") for _ in range(2))
-    model = nn.parallel.DistributedDataParallel(inner, gradient_as_bucket_view=True)
-    model.register_comm_hook(dist.group.WORLD, sum_bucket)
-    different = []
+    memory = inner.gradient_memory = GradientMemory(inner.parameters())
+    model = data_parallel(inner, Axis(size=2, group=dist.group.WORLD))  # of size 1 it would leave DDP out
+    terms, different = coefficients(1, 1, inner.loss), []
+    with torch.autocast(device.type, torch.bfloat16):
+        settle_buckets(model, batch, terms)
     for number in range(20):
         batch = torch.randn(B, 2, L, D, device=device)
         for objective in (alone, model):
             with torch.autocast(device.type, torch.bfloat16):
-                loss = objective(batch, 0.1).loss
+                loss = objective(batch, terms).total
             loss.backward()
         for (name, ours), theirs in zip(inner.named_parameters(), alone.parameters(), strict=True):
             if not torch.equal(_grad(ours), _grad(theirs)):
                 different.append(f"{name} in step {number}")
         alone.zero_grad()
-        step.clear_gradients(inner) if number else inner.zero_grad()  # DDP makes its buckets anew after the first step
+        memory.clear()
     dist.destroy_process_group()
     return {"ok": not different, "steps": 20, "different": different[:10]}
 
@@ -186,7 +192,9 @@ def _grad(parameter: Tensor) -> Tensor:
 
 
 def partial_sums(rehearsal: bool) -> Found:
-    """What shards add up over the network is float32 and not rounded to bf16 before. (The rehearsal is in float32.)"""
+    """What shards add up over the network is float32, and was not rounded to bf16 before."""
+    from clt.train.distributed import Axis
+
     L, D, F, B = (2, 16, 64, 64) if rehearsal else (6, 256, 2048, 1024)
     batch, seen = torch.randn(B, 2, L, D, device=device_of(rehearsal)), []
 
@@ -194,9 +202,10 @@ def partial_sums(rehearsal: bool) -> Found:
         seen.append((partial.dtype, (partial == partial.bfloat16()).double().mean().item()))
         return partial
 
-    objective = step.objective(F, batch, "train.compile=false", shard=(0, 2), sum_shards=sum_shards)
-    with torch.autocast(batch.device.type, torch.bfloat16, enabled=not rehearsal):
-        objective(batch, 0.1)
+    objective = step.objective(F, batch, "train.compile=false", feature=Axis(size=2))
+    objective.transcoder.sum_shards = sum_shards
+    with torch.autocast(batch.device.type, torch.bfloat16):
+        _losses(objective, batch)
     ((dtype, rounded),) = seen
     return {"ok": dtype == torch.float32 and rounded < 0.1, "dtype": str(dtype), "share_that_bf16_holds": rounded}
 
@@ -220,7 +229,7 @@ def reductions(code: str) -> dict[str, bool]:
 
     Pinned is one whose rows' block is not rescaled by the registers that it takes, and that is never timed.
     """
-    pattern = r"@triton_heuristics\.\w*reduction\(.*?inductor_meta=(\{.*?\})\s*,?\s*\)\s*@triton\.jit\s*def (\w+)"
-    metas = {name: ast.literal_eval(meta) for meta, name in re.findall(pattern, code, re.DOTALL)}
-    return {name: meta.get("deterministic") is True and meta.get("dynamic_scale_rblock") is False
-            for name, meta in metas.items()}  # fmt: skip
+    pattern = r"@triton_heuristics\.\w*reduction\(.*?inductor_meta=(\{.*?\})\s*\)\s*@triton\.jit\s*def (\w+)"
+    wanted = ("'deterministic': True", "'dynamic_scale_rblock': False")
+    found = re.findall(pattern, code, re.DOTALL)
+    return {name: all(option in meta for option in wanted) for meta, name in found}

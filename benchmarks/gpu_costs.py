@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 
 from benchmarks import checkpoint as checkpoints
 from benchmarks import data_path, machine, step, throughput
@@ -91,7 +92,7 @@ def profile(rehearsal: bool) -> Found:
 
 def _is_a_kernel(event: Any, rehearsal: bool) -> bool:
     """Operators carry the time of the kernels that they launch once more: on a GPU only what ran there counts."""
-    wanted = torch.autograd.DeviceType.CPU if rehearsal else torch.autograd.DeviceType.CUDA
+    wanted = DeviceType.CPU if rehearsal else DeviceType.CUDA
     return event.device_type == wanted and not event.is_user_annotation
 
 

@@ -19,9 +19,10 @@ from clt.config import load_config
 from clt.data.store import DiscBuffer
 from clt.data.writer import write_store
 from clt.memory import keep_freed_memory
-from clt.model.decode import SumShards, whole
-from clt.model.loss import Objective
-from clt.train.distributed import accumulate_in_float32
+from clt.model.decode import unsharded
+from clt.model.loss import Objective, value_names
+from clt.train.distributed import ALONE, Axis, GradientMemory, accumulate_in_float32
+from clt.train.metrics import coefficients
 from clt.train.optim import Update, autocast_dtype
 from clt.train.run import build
 
@@ -87,9 +88,7 @@ def measure(
     }
 
 
-def objective(
-    F: int, batch: Tensor, *overrides: str, shard: tuple[int, int] = (0, 1), sum_shards: SumShards = whole
-) -> Objective:
+def objective(F: int, batch: Tensor, *overrides: str, feature: Axis = ALONE) -> Objective:
     """What training builds of a config, with F features a layer, on the device of `batch` (B, 2, L, D).
 
     Activations are normalised by the statistics of the first rows of `batch`; weights are the same each time.
@@ -97,12 +96,8 @@ def objective(
     config = load_config(None, [f"clt.d_features={F}", *overrides])
     with tempfile.TemporaryDirectory() as directory:
         write_store(directory, batch[:64].float().cpu())
-        return build(config, DiscBuffer(directory), shard, sum_shards).to(batch.device)
-
-
-def clear_gradients(objective: Objective) -> None:
-    """As between two steps of training."""
-    objective.transcoder.clear_gradients()
+        store = DiscBuffer(directory)
+        return build(config, store.index, store.statistics, feature).to(batch.device)
 
 
 def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
@@ -116,25 +111,25 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
     accumulate_in_float32()
     ours = objective(case["F"], batch, f"train.compile={compiled and not textbook}")
     model: nn.Module = Textbook(ours) if textbook else ours
-    clear = model.zero_grad if textbook else partial(clear_gradients, ours)
+    memory = ours.gradient_memory = GradientMemory(ours.parameters())
     del ours
     weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     beta1, beta2 = config.optim.betas
     optimizer = torch.optim.Adam(weights, config.optim.lr, (beta1, beta2), config.optim.eps, fused=True)
-    sparsity = config.loss.sparsity
+    terms, sparsity = coefficients(1, 1, config.loss), config.loss.sparsity
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     if not textbook:
         update = Update(
-            optimizer, sharded=weights, replicated=[], sum_shards=whole, clip_norm=config.optim.clip_norm,
-            fp16=dtype == torch.float16, stop=True,
+            optimizer, sharded=weights, replicated=[], names=value_names(), sum_shards=unsharded,
+            clip_norm=config.optim.clip_norm, fp16=dtype == torch.float16, stop=True,
         )  # fmt: skip
 
         def step(batch: Tensor) -> None:
             with autocast():
-                terms = model(batch, sparsity)
-            (terms.loss * update.scale).backward()
-            update(1, torch.stack([terms.mse, terms.sparsity, terms.pre_activation]))
-            clear()
+                losses = model(batch, terms)
+            (losses.total * update.scale).backward()
+            update(1, config.optim.lr, torch.stack([*losses.values.values()]))
+            memory.clear()
 
         return step
 
@@ -149,6 +144,6 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
         nn.utils.clip_grad_norm_(weights, config.optim.clip_norm or math.inf)
         scaler.step(optimizer)
         scaler.update()
-        clear()
+        model.zero_grad()
 
     return theirs

@@ -1,7 +1,8 @@
 """How good a transcoder is: on held-out activations, and in the language model's place on held-out text.
 
-Both functions work on this rank's share of the rows and combine sums through `all_sum`, so every rank returns the
-global figures. `rank` of `world`, and `all_sum`, are those of the ranks that hold the same shard of the transcoder.
+Both functions work on this rank's share of the rows and add up over `data`, the ranks that hold the same shard of the
+transcoder, so every rank returns the global figures. `progress` is called after each part: a whole evaluation may take
+longer than a process may go without a sign of life.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from clt.data.store import DiscBuffer
 from clt.errors import UserError
 from clt.lm.replacement import ablated_logits, replaced_logits
 from clt.model.transcoder import CrossLayerTranscoder
+from clt.train.distributed import ALONE, Axis
 
 if TYPE_CHECKING:
     from clt.lm.load import LanguageModel
@@ -25,20 +27,7 @@ if TYPE_CHECKING:
 
 Replace = Callable[["LanguageModel", CrossLayerTranscoder, Tensor, Tensor], Tensor]
 """Logits (N, T, V) with every chosen MLP replaced: of a language model, a transcoder, token ids and `keep` (N, T)."""
-Reduce = Callable[[Tensor], Tensor]
 _LOGITS = 1 << 26  # that a model gives at once, or those of one window: several float32 tensors are made of them
-
-Progress = Callable[[], None]
-"""Called whenever a part is done: a whole evaluation may take longer than a process may go without a sign of life."""
-
-
-def alone(tensor: Tensor) -> Tensor:
-    """The reduction of a process that has no others."""
-    return tensor
-
-
-def silent() -> None:
-    """The progress that nobody follows."""
 
 
 @torch.no_grad()
@@ -47,10 +36,8 @@ def evaluate_activations(
     buffer: DiscBuffer,
     *,
     autocast: torch.dtype = torch.float32,
-    rank: int = 0,
-    world: int = 1,
-    all_sum: Reduce = alone,
-    progress: Progress = silent,
+    data: Axis = ALONE,
+    progress: Callable[[], None] = lambda: None,
     batch: int = 1024,
 ) -> dict[str, Tensor]:
     """Reconstruction and sparsity on the rows of a held-out store, `batch` at a time.
@@ -70,7 +57,7 @@ def evaluate_activations(
     sse, square = (torch.zeros(L, dtype=torch.float64, device=device) for _ in range(2))
     total = torch.zeros(L, D, dtype=torch.float64, device=device)
     fired = torch.zeros(L, transcoder.config["d_features"], dtype=torch.float64, device=device)
-    for start in range(rank * batch, len(buffer), world * batch):
+    for start in range(data.rank * batch, len(buffer), data.size * batch):
         rows = buffer[start : start + batch].to(device)
         with torch.autocast(device.type, autocast, enabled=autocast != torch.float32):
             reconstruction = _reconstruct(transcoder, rows[:, 0], fired[:, transcoder.features])
@@ -80,7 +67,7 @@ def evaluate_activations(
         square += target.square().sum((0, 2))
         total += target.sum(0)
         progress()
-    sums = all_sum(torch.cat([sse, square, total.flatten(), fired.flatten()]))
+    sums = data.sum(torch.cat([sse, square, total.flatten(), fired.flatten()]))
     if not sums.isfinite().all():
         raise UserError(
             f"an activation in {buffer.path}, or its reconstruction, is nan or inf; look for bad rows with "
@@ -124,10 +111,8 @@ def evaluate_replacement(
     windows: Sequence[Window],
     *,
     run: Replace | None = None,
-    rank: int = 0,
-    world: int = 1,
-    all_sum: Reduce = alone,
-    progress: Progress = silent,
+    data: Axis = ALONE,
+    progress: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """The language model with every chosen MLP replaced at once by the transcoder, attention live, on held-out text.
 
@@ -144,10 +129,10 @@ def evaluate_replacement(
     vocabulary = lm.model.config.get_text_config().vocab_size
     batch = max(1, min(8, _LOGITS // (len(windows[0].tokens) * vocabulary)))
     with _moved(lm, transcoder.b_dec.device):
-        for start in range(rank * batch, len(windows), world * batch):
+        for start in range(data.rank * batch, len(windows), data.size * batch):
             sums += _replacement_sums(lm, transcoder, mean_output, windows[start : start + batch], run)
             progress()
-    n, *values = all_sum(sums).tolist()
+    n, *values = data.sum(sums).tolist()
     top1, original, replaced, ablated, kl = (value / n for value in values)
     return {
         "top1_agreement": top1,

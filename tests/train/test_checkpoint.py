@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from clt.errors import UserError
 from clt.model.loss import Objective
+from clt.model.spec import CLTConfig, LossConfig
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import checkpoint, tensorfile
 from clt.train.distributed import World
@@ -25,12 +26,12 @@ IDENTITY = {"config_hash": "abc", "data_hash": "def"}
 def trained(steps=3, seed=0, features=8):
     """A small transcoder and its optimizer after a few real steps, and a function that takes one more."""
     torch.manual_seed(seed)
-    objective = Objective(CrossLayerTranscoder(2, 4, features))
+    objective = Objective(CrossLayerTranscoder(2, 4, CLTConfig(d_features=features)), LossConfig())
     optimizer = torch.optim.Adam(objective.parameters(), 1e-2, fused=True)
 
     def step(i):
         batch = torch.randn(16, 2, 2, 4, generator=torch.Generator().manual_seed(i))
-        objective(batch, 1e-3).loss.backward()
+        objective(batch, {"sparsity": 1e-3, "pre_activation": 0.0}).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -92,7 +93,7 @@ def test_everything_comes_back_to_the_bit(tmp_path):
 def shards_of(transcoder, optimizer, count):
     """The transcoder and its optimizer state cut into shards, as feature ranks hold them."""
     for i in range(count):
-        shard = CrossLayerTranscoder(2, 4, 8, shard=(i, count))
+        shard = CrossLayerTranscoder(2, 4, CLTConfig(d_features=8), shard=(i, count))
         moved = torch.optim.Adam(shard.parameters(), fused=True)
         for (name, ours), theirs in zip(shard.named_parameters(), transcoder.parameters(), strict=True):
             dim = checkpoint.feature_dim(name)
@@ -131,7 +132,7 @@ def test_every_layout_writes_and_reads_the_same_files(tmp_path, shards, replicas
         ), "every byte is written by one rank"
 
     for i, (shard, moved, tensors) in enumerate(cut):
-        fresh = CrossLayerTranscoder(2, 4, 8, shard=(i, shards))
+        fresh = CrossLayerTranscoder(2, 4, CLTConfig(d_features=8), shard=(i, shards))
         fresh_optimizer = torch.optim.Adam(fresh.parameters(), fused=True)
         found = {"last_fired": torch.zeros_like(tensors["last_fired"]), "loss_scale": torch.zeros(())}
         checkpoint.restore(whole, fresh, fresh_optimizer, found, IDENTITY)

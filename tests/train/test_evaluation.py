@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from clt.config import load_config
 from clt.data.store import DiscBuffer
 from clt.lm.load import LanguageModel, load_language_model
 from clt.lm.replacement import replaced_logits, run_with_mlps
+from clt.model.spec import CLTConfig
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import evaluation
 from clt.train.evaluation import dead_features, evaluate_activations, evaluate_replacement
-from clt.train.run import heldout_windows
+from clt.train.results import heldout_windows
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def heldout(stores):
 @pytest.fixture(scope="module")
 def transcoder(stores):
     torch.manual_seed(0)
-    clt = CrossLayerTranscoder(3, 16, 24, normalization="layer")
+    clt = CrossLayerTranscoder(3, 16, CLTConfig(d_features=24))
     statistics = DiscBuffer(stores / "train").statistics
     clt.normalization.set(statistics.input_mean, statistics.input_sd, statistics.target_mean, statistics.target_sd)
     with torch.no_grad():
@@ -58,7 +60,7 @@ def test_activations_against_a_loop_over_rows(heldout, transcoder):
 @torch.no_grad()
 def test_predicting_the_mean_explains_nothing_and_the_truth_everything(heldout):
     rows = heldout[:].float()
-    clt = CrossLayerTranscoder(3, 16, 4)
+    clt = CrossLayerTranscoder(3, 16, CLTConfig(d_features=4, normalization="none"))
     for weight in clt.W_dec:
         weight.zero_()
     clt.b_dec.copy_(rows[:, 1].mean(0))
@@ -70,7 +72,7 @@ def test_predicting_the_mean_explains_nothing_and_the_truth_everything(heldout):
 def test_one_layers_features_are_held_at_a_time(heldout):
     """The most memory of an evaluation, in (B, F) float32: what one layer's activation function works in."""
     L, F, B = 3, 4096, 64
-    clt = CrossLayerTranscoder(L, 16, F)
+    clt = CrossLayerTranscoder(L, 16, CLTConfig(d_features=F))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         evaluate_activations(clt, heldout, batch=B)
     changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -90,9 +92,10 @@ def test_ranks_together_give_what_one_gives(heldout, transcoder):
         return tensor
 
     for rank in range(3):
-        evaluate_activations(transcoder, heldout, batch=32, rank=rank, world=3, all_sum=collect)
+        evaluate_activations(transcoder, heldout, batch=32, data=SimpleNamespace(rank=rank, size=3, sum=collect))
     total = sum(parts)
-    together = evaluate_activations(transcoder, heldout, batch=32, rank=2, world=3, all_sum=lambda t: total)
+    last = SimpleNamespace(rank=2, size=3, sum=lambda t: total)
+    together = evaluate_activations(transcoder, heldout, batch=32, data=last)
     for key in alone:
         torch.testing.assert_close(together[key], alone[key])
 
