@@ -67,6 +67,7 @@ def _job(base: Path, rehearsal: bool, precision: str) -> list[str]:
         "configs/quickstart.yaml", f"data.store={base / 'store'}", f"data.train_tokens={tokens}",
         "data.heldout_tokens=1000", "data.shard_rows=1000", f"clt.d_features={features}", f"train.batch_tokens={batch}",
         f"train.steps={STEPS}", f"checkpoint.every={STEPS // 2}", "eval.replacement_tokens=0", "clt.threshold=0.3",
+        "optim.lr=1e-3",
         f"train.compile={not rehearsal}", f"train.precision={'fp32' if rehearsal else precision}",
     ]  # fmt: skip
 
