@@ -233,11 +233,11 @@ def kernels(rehearsal: bool) -> Found:
         train(batch)
         code = "\n".join(file.read_text() for file in Path(cache).rglob("*.py"))
     found = reductions(code)
-    unpinned = [name for name, pinned in found.items() if not pinned]
+    unpinned = sorted({name for name, pinned in found if not pinned})
     return {"ok": not unpinned and (rehearsal or len(found) > 0), "reductions": len(found), "unpinned": unpinned}
 
 
-def reductions(code: str) -> dict[str, bool]:
+def reductions(code: str) -> list[tuple[str, bool]]:
     """The reduction kernels in code that inductor generated for CUDA, and whether they are pinned.
 
     Pinned is one whose rows' block is not rescaled by the registers that it takes, and that is never timed.
@@ -245,4 +245,4 @@ def reductions(code: str) -> dict[str, bool]:
     pattern = r"@triton_heuristics\.\w*reduction\(.*?inductor_meta=(\{.*?\})\s*\)\s*@triton\.jit\s*def (\w+)"
     wanted = ("'deterministic': True", "'dynamic_scale_rblock': False")
     found = re.findall(pattern, code, re.DOTALL)
-    return {name: all(option in meta for option in wanted) for meta, name in found}
+    return [(name, all(option in meta for option in wanted)) for meta, name in found]

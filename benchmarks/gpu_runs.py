@@ -38,7 +38,7 @@ def resume(rehearsal: bool) -> Found:
 
 def layouts(rehearsal: bool, ranks: int) -> Found:
     """Runs in the layouts (data x feature) of `ranks` ranks: as one rank's, resumed to the bit, one process a GPU."""
-    shapes = [(ranks, 1), (2, ranks // 2), (1, ranks)] if ranks > 2 else [(ranks, 1), (1, ranks)]
+    shapes = [(ranks, 1), (2, ranks // 2), (1, ranks)][: 1 if rehearsal else None]
     rows, ok = {}, True
     with tempfile.TemporaryDirectory() as directory:
         base = Path(directory)

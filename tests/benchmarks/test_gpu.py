@@ -23,6 +23,7 @@ def command(environment: dict[str, str], *arguments: str) -> subprocess.Complete
     )
 
 
+@pytest.mark.timeout(600)
 def test_every_part_runs_without_the_optional_packages(bare_environment: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "results" / "gpu.json"
     done = command(bare_environment, "--rehearse", "--json", str(out))
@@ -35,13 +36,15 @@ def test_every_part_runs_without_the_optional_packages(bare_environment: dict[st
     assert found["parts"]["data"]["reader"][0]["stall_share"] >= 0
 
 
+@pytest.mark.timeout(600)
 def test_the_layouts_of_two_ranks(bare_environment: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "gpus.json"
     done = command(bare_environment, "--ranks", "2", "--rehearse", "--json", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(out.read_text())["parts"]["layouts"]["layouts"]
-    assert rows.keys() == {"2x1", "1x2"}
-    assert all(0 < row["difference_from_one_rank"] < 1e-5 for row in rows.values())
+    assert rows.keys() == {"2x1"}
+    assert 0 < rows["2x1"]["difference_from_one_rank"] < 1e-5
+    assert len(rows["2x1"]["digests"]) == 2
 
 
 def test_without_a_gpu_every_part_says_so_and_the_file_is_written(tmp_path: Path) -> None:
@@ -140,4 +143,5 @@ def test_a_reduction_that_is_not_pinned_is_seen() -> None:
     kernels = [("red_0", "reduction", DEFAULT), ("red_1", "reduction", PINNED), ("poi_0", "pointwise", DEFAULT)]
     kernels += [("per_0", "persistent_reduction", PINNED), ("per_1", "persistent_reduction", DEFAULT)]
     code = "".join(KERNEL.format(name=name, heuristic=kind, options=options) for name, kind, options in kernels)
-    assert gpu_checks.reductions(code) == {"red_0": False, "red_1": True, "per_0": True, "per_1": False}
+    found = [("red_0", False), ("red_1", True), ("per_0", True), ("per_1", False)]
+    assert gpu_checks.reductions(code) == found
