@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from clt import cli
-from clt.data.shards import checksum, read_layout
+from clt.data.shards import checksum, dataset_offsets, row_bytes
 from clt.data.store import read_index
 from clt.data.writer import write_store
 from clt.train import checkpoint
@@ -91,10 +91,11 @@ def write_nan(store: Path, shard: int) -> None:
     """Every value of a shard becomes NaN, behind the back of its checksum."""
     index = read_index(store)
     entry = index.shards[shard]
-    layout = read_layout(store / entry["file"], entry["rows"], index.n_layers, index.d_acts, index.dtype)
+    shape = (index.n_layers, index.d_acts, index.dtype)
+    offsets = dataset_offsets(store / entry["file"], entry["rows"], *shape)
     with open(store / entry["file"], "r+b") as file:
-        file.seek(layout.offsets["tensor"])
-        file.write(b"\xff" * (layout.rows * layout.row_bytes["tensor"]))
+        file.seek(offsets["tensor"])
+        file.write(b"\xff" * (entry["rows"] * row_bytes(*shape)["tensor"]))
 
 
 @pytest.fixture

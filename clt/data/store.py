@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from clt.data.describe import describe, verify
 from clt.data.index import FORMAT_VERSION, INDEX, STATISTICS, ShardEntry, StoreIndex, read_index, write_index
-from clt.data.shards import COLUMN_DTYPES, read_at, read_layout
+from clt.data.shards import COLUMN_DTYPES, dataset_offsets, read_at, row_bytes
 from clt.data.statistics import Statistics
 from clt.errors import UserError
 
@@ -42,7 +42,8 @@ class DiscBuffer(Dataset[Tensor]):
         self.index = read_index(path)
         shape = (self.index.n_layers, self.index.d_acts, self.index.dtype)
         self._files = [self.path / shard["file"] for shard in self.index.shards]
-        self._layouts = [read_layout(f, s["rows"], *shape) for f, s in zip(self._files, self.index.shards)]
+        self._offsets = [dataset_offsets(f, s["rows"], *shape) for f, s in zip(self._files, self.index.shards)]
+        self._row_bytes = row_bytes(*shape)
         self._firsts = [0, *accumulate(shard["rows"] for shard in self.index.shards)]
         self.statistics = Statistics.load(self.path / STATISTICS)
         self._lock = threading.Lock()
@@ -128,14 +129,14 @@ class DiscBuffer(Dataset[Tensor]):
         """Read one dataset's rows (n,), each run of consecutive ones at once: numbers start .. end - 1 into `views`."""
         if len(rows) == 0:
             return
-        size, firsts = self._layouts[0].row_bytes[name], self._firsts
+        size, firsts = self._row_bytes[name], self._firsts
         starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
         ends = [*starts[1:].tolist(), len(rows)]
         for start, end, row in zip(starts.tolist(), ends, rows[starts].tolist()):
             shard = bisect_right(firsts, row) - 1
             while start < end:  # a run may go on in the next shard
                 stop = min(end, start + firsts[shard + 1] - row)
-                offset = self._layouts[shard].offsets[name] + (row - firsts[shard]) * size
+                offset = self._offsets[shard][name] + (row - firsts[shard]) * size
                 read_at(self._descriptor(shard), views(start, stop), offset, self._files[shard])
                 start, row, shard = stop, row + stop - start, shard + 1
 

@@ -91,7 +91,7 @@ class OpenGroup:
         self.descriptors: list[int] = []
         try:
             shape = (index.n_layers, index.d_acts, index.dtype)
-            self.layouts = [create_shard(file, rows, *shape) for file, rows in zip(self.partials, sizes)]
+            self.offsets = [create_shard(file, rows, *shape) for file, rows in zip(self.partials, sizes)]
             self.descriptors += [os.open(file, os.O_WRONLY | os.O_CLOEXEC) for file in self.partials]
         except BaseException:
             self.discard()
@@ -105,7 +105,7 @@ class OpenGroup:
         """Write the next rows of the text to their places; `spread` maps over parts of them, perhaps on threads."""
         slots = self.order[self.filled : self.filled + len(rows)]
         data = rows.tensor.reshape(-1).view(torch.uint8).numpy().data
-        size, offsets = len(data) // len(rows), [layout.offsets["tensor"] for layout in self.layouts]
+        size, offsets = len(data) // len(rows), [offsets["tensor"] for offsets in self.offsets]
         shards, places = (part.tolist() for part in np.divmod(slots, self.shard_rows))
 
         def write(part: range) -> None:
@@ -122,9 +122,9 @@ class OpenGroup:
         """Complete the shards, give them their names and return their entries."""
         assert self.full
         starts = range(0, len(self.order), self.shard_rows)
-        for fd, layout, start in zip(self.descriptors, self.layouts, starts):
+        for fd, offsets, start, rows in zip(self.descriptors, self.offsets, starts, self.sizes):
             for name, column in self.columns.items():
-                write_at(fd, column[start : start + layout.rows].view(np.uint8).data, layout.offsets[name])
+                write_at(fd, column[start : start + rows].view(np.uint8).data, offsets[name])
         self._close()
         with ThreadPoolExecutor(min(len(self.files), os.cpu_count() or 1)) as pool:
             sums = list(pool.map(checksum, self.partials))
