@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from clt import cli
 from clt.data.shards import checksum, dataset_offsets, row_bytes
@@ -133,10 +134,11 @@ def test_activations_that_cannot_be_stored(sick, clt, tmp_path, value, wanted):
     assert "input activation" in found
     assert "at layer 0 (document " in found
     store = tmp_path / "stores" / "train"
-    shards = json.loads((store / "progress.json").read_text())["shards"]
+    with safe_open(store / "state.safetensors", "np") as file:
+        shards = json.loads(file.metadata()["state"])["shards"]
     assert len(shards) >= 3, "what was whole before is kept"
     assert all(checksum(store / shard["file"]) == shard["checksum"] for shard in shards)
-    names = {"progress.json", f"moments_{len(shards):05d}.safetensors", *(shard["file"] for shard in shards)}
+    names = {"state.safetensors", *(shard["file"] for shard in shards)}
     assert set(digests(tmp_path / "stores")) == {f"train/{name}" for name in names}
 
 

@@ -11,12 +11,12 @@ import torch
 from tqdm import tqdm
 
 from clt.config import Config
-from clt.data import progress as record
 from clt.data.index import FORMAT_VERSION, INDEX, STATISTICS, StoreIndex, read_index, write_index
 from clt.data.lock import locked
-from clt.data.progress import Progress
 from clt.data.rows import pieces
 from clt.data.shards import is_full_disk, row_bytes
+from clt.data.state import STATE, ExtractionState, load_state
+from clt.data.statistics import Moments
 from clt.data.writer import Plan, Writer
 from clt.errors import UserError
 from clt.memory import keep_freed_memory
@@ -61,8 +61,8 @@ def _load(config: Config) -> LanguageModel:
 def _finished(path: Path, config: Config) -> StoreIndex:
     index = read_index(path)
     check_store(index, config)
-    if (path / record.PROGRESS).exists():
-        record.finish(path)
+    if (path / STATE).exists():
+        (path / STATE).unlink()
     return index
 
 
@@ -70,7 +70,8 @@ def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress
     keep_freed_memory()
     plan = Plan(path, _blank_index(config, part, lm), config.data.shard_rows, config.data.open_shards)
     identity = _identity(plan, config)
-    state = record.load_progress(path, identity, record.start(plan.index.n_layers, plan.index.d_acts))
+    zero = Moments.zero(plan.index.n_layers, plan.index.d_acts)
+    state = load_state(path, identity) or ExtractionState([], 0, 0, zero)
     _check_rows(plan, state)
     _check_space(plan, state)
     try:
@@ -85,7 +86,7 @@ def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress
             f"no more could be written to {path} ({error}); free space and run `clt extract CONFIG` again, which goes "
             "on from the last whole shards, or set data.store to another disk"
         ) from error
-    record.finish(path)
+    (path / STATE).unlink()
     return index
 
 
@@ -176,7 +177,7 @@ def _identity(plan: Plan, config: Config) -> dict[str, Any]:
     return {**index, **batch, "data.shard_rows": plan.shard_rows, "data.open_shards": plan.open_shards}
 
 
-def _check_rows(plan: Plan, state: Progress) -> None:
+def _check_rows(plan: Plan, state: ExtractionState) -> None:
     whole, wanted = state.rows % plan.group_rows == 0, plan.index.rows
     if state.rows != wanted and not (whole and state.rows < wanted):
         raise UserError(
@@ -185,7 +186,7 @@ def _check_rows(plan: Plan, state: Progress) -> None:
         )
 
 
-def _check_space(plan: Plan, state: Progress) -> None:
+def _check_space(plan: Plan, state: ExtractionState) -> None:
     index = plan.index
     wanted = (index.rows - state.rows) * sum(row_bytes(index.n_layers, index.d_acts, index.dtype).values())
     free = shutil.disk_usage(plan.path).free
@@ -197,8 +198,8 @@ def _check_space(plan: Plan, state: Progress) -> None:
 
 
 def _write_groups(
-    config: Config, plan: Plan, lm: LanguageModel, state: Progress, identity: dict[str, Any], bar: bool
-) -> Progress:
+    config: Config, plan: Plan, lm: LanguageModel, state: ExtractionState, identity: dict[str, Any], bar: bool
+) -> ExtractionState:
     """Extract all groups that `state` does not have, recording each; returns the final state."""
     first_group = state.rows // plan.group_rows
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clt.config import Config
-from clt.data.progress import Progress
+from clt.data.state import ExtractionState
 from clt.data.statistics import Moments
 from clt.data.writer import Plan, Rows
 from clt.errors import UserError
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from clt.lm.load import LanguageModel
 
 
-def pieces(config: Config, plan: Plan, lm: LanguageModel, state: Progress) -> Iterator[tuple[Rows, Progress | None]]:
-    """The rows from `state` on, cut where groups end; a piece that ends a group comes with the progress made then.
+def pieces(
+    config: Config, plan: Plan, lm: LanguageModel, state: ExtractionState
+) -> Iterator[tuple[Rows, ExtractionState | None]]:
+    """The rows from `state` on, cut where groups end; a piece that ends a group comes with the state then.
 
     Raises UserError for a value that does not fit the storage dtype and for a text that ends early.
     """
@@ -88,11 +90,11 @@ class _Piece:
     """(windows, rows of the next) before the next group, of a piece that ends one"""
     finite: Tensor | None = None
     """() bool, when it is counted: all values so far are"""
-    note: Progress | None = None
+    note: ExtractionState | None = None
     """When it is counted and ends a group."""
 
 
-def _cut(config: Config, plan: Plan, lm: LanguageModel, state: Progress) -> Iterator[_Piece]:
+def _cut(config: Config, plan: Plan, lm: LanguageModel, state: ExtractionState) -> Iterator[_Piece]:
     """The pieces, on the model's device."""
     done, total, used, windows = state.rows, plan.index.rows, state.skip_rows, state.windows
     dtype = getattr(torch, plan.index.dtype)
@@ -151,7 +153,7 @@ def _count(piece: _Piece, moments: Moments) -> None:
     # One value that is not finite makes its sum of squares so: no pass over the rows is needed to find it.
     piece.finite = moments.squares.isfinite().all()
     if piece.ends is not None:
-        piece.note = Progress([], *piece.ends, moments.to("cpu"))
+        piece.note = ExtractionState([], *piece.ends, moments.to("cpu"))
 
 
 def _copy(piece: _Piece, stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -91,14 +90,3 @@ class Moments:
     def to(self, device: torch.device | str) -> Moments:
         """A copy on a device; later rows of the one do not reach the other."""
         return Moments(self.rows, self.mean.to(device, copy=True), self.squares.to(device, copy=True))
-
-    def save(self, file: str | Path) -> None:
-        """Write the moments as safetensors, to go on from them later."""
-        rows = torch.tensor(self.rows, dtype=torch.int64)
-        write_whole(Path(file), save({"rows": rows, "mean": self.mean.cpu(), "squares": self.squares.cpu()}))
-
-    @classmethod
-    def load(cls, file: str | Path) -> Moments:
-        """Read moments that `save` wrote."""
-        with safe_open(str(file), framework="pt") as tensors:
-            return cls(int(tensors.get_tensor("rows")), tensors.get_tensor("mean"), tensors.get_tensor("squares"))
