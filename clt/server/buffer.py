@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from clt.data.shards import COLUMN_DTYPES
-from clt.data.writer import Rows
+from clt.lm.forward import Rows
 from clt.server.layout import HEADER, arrays, buffer_bytes
 from clt.server.segment import PREFIX_BYTES, Segment, start_time
 from clt.server.workers import Workers
@@ -115,7 +115,13 @@ class SharedBuffer:
             return 0
         part = rows[: len(slots)]
         memory, size = self._payload.reshape(-1).data, self.row_bytes
-        part.copy_into([memory[start : start + size] for start in (slots.astype(np.int64) * size).tolist()])
+        views = [memory[start : start + size] for start in (slots.astype(np.int64) * size).tolist()]
+        if isinstance(part, Rows):
+            rows_bytes = part.activations.contiguous().view(len(part), -1).view(torch.uint8).numpy()
+            for view, row in zip(views, rows_bytes, strict=True):
+                view[:] = row.data
+        else:
+            part.copy_into(views)
         for name in COLUMN_DTYPES:
             self._columns[name][slots] = getattr(part, name)
         self.publish(slots, mark)

@@ -18,7 +18,7 @@ from clt.config import Config
 from clt.data.extract import check_store, extract
 from clt.data.store import DiscBuffer, read_index
 from clt.errors import UserError
-from clt.lm.capture import Capture
+from clt.lm.capture import capture
 from clt.lm.load import LanguageModel, load_language_model
 from clt.lm.text import windows
 from clt.parsing import to_yaml
@@ -54,7 +54,7 @@ def text_order(config: Config, lm: LanguageModel, part: str, rows: int) -> list[
     stream = windows(config.text, part, lm, config.lm.context)
     while len(found) < rows:
         batch = list(islice(stream, config.lm.batch_windows))
-        activations = Capture(lm)(torch.from_numpy(np.stack([window.tokens for window in batch])).long())
+        activations = capture(lm, torch.from_numpy(np.stack([window.tokens for window in batch])).long())
         for window, values in zip(batch, activations):
             kept = values[torch.from_numpy(window.keep)].to(getattr(torch, config.data.dtype))
             places = np.flatnonzero(window.keep)

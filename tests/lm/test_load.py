@@ -12,7 +12,7 @@ import transformers
 
 from clt.config import LMConfig
 from clt.errors import UserError
-from clt.lm.capture import Capture
+from clt.lm.capture import capture
 from clt.lm.load import LanguageModel, bos_token, hash_tokenizer, load_language_model, locate
 from tests.lm.conftest import BOS, D, byte_tokenizer
 
@@ -46,7 +46,7 @@ def test_the_embedded_model_reads_its_own_text() -> None:
     lm = load_language_model(LMConfig())
     text = lm.tokenizer("It was the best of times.", add_special_tokens=False)["input_ids"]
     ids = torch.tensor([[bos_token(lm.tokenizer), *text]])
-    assert torch.isfinite(Capture(lm)(ids)).all()
+    assert torch.isfinite(capture(lm, ids)).all()
 
 
 def test_a_hub_id_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_smollm2_from_an_installed_package() -> None:
     with torch.inference_mode():
         assert lm.model(ids[:, :60], labels=ids[:, :60]).loss < 3.5
     bos = torch.full((2, 1), 1)
-    captured = Capture(lm)(torch.cat([bos, ids.view(2, 63)], 1))
+    captured = capture(lm, torch.cat([bos, ids.view(2, 63)], 1))
     assert captured.shape == (2, 64, 2, 2, 576)
     assert torch.isfinite(captured).all()
 
