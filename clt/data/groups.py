@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from clt.lm.forward import Rows, check_finite, forward_text
 from clt.lm.load import LanguageModel
 from clt.lm.text import Window
 
+T = TypeVar("T")
 STREAMS = {"train": 1, "heldout": 2}  # stream numbers of the shuffles; 0 is the reading order's
 _WRITE_ROWS = 256  # that one thread writes at once
 
@@ -133,9 +134,8 @@ def rows_by_group(
     side = torch.cuda.Stream(lm.device) if lm.device.type == "cuda" else None
     with torch.cuda.stream(side):  # also their memory is that stream's: the model's must not have it while it is read
         moments = state.moments.to(lm.device)
-    for piece, _ in pairwise(chain(_cut(config, placement, lm, state), [None])):  # the next pass is under way
-        assert piece is not None
-        batch, rows, end, computed = piece
+    pieces = _cut(config, placement, lm, state)
+    for batch, rows, end, computed in pieces if side is None else _one_ahead(pieces):
         with torch.cuda.stream(side):
             if side is not None and computed is not None:
                 side.wait_event(computed)
@@ -171,6 +171,15 @@ def _cut(
         if done == total:
             return
         skip, windows = 0, windows + len(batch)
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """`items`, each given out when the next one has come: what that one launched on a GPU is under way."""
+    waiting: list[T] = []
+    for item in items:
+        yield from waiting
+        waiting = [item]
+    yield from waiting
 
 
 def _to_host(tensor: Tensor) -> Tensor:
