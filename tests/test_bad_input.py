@@ -19,8 +19,8 @@ import torch
 from safetensors import safe_open
 
 from clt import cli
+from clt.data.index import read_index
 from clt.data.shards import checksum, dataset_offsets, row_bytes
-from clt.data.store import read_index
 from clt.data.writer import write_store
 from clt.train import checkpoint
 

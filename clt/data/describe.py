@@ -6,7 +6,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from clt.data.index import STATISTICS, ShardEntry, StoreIndex, read_index, read_statistics
+from clt.data.index import STATISTICS, ShardEntry, read_index, read_statistics
 from clt.data.shards import checksum, dataset_offsets
 from clt.errors import UserError
 
@@ -37,8 +37,9 @@ def describe(path: str | Path) -> str:
     return "\n".join(lines)
 
 
-def verify(path: str | Path, index: StoreIndex) -> None:
-    """Recompute every shard's checksum; raises UserError that names all altered shards."""
+def verify(path: str | Path) -> None:
+    """Recompute the checksum of every shard of a store; raises UserError that names all altered shards."""
+    index = read_index(path)
 
     def intact(shard: ShardEntry) -> bool:
         kind, _, _ = shard["checksum"].partition(":")

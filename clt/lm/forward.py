@@ -37,6 +37,12 @@ class Rows:
     def __getitem__(self, rows: slice) -> Rows:
         return Rows(self.activations[rows], self.token[rows], self.position[rows], self.document[rows])
 
+    def copy_into(self, views: list[memoryview]) -> None:
+        """Copy the bytes of each row's activations (CPU) into its own of n views."""
+        data = self.activations.contiguous().view(len(self), -1).view(torch.uint8).numpy()
+        for view, row in zip(views, data, strict=True):
+            view[:] = row.data
+
 
 def forward_text(config: Config, part: Part, lm: LanguageModel, skip: int = 0) -> Iterator[tuple[list[Window], Rows]]:
     """Run the model on one part of the text, `lm.batch_windows` windows a pass, leaving out the first `skip` windows.

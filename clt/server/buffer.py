@@ -115,13 +115,7 @@ class SharedBuffer:
             return 0
         part = rows[: len(slots)]
         memory, size = self._payload.reshape(-1).data, self.row_bytes
-        views = [memory[start : start + size] for start in (slots.astype(np.int64) * size).tolist()]
-        if isinstance(part, Rows):
-            rows_bytes = part.activations.contiguous().view(len(part), -1).view(torch.uint8).numpy()
-            for view, row in zip(views, rows_bytes, strict=True):
-                view[:] = row.data
-        else:
-            part.copy_into(views)
+        part.copy_into([memory[start : start + size] for start in (slots.astype(np.int64) * size).tolist()])
         for name in COLUMN_DTYPES:
             self._columns[name][slots] = getattr(part, name)
         self.publish(slots, mark)

@@ -15,8 +15,10 @@ import torch
 from safetensors import safe_open
 
 from clt.config import Config
+from clt.data.describe import verify
 from clt.data.extract import check_store, extract
-from clt.data.store import DiscBuffer, read_index
+from clt.data.index import read_index
+from clt.data.store import DiscBuffer
 from clt.errors import UserError
 from clt.lm.capture import capture
 from clt.lm.load import LanguageModel, load_language_model
@@ -80,7 +82,7 @@ def test_the_store_holds_the_rows_of_the_text_shuffled_in_groups(
         assert sorted(stored[start : start + GROUP]) == sorted(wanted[start : start + GROUP])
         assert stored[start : start + GROUP] != wanted[start : start + GROUP]
     assert 0 not in buffer.positions(everything)
-    buffer.verify()
+    verify(buffer.path)
     wide = buffer[:].double()
     np.testing.assert_allclose(buffer.statistics.input_mean.numpy(), wide[:, 0].mean(0).numpy(), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(buffer.statistics.target_sd.numpy(), wide[:, 1].std(0, correction=0).numpy(), rtol=1e-9)
