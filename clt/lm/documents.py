@@ -20,21 +20,8 @@ Part = Literal["train", "heldout"]
 def read_documents(config: TextConfig, part: Part) -> Iterator[str]:
     """The documents of one part of the text, in a fixed order.
 
-    Raises UserError for a source that does not exist or cannot be read, for a record without the text field, and for a
-    part that has no documents.
+    Raises UserError for a source that does not exist or cannot be read and for a record without the text field.
     """
-    count = 0
-    for document in _part(config, part):
-        count += 1
-        yield document
-    if count == 0:
-        hint = ""
-        if part == "train" and config.heldout is None and config.source != "embedded":
-            hint = f" after its first {config.heldout_documents} documents, which text.heldout_documents holds out"
-        raise UserError(f"the {part} part of text.source={config.source!r} has no documents{hint}")
-
-
-def _part(config: TextConfig, part: Part) -> Iterator[str]:
     if part == "heldout" and config.heldout is not None:
         # A split name is not a path, even where a folder of that name happens to exist.
         is_split = _files(config.source, "text.source") is None and not _looks_like_path(config.heldout)
