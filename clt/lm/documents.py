@@ -79,6 +79,7 @@ def _file_documents(path: Path, field: str) -> Iterator[str]:
     if not path.is_file():
         raise UserError(f"the text file {path} is missing")
     opener: Any = gzip.open if path.suffix == ".gz" else open
+    number = 0
     try:
         with opener(path, "rt", encoding="utf-8") as lines:
             if _kind(path) == ".txt":
@@ -86,19 +87,13 @@ def _file_documents(path: Path, field: str) -> Iterator[str]:
                 return
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _record_text(line, field, f"line {number} of {path}")
+                    yield _field_text(json.loads(line), field, f"line {number} of {path}")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"line {number} of {path} is not valid JSON: {error}") from error
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path} is not a whole gzip file: {error}") from error
-
-
-def _record_text(line: str, field: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not valid JSON: {error}") from error
-    return _field_text(record, field, where)
 
 
 def _field_text(record: Any, field: str, where: str) -> str:
