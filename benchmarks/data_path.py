@@ -8,7 +8,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from itertools import islice, repeat
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ from torch import Tensor
 from benchmarks import machine, step
 from clt.config import Config, DataConfig, load_config
 from clt.data.extract import extract
+from clt.data.groups import Placement
 from clt.data.index import read_index
 from clt.data.loader import Loader
 from clt.data.sampler import DistributedSampler
 from clt.data.shards import row_bytes
 from clt.data.statistics import Moments
 from clt.data.store import DiscBuffer
-from clt.data.writer import Plan, Rows, Writer, write_store
-from clt.lm.capture import Capture
+from clt.data.writer import Writer, write_store
+from clt.lm.capture import capture
+from clt.lm.forward import Rows
 from clt.lm.load import LanguageModel, load_language_model, locate
 from clt.lm.text import Window, windows
 
@@ -164,23 +166,27 @@ def _write_and_delete(file: Path, size: int) -> None:
 
 def _parts(config: Config, lm: LanguageModel, batches: list[list[Window]], ids: list[Tensor]) -> dict[str, float]:
     """Seconds of the parts of an extraction, of all batches, each by itself; its store is in config.data.store."""
-    device, dtype, capture = lm.device, getattr(torch, config.data.dtype), Capture(lm)
+    device, dtype = lm.device, getattr(torch, config.data.dtype)
     keeps = [np.stack([window.keep for window in batch]) for batch in batches]
     index = read_index(Path(config.data.store, "train"))
-    plan = Plan(Path(config.data.store), index, config.data.shard_rows, config.data.open_shards)
+    placement = Placement(Path(config.data.store), index, config.data.shard_rows, config.data.open_shards)
     captured: list[Tensor] = []
 
     def write() -> None:
         done = 0
-        with Writer(plan, 0, lambda *_: None) as writer:
+        with Writer(placement, 0, lambda *_: None) as writer:
             for tensor in host:
                 while len(tensor):
-                    part = tensor[: plan.group_rows - done % plan.group_rows]
+                    part = tensor[: placement.group_rows - done % placement.group_rows]
                     zeros = np.zeros(len(part), np.int32)
                     writer.put(Rows(part, zeros, zeros, zeros))
                     done, tensor = done + len(part), tensor[len(part) :]
 
-    took = {"capture": machine.seconds(lambda: captured.extend(map(capture, ids, keeps, repeat(dtype))), device)}
+    took = {
+        "capture": machine.seconds(
+            lambda: captured.extend(capture(lm, *each, dtype) for each in zip(ids, keeps)), device
+        )
+    }
     moments = Moments.zero(index.n_layers, index.d_acts, device)
     took["statistics"] = machine.seconds(lambda: [moments.add(rows) for rows in captured], device)
     host = [rows.cpu() for rows in captured]

@@ -108,11 +108,10 @@ def _extract(arguments: argparse.Namespace) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from clt.data.describe import describe, verify
-    from clt.data.index import read_index
 
     print(describe(arguments.store))
     if arguments.verify:
-        verify(arguments.store, read_index(arguments.store))
+        verify(arguments.store)
         print("every shard's checksum is as the index says")
 
 

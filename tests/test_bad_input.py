@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from clt import cli
-from clt.data.shards import checksum, read_layout
-from clt.data.store import read_index
+from clt.data.index import read_index
+from clt.data.shards import checksum, dataset_offsets, row_bytes
 from clt.data.writer import write_store
 from clt.train import checkpoint
 
@@ -91,10 +92,11 @@ def write_nan(store: Path, shard: int) -> None:
     """Every value of a shard becomes NaN, behind the back of its checksum."""
     index = read_index(store)
     entry = index.shards[shard]
-    layout = read_layout(store / entry["file"], entry["rows"], index.n_layers, index.d_acts, index.dtype)
+    shape = (index.n_layers, index.d_acts, index.dtype)
+    offsets = dataset_offsets(store / entry["file"], entry["rows"], *shape)
     with open(store / entry["file"], "r+b") as file:
-        file.seek(layout.offsets["tensor"])
-        file.write(b"\xff" * (layout.rows * layout.row_bytes["tensor"]))
+        file.seek(offsets["tensor"])
+        file.write(b"\xff" * (entry["rows"] * row_bytes(*shape)["tensor"]))
 
 
 @pytest.fixture
@@ -132,10 +134,11 @@ def test_activations_that_cannot_be_stored(sick, clt, tmp_path, value, wanted):
     assert "input activation" in found
     assert "at layer 0 (document " in found
     store = tmp_path / "stores" / "train"
-    shards = json.loads((store / "progress.json").read_text())["shards"]
+    with safe_open(store / "state.safetensors", "np") as file:
+        shards = json.loads(file.metadata()["state"])["shards"]
     assert len(shards) >= 3, "what was whole before is kept"
     assert all(checksum(store / shard["file"]) == shard["checksum"] for shard in shards)
-    names = {"progress.json", f"moments_{len(shards):05d}.safetensors", *(shard["file"] for shard in shards)}
+    names = {"state.safetensors", *(shard["file"] for shard in shards)}
     assert set(digests(tmp_path / "stores")) == {f"train/{name}" for name in names}
 
 

@@ -51,5 +51,5 @@ def test_a_trained_transcoder_opens(installed, tmp_path):
 
 
 def test_the_embedded_language_model_opens(installed):
-    code = "from clt.config import LMConfig\nfrom clt.lm.load import load_language_model as load\nprint(load(LMConfig()).d_model)"
-    assert int(installed("-c", code)) > 0
+    code = "from clt.config import LMConfig\nfrom clt.lm.load import load_language_model\n"
+    assert int(installed("-c", code + "print(load_language_model(LMConfig()).d_model)")) > 0

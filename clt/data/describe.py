@@ -6,8 +6,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from clt.data.index import STATISTICS, ShardEntry, StoreIndex, read_index, read_statistics
-from clt.data.shards import checksum, read_layout
+from clt.data.index import STATISTICS, ShardEntry, read_index, read_statistics
+from clt.data.shards import checksum, dataset_offsets
 from clt.errors import UserError
 
 
@@ -15,7 +15,7 @@ def describe(path: str | Path) -> str:
     """What a person wants to know about a store, as lines of text. UserError when it is unfinished or damaged."""
     index, statistics = read_index(path), read_statistics(Path(path) / STATISTICS, "np")
     for shard in index.shards:
-        read_layout(Path(path) / shard["file"], shard["rows"], index.n_layers, index.d_acts, index.dtype)
+        dataset_offsets(Path(path) / shard["file"], shard["rows"], index.n_layers, index.d_acts, index.dtype)
     text = {key: value for key, value in index.text.items() if value is not None}
     size = sum((Path(path) / shard["file"]).stat().st_size for shard in index.shards) / 1e9
     lines = [
@@ -37,8 +37,9 @@ def describe(path: str | Path) -> str:
     return "\n".join(lines)
 
 
-def verify(path: str | Path, index: StoreIndex) -> None:
-    """Recompute every shard's checksum; raises UserError that names all altered shards."""
+def verify(path: str | Path) -> None:
+    """Recompute the checksum of every shard of a store; raises UserError that names all altered shards."""
+    index = read_index(path)
 
     def intact(shard: ShardEntry) -> bool:
         kind, _, _ = shard["checksum"].partition(":")

@@ -11,13 +11,13 @@ import torch
 from tqdm import tqdm
 
 from clt.config import Config
-from clt.data import progress as record
-from clt.data.index import FORMAT_VERSION, INDEX, STATISTICS, StoreIndex, read_index, write_index
+from clt.data.groups import Placement, rows_by_group
+from clt.data.index import FORMAT_VERSION, INDEX, STATISTICS, ShardEntry, StoreIndex, read_index, write_index
 from clt.data.lock import locked
-from clt.data.progress import Progress
-from clt.data.rows import pieces
 from clt.data.shards import is_full_disk, row_bytes
-from clt.data.writer import Plan, Writer
+from clt.data.state import STATE, ExtractionState, load_state
+from clt.data.statistics import Moments
+from clt.data.writer import Writer
 from clt.errors import UserError
 from clt.memory import keep_freed_memory
 
@@ -61,22 +61,23 @@ def _load(config: Config) -> LanguageModel:
 def _finished(path: Path, config: Config) -> StoreIndex:
     index = read_index(path)
     check_store(index, config)
-    if (path / record.PROGRESS).exists():
-        record.finish(path)
+    if (path / STATE).exists():
+        (path / STATE).unlink()
     return index
 
 
 def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress: bool) -> StoreIndex:
     keep_freed_memory()
-    plan = Plan(path, _blank_index(config, part, lm), config.data.shard_rows, config.data.open_shards)
-    identity = _identity(plan, config)
-    state = record.load_progress(path, identity, record.start(plan.index.n_layers, plan.index.d_acts))
-    _check_rows(plan, state)
-    _check_space(plan, state)
+    placement = Placement(path, _blank_index(config, part, lm), config.data.shard_rows, config.data.open_shards)
+    identity = _identity(placement, config)
+    zero = Moments.zero(placement.index.n_layers, placement.index.d_acts)
+    state = load_state(path, identity) or ExtractionState([], 0, 0, zero)
+    _check_rows(placement, state)
+    _check_space(placement, state)
     try:
-        state = _write_groups(config, plan, lm, state, identity, progress)
-        state.moments.statistics().save(path / STATISTICS)
-        index = dataclasses.replace(plan.index, shards=state.shards)
+        shards, moments = _write_groups(config, placement, lm, state, identity, progress)
+        moments.statistics().save(path / STATISTICS)
+        index = dataclasses.replace(placement.index, shards=shards)
         write_index(path, index)
     except OSError as error:
         if not is_full_disk(error):
@@ -85,8 +86,38 @@ def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress
             f"no more could be written to {path} ({error}); free space and run `clt extract CONFIG` again, which goes "
             "on from the last whole shards, or set data.store to another disk"
         ) from error
-    record.finish(path)
+    (path / STATE).unlink()
     return index
+
+
+def _write_groups(
+    config: Config, placement: Placement, lm: LanguageModel, state: ExtractionState, identity: dict[str, Any], bar: bool
+) -> tuple[list[ShardEntry], Moments]:
+    """Extract all groups that `state` does not have, recording each; returns the shards and moments of all groups."""
+    done, total, part = state.rows, placement.index.rows, placement.index.text["part"]
+    shards, moments = list(state.shards), state.moments
+
+    def record(entries: list[ShardEntry], reached: ExtractionState | None) -> None:
+        assert reached is not None
+        shards.extend(entries)
+        dataclasses.replace(reached, shards=shards).save(placement.path, identity)
+
+    if done < total:
+        with (
+            tqdm(total=total, initial=done, unit="row", desc=part, disable=not bar) as meter,
+            Writer(placement, done // placement.group_rows, record) as writer,
+        ):
+            for rows, reached in rows_by_group(config, placement, lm, state):
+                writer.put(rows, reached)
+                moments = moments if reached is None else reached.moments
+                meter.update(len(rows))
+                done += len(rows)
+            if done < total:
+                raise UserError(
+                    f"the {part} text of {config.text.source!r} ends after {done} rows, wanted {total}: "
+                    f"lower data.{part}_tokens={done}, or give more text"
+                )
+    return shards, moments
 
 
 def check_store(index: StoreIndex, config: Config) -> None:
@@ -102,7 +133,6 @@ def differences(index: StoreIndex, config: Config) -> str:
     """The fields in which rows are not those that the config asks for: what was found and what was wanted."""
     part, lm, text = index.text["part"], config.lm, index.text
     layers = list(range(index.lm_layers or index.n_layers)) if lm.layers is None else lm.layers
-    rows = "train_tokens" if part == "train" else "heldout_tokens"
     pairs = {
         "lm.model": (index.model, lm.model),
         "lm.revision": (index.revision if lm.revision == index.revision else index.lm_revision, lm.revision),
@@ -110,7 +140,7 @@ def differences(index: StoreIndex, config: Config) -> str:
         "lm.layers": (index.layers, layers),
         "lm.context": (index.context, lm.context),
         "data.dtype": (index.dtype, config.data.dtype),
-        f"data.{rows}": (index.rows, getattr(config.data, rows)),
+        f"data.{part}_tokens": (index.rows, getattr(config.data, f"{part}_tokens")),
         "data.seed": (index.seed, config.data.seed),
         **{f"text.{key}": (text.get(key), value) for key, value in dataclasses.asdict(config.text).items()},
     }
@@ -164,57 +194,33 @@ def _blank_index(config: Config, part: Part, lm: LanguageModel) -> StoreIndex:
         n_layers=len(lm.layers),
         d_acts=lm.d_model,
         dtype=config.data.dtype,
-        rows=config.data.train_tokens if part == "train" else config.data.heldout_tokens,
+        rows=getattr(config.data, f"{part}_tokens"),
         shards=[],
     )
 
 
-def _identity(plan: Plan, config: Config) -> dict[str, Any]:
+def _identity(placement: Placement, config: Config) -> dict[str, Any]:
     """What must be the same for an extraction to go on. Not the number of rows: only the last group depends on it."""
-    index = {key: value for key, value in dataclasses.asdict(plan.index).items() if key not in ("rows", "shards")}
+    index = {key: value for key, value in dataclasses.asdict(placement.index).items() if key not in ("rows", "shards")}
     batch = {"lm.dtype": config.lm.dtype, "lm.batch_windows": config.lm.batch_windows}
-    return {**index, **batch, "data.shard_rows": plan.shard_rows, "data.open_shards": plan.open_shards}
+    return {**index, **batch, "data.shard_rows": placement.shard_rows, "data.open_shards": placement.open_shards}
 
 
-def _check_rows(plan: Plan, state: Progress) -> None:
-    whole, wanted = state.rows % plan.group_rows == 0, plan.index.rows
+def _check_rows(placement: Placement, state: ExtractionState) -> None:
+    whole, wanted = state.rows % placement.group_rows == 0, placement.index.rows
     if state.rows != wanted and not (whole and state.rows < wanted):
         raise UserError(
-            f"{plan.path} holds an unfinished extraction with {state.rows} rows done, wanted {wanted}: "
+            f"{placement.path} holds an unfinished extraction with {state.rows} rows done, wanted {wanted}: "
             "set the tokens back to what they were to finish it, delete it, or choose another data.store"
         )
 
 
-def _check_space(plan: Plan, state: Progress) -> None:
-    index = plan.index
+def _check_space(placement: Placement, state: ExtractionState) -> None:
+    index = placement.index
     wanted = (index.rows - state.rows) * sum(row_bytes(index.n_layers, index.d_acts, index.dtype).values())
-    free = shutil.disk_usage(plan.path).free
+    free = shutil.disk_usage(placement.path).free
     if free < wanted:
         raise UserError(
-            f"{plan.path} has {free / 1e9:.3f} GB free, wanted {wanted / 1e9:.3f} GB for the rows to come: "
+            f"{placement.path} has {free / 1e9:.3f} GB free, wanted {wanted / 1e9:.3f} GB for the rows to come: "
             "free space, set data.store to another disk, or lower data.train_tokens, data.heldout_tokens or lm.layers"
         )
-
-
-def _write_groups(
-    config: Config, plan: Plan, lm: LanguageModel, state: Progress, identity: dict[str, Any], bar: bool
-) -> Progress:
-    """Extract all groups that `state` does not have, recording each; returns the final state."""
-    first_group = state.rows // plan.group_rows
-
-    def save(shards: list[Any], note: Any) -> None:
-        nonlocal state
-        state = dataclasses.replace(note, shards=[*state.shards, *shards])
-        state.save(plan.path, identity)
-
-    if state.rows < plan.index.rows:
-        with (
-            tqdm(
-                total=plan.index.rows, initial=state.rows, unit="row", desc=plan.index.text["part"], disable=not bar
-            ) as meter,
-            Writer(plan, first_group, save) as writer,
-        ):
-            for rows, note in pieces(config, plan, lm, state):
-                writer.put(rows, note)
-                meter.update(len(rows))
-    return state

@@ -132,13 +132,13 @@ def write_whole(file: Path, data: bytes) -> None:
     partial = file.with_name(file.name + PARTIAL)
     try:
         partial.write_bytes(data)
-        publish(partial, file)
+        rename_synced(partial, file)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
 
 
-def publish(partial: Path, path: Path) -> None:
+def rename_synced(partial: Path, path: Path) -> None:
     """Give a finished file its name, such that the name never stands for missing bytes, even after a power cut."""
     sync(partial)
     os.replace(partial, path)

@@ -1,4 +1,4 @@
-"""One shard file <-> numpy: HDF5 for the layout, plain positioned reads and writes for the bytes.
+"""One shard file <-> numpy: HDF5 for the metadata, plain positioned reads and writes for the bytes.
 
 Every dataset is contiguous, uncompressed and allocated when the file is created, so HDF5 only says where it starts;
 the bytes then move by `pread` and `pwrite`, which know no global lock, release the GIL and, unlike a memory map of a
@@ -13,7 +13,6 @@ import os
 import re
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +28,14 @@ _VIEWS = os.sysconf("SC_IOV_MAX")  # that one system call can fill
 _CHUNK = 1 << 19  # bytes hashed at once: they are still in the cache
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where the datasets of a shard lie in its file."""
-
-    rows: int
-    row_bytes: dict[str, int]
-    """Bytes of one row, by dataset name."""
-    offsets: dict[str, int]
-    """Byte at which each dataset starts, by its name."""
-
-
 def row_bytes(n_layers: int, d_acts: int, dtype: str) -> dict[str, int]:
     """Bytes of one row of each dataset."""
     columns = {name: column.itemsize for name, column in COLUMN_DTYPES.items()}
     return {"tensor": 2 * n_layers * d_acts * TENSOR_DTYPES[dtype].itemsize, **columns}
 
 
-def create_shard(path: Path, rows: int, n_layers: int, d_acts: int, dtype: str) -> Layout:
-    """Create a shard whose rows can be written in any order at the offsets that are returned.
+def create_shard(path: Path, rows: int, n_layers: int, d_acts: int, dtype: str) -> dict[str, int]:
+    """Create a shard of unwritten rows; returns the byte at which each dataset starts, by name.
 
     The bytes of the file depend on the arguments alone: no timestamps, no fill values.
     """
@@ -59,10 +47,10 @@ def create_shard(path: Path, rows: int, n_layers: int, d_acts: int, dtype: str) 
         if found := re.search(r"errno = (\d+)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
         raise
-    if hasattr(os, "posix_fallocate"):  # claim the blocks now: a full disk shows here, and rows lie together on it
+    if hasattr(os, "posix_fallocate"):  # a full disk shows here, and the blocks lie together on it
         with open(path, "r+b") as raw:
             os.posix_fallocate(raw.fileno(), 0, path.stat().st_size)
-    return Layout(rows, row_bytes(n_layers, d_acts, dtype), offsets)
+    return offsets
 
 
 def _create_datasets(
@@ -84,8 +72,8 @@ def _create_datasets(
     return offsets
 
 
-def read_layout(path: Path, rows: int, n_layers: int, d_acts: int, dtype: str) -> Layout:
-    """Check a shard against what its store's index says of it and find its datasets.
+def dataset_offsets(path: Path, rows: int, n_layers: int, d_acts: int, dtype: str) -> dict[str, int]:
+    """The byte at which each dataset of a shard starts, by name, after a check against the store's index.
 
     Raises UserError for a file that is missing, truncated, not HDF5, or of another shape or dtype.
     """
@@ -109,7 +97,7 @@ def read_layout(path: Path, rows: int, n_layers: int, d_acts: int, dtype: str) -
         raise UserError(f"shard {path} holds {shape} {stored} where index.json says {wanted_shape} {dtype}; {remedy}")
     if None in offsets.values():
         raise UserError(f"shard {path} is chunked or compressed, wanted contiguous datasets; {remedy}")
-    return Layout(rows, sizes, offsets)
+    return offsets
 
 
 def _recorded_size(path: Path) -> int | None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -62,26 +61,20 @@ class Moments:
         flat = rows.flatten(1)
         first = flat[0].double()  # everything is shifted to near the mean, so that the squares lose no digits
         total, squares = torch.zeros_like(first), torch.zeros_like(first)
-        chunk = min(len(rows), _CHUNK)
-        buffer = first.new_empty(chunk, len(first))
-        ones = first.new_ones(chunk)
-        for part in flat.split(chunk):
-            wide, weights = buffer[: len(part)].copy_(part).sub_(first), ones[: len(part)]
+        buffer = first.new_empty(min(len(rows), _CHUNK), len(first))
+        ones = first.new_ones(len(buffer))
+        for chunk in flat.split(len(buffer)):
+            wide, weights = buffer[: len(chunk)].copy_(chunk).sub_(first), ones[: len(chunk)]
             total += weights @ wide  # a matrix product: sums over rows are twice as slow
             squares += weights @ wide.square_()
         mean = total / len(rows)
-        squares = (squares - len(rows) * mean.square()).clamp_(min=0)
-        self.merge(Moments(len(rows), (first + mean).view_as(self.mean), squares.view_as(self.mean)))
-
-    def merge(self, other: Moments) -> None:
-        """Take in other moments: the pairwise update of Chan, Golub & LeVeque (1979)."""
-        total = self.rows + other.rows
-        if total == 0:
-            return
-        delta = other.mean - self.mean
-        self.mean = self.mean + delta * (other.rows / total)
-        self.squares = self.squares + other.squares + delta.square() * (self.rows * other.rows / total)
-        self.rows = total
+        squares = (squares - len(rows) * mean.square()).clamp_(min=0).view_as(self.squares)
+        # The pairwise update of Chan, Golub & LeVeque (1979).
+        count = self.rows + len(rows)
+        delta = (first + mean).view_as(self.mean) - self.mean
+        self.mean = self.mean + delta * (len(rows) / count)
+        self.squares = self.squares + squares + delta.square() * (self.rows * len(rows) / count)
+        self.rows = count
 
     def statistics(self) -> Statistics:
         """The statistics of all rows taken in so far, on the CPU."""
@@ -91,14 +84,3 @@ class Moments:
     def to(self, device: torch.device | str) -> Moments:
         """A copy on a device; later rows of the one do not reach the other."""
         return Moments(self.rows, self.mean.to(device, copy=True), self.squares.to(device, copy=True))
-
-    def save(self, file: str | Path) -> None:
-        """Write the moments as safetensors, to go on from them later."""
-        rows = torch.tensor(self.rows, dtype=torch.int64)
-        write_whole(Path(file), save({"rows": rows, "mean": self.mean.cpu(), "squares": self.squares.cpu()}))
-
-    @classmethod
-    def load(cls, file: str | Path) -> Moments:
-        """Read moments that `save` wrote."""
-        with safe_open(str(file), framework="pt") as tensors:
-            return cls(int(tensors.get_tensor("rows")), tensors.get_tensor("mean"), tensors.get_tensor("squares"))

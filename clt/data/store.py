@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import threading
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable
@@ -17,15 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clt.data.describe import describe, verify
-from clt.data.index import FORMAT_VERSION, INDEX, STATISTICS, ShardEntry, StoreIndex, read_index, write_index
-from clt.data.shards import COLUMN_DTYPES, read_at, read_layout
+from clt.data.index import STATISTICS, read_index
+from clt.data.shards import COLUMN_DTYPES, dataset_offsets, read_at, row_bytes
 from clt.data.statistics import Statistics
 from clt.errors import UserError
-
-__all__ = [
-    "FORMAT_VERSION", "INDEX", "DiscBuffer", "ShardEntry", "StoreIndex", "describe", "read_index", "write_index",
-]  # fmt: skip
 
 
 class DiscBuffer(Dataset[Tensor]):
@@ -42,13 +36,15 @@ class DiscBuffer(Dataset[Tensor]):
         self.index = read_index(path)
         shape = (self.index.n_layers, self.index.d_acts, self.index.dtype)
         self._files = [self.path / shard["file"] for shard in self.index.shards]
-        self._layouts = [read_layout(f, s["rows"], *shape) for f, s in zip(self._files, self.index.shards)]
+        self._offsets = [dataset_offsets(f, s["rows"], *shape) for f, s in zip(self._files, self.index.shards)]
+        self._row_bytes = row_bytes(*shape)
         self._firsts = [0, *accumulate(shard["rows"] for shard in self.index.shards)]
         self.statistics = Statistics.load(self.path / STATISTICS)
-        self._lock = threading.Lock()
-        self._descriptors: dict[int, int] = {}
-        self._closer = weakref.finalize(self, _close, self._descriptors)
         _allow_descriptors(len(self._files))
+        self._descriptors: list[int] = []
+        self.close = weakref.finalize(self, _close, self._descriptors)  # the garbage collector calls it, too
+        for file in self._files:
+            self._descriptors.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
 
     def __len__(self) -> int:
         return self.index.rows
@@ -91,14 +87,6 @@ class DiscBuffer(Dataset[Tensor]):
         """Document numbers (n,) int64 of the rows."""
         return self._column("document", rows)
 
-    def verify(self) -> None:
-        """Recompute every shard's checksum; raises UserError that names all altered shards."""
-        verify(self.path, self.index)
-
-    def close(self) -> None:
-        """Close the shard files; the garbage collector does so too."""
-        self._closer()
-
     def _column(self, name: str, rows: Any) -> np.ndarray:
         numbers = self._row_numbers(rows)
         out = np.empty(len(numbers), COLUMN_DTYPES[name])
@@ -128,30 +116,21 @@ class DiscBuffer(Dataset[Tensor]):
         """Read one dataset's rows (n,), each run of consecutive ones at once: numbers start .. end - 1 into `views`."""
         if len(rows) == 0:
             return
-        size, firsts = self._layouts[0].row_bytes[name], self._firsts
+        size, firsts = self._row_bytes[name], self._firsts
         starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
         ends = [*starts[1:].tolist(), len(rows)]
         for start, end, row in zip(starts.tolist(), ends, rows[starts].tolist()):
             shard = bisect_right(firsts, row) - 1
             while start < end:  # a run may go on in the next shard
                 stop = min(end, start + firsts[shard + 1] - row)
-                offset = self._layouts[shard].offsets[name] + (row - firsts[shard]) * size
-                read_at(self._descriptor(shard), views(start, stop), offset, self._files[shard])
+                offset = self._offsets[shard][name] + (row - firsts[shard]) * size
+                read_at(self._descriptors[shard], views(start, stop), offset, self._files[shard])
                 start, row, shard = stop, row + stop - start, shard + 1
 
-    def _descriptor(self, shard: int) -> int:
-        found = self._descriptors.get(shard)
-        if found is not None:
-            return found
-        with self._lock:
-            if shard not in self._descriptors:
-                self._descriptors[shard] = os.open(self._files[shard], os.O_RDONLY | os.O_CLOEXEC)
-            return self._descriptors[shard]
 
-
-def _close(descriptors: dict[int, int]) -> None:
+def _close(descriptors: list[int]) -> None:
     while descriptors:
-        os.close(descriptors.popitem()[1])
+        os.close(descriptors.pop())
 
 
 def _allow_descriptors(count: int) -> None:

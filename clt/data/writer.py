@@ -1,209 +1,80 @@
-"""Rows into shards: shuffled over the open shards of a group, written by a background thread."""
+"""Rows into shards, in background threads."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import queue
-import threading
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from clt.data.index import FORMAT_VERSION, PARTIAL, STATISTICS, ShardEntry, StoreIndex, publish, write_index
-from clt.data.sampler import permutation
-from clt.data.shards import COLUMN_DTYPES, checksum, create_shard, write_at
+from clt.data.groups import OpenGroup, Placement
+from clt.data.index import FORMAT_VERSION, STATISTICS, ShardEntry, StoreIndex, write_index
+from clt.data.shards import COLUMN_DTYPES
+from clt.data.state import ExtractionState
 from clt.data.statistics import Moments
+from clt.lm.forward import Rows
 
 _WRITERS = max(1, min(4, (os.cpu_count() or 1) // 4))  # threads that write rows; the rest computes them
-_PART = 256  # rows that one thread writes at once
-STREAMS = {"train": 1, "heldout": 2}  # stream numbers of the shuffles; 0 is the reading order's
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows on their way to a store, in the order of the text."""
-
-    tensor: Tensor
-    """(n, 2, L, D), CPU, storage dtype"""
-    token: np.ndarray
-    position: np.ndarray
-    document: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.tensor)
-
-    def __getitem__(self, part: slice) -> Rows:
-        return Rows(self.tensor[part], self.token[part], self.position[part], self.document[part])
-
-    def copy_into(self, views: list[memoryview]) -> None:
-        """The bytes of each row into its own of n views."""
-        for view, row in zip(
-            views, self.tensor.contiguous().view(len(self), -1).view(torch.uint8).numpy(), strict=True
-        ):
-            view[:] = row.data
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where the rows of an extraction go."""
-
-    path: Path
-    index: StoreIndex
-    """The finished store's index, but for its shards."""
-    shard_rows: int
-    open_shards: int
-    shuffle: bool = True
-
-    @property
-    def group_rows(self) -> int:
-        """Rows in a whole group."""
-        return self.shard_rows * self.open_shards
-
-    def shards(self, group: int) -> list[int]:
-        """Rows of each shard of a group: all whole, but for the last of the store."""
-        rows = min(self.group_rows, self.index.rows - group * self.group_rows)
-        return [min(self.shard_rows, rows - first) for first in range(0, rows, self.shard_rows)]
-
-    def order(self, group: int) -> np.ndarray:
-        """The place in the group of each of its rows."""
-        rows = sum(self.shards(group))
-        if not self.shuffle:
-            return np.arange(rows)
-        return permutation(rows, self.index.seed, group, STREAMS[self.index.text["part"]])
-
-
-class OpenGroup:
-    """The shards of one group while they are written: each row goes to its random place at once."""
-
-    def __init__(self, plan: Plan, group: int) -> None:
-        index, sizes, first = plan.index, plan.shards(group), group * plan.open_shards
-        self.sizes, self.order, self.shard_rows, self.filled = sizes, plan.order(group), plan.shard_rows, 0
-        self.files = [plan.path / f"shard_{first + i:05d}.h5" for i in range(len(sizes))]
-        self.partials = [file.with_name(file.name + PARTIAL) for file in self.files]
-        self.columns = {name: np.empty(sum(sizes), dtype) for name, dtype in COLUMN_DTYPES.items()}
-        self.descriptors: list[int] = []
-        try:
-            shape = (index.n_layers, index.d_acts, index.dtype)
-            self.layouts = [create_shard(file, rows, *shape) for file, rows in zip(self.partials, sizes)]
-            self.descriptors += [os.open(file, os.O_WRONLY | os.O_CLOEXEC) for file in self.partials]
-        except BaseException:
-            self.discard()
-            raise
-
-    @property
-    def full(self) -> bool:
-        return self.filled == len(self.order)
-
-    def add(self, rows: Rows, spread: Callable[..., Iterable[None]] = map) -> None:
-        """Write the next rows of the text to their places; `spread` maps over parts of them, perhaps on threads."""
-        slots = self.order[self.filled : self.filled + len(rows)]
-        data = rows.tensor.reshape(-1).view(torch.uint8).numpy().data
-        size, offsets = len(data) // len(rows), [layout.offsets["tensor"] for layout in self.layouts]
-        shards, places = (part.tolist() for part in np.divmod(slots, self.shard_rows))
-
-        def write(part: range) -> None:
-            for i in part:
-                at = offsets[shards[i]] + places[i] * size
-                write_at(self.descriptors[shards[i]], data[i * size : (i + 1) * size], at)
-
-        list(spread(write, [range(i, min(i + _PART, len(rows))) for i in range(0, len(rows), _PART)]))
-        for name, column in self.columns.items():
-            column[slots] = getattr(rows, name)
-        self.filled += len(rows)
-
-    def publish(self) -> list[ShardEntry]:
-        """Complete the shards, give them their names and return their entries."""
-        assert self.full
-        starts = range(0, len(self.order), self.shard_rows)
-        for fd, layout, start in zip(self.descriptors, self.layouts, starts):
-            for name, column in self.columns.items():
-                write_at(fd, column[start : start + layout.rows].view(np.uint8).data, layout.offsets[name])
-        self._close()
-        with ThreadPoolExecutor(min(len(self.files), os.cpu_count() or 1)) as pool:
-            sums = list(pool.map(checksum, self.partials))
-            list(pool.map(publish, self.partials, self.files))
-        return [ShardEntry(file=f.name, rows=n, checksum=s) for f, n, s in zip(self.files, self.sizes, sums)]
-
-    def discard(self) -> None:
-        """Delete the unfinished shards."""
-        self._close()
-        for partial in self.partials:
-            partial.unlink(missing_ok=True)
-
-    def _close(self) -> None:
-        while self.descriptors:
-            os.close(self.descriptors.pop())
+_AHEAD = 2  # pieces that wait to be written, at most
 
 
 class Writer:
     """Writes rows in background threads, so that the language model runs on meanwhile.
 
-    `record(entries, note)` is called in one of them for each whole group, in order, with the note that came with its
-    last rows. An error of a thread is raised by a later `put` or at the end of the `with` block; leaving that by an
-    error, or an error of a thread, deletes the open groups.
+    `record(entries, state)` is called in one of them for each whole group, in order, with the state that came with its
+    last rows. An error of a thread is raised by a later `put` or at the end of the `with` block, which deletes the
+    shards of a group that is not whole.
     """
 
-    def __init__(self, plan: Plan, first_group: int, record: Callable[[list[ShardEntry], object], None]) -> None:
-        self._plan, self._group, self._record = plan, first_group, record
-        self._queue: queue.Queue[tuple[Rows, object] | None] = queue.Queue(maxsize=2)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True, name="clt-writer")
+    def __init__(
+        self,
+        placement: Placement,
+        first_group: int,
+        record: Callable[[list[ShardEntry], ExtractionState | None], None],
+    ) -> None:
+        self._placement, self._record = placement, record
+        self._number, self._group = first_group, None
+        self._pool = ThreadPoolExecutor(_WRITERS, "clt-pwrite")
+        self._adder, self._added = ThreadPoolExecutor(1, "clt-writer"), deque[Future[None]]()
+        # A group is hashed, synced and named while the next one fills; one group at a time, so that they come in order.
+        self._finisher, self._finished = ThreadPoolExecutor(1, "clt-finisher"), deque[Future[None]]()
 
     def __enter__(self) -> Writer:
-        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._queue.put(None)
-        self._thread.join()
-        if self._error is not None and kind is None:
-            raise self._error
+        for executor in (self._adder, self._finisher, self._pool):
+            executor.shutdown()
+        if self._group is not None:
+            self._group.discard()
+        if kind is None:
+            for future in (*self._added, *self._finished):
+                future.result()
 
-    def put(self, rows: Rows, note: object = None) -> None:
-        """Hand over rows of one group; those that complete it carry the note for `record`."""
-        self._queue.put((rows, note))  # does not block for long: after an error the thread only empties the queue
-        if self._error is not None:
-            raise self._error
+    def put(self, rows: Rows, state: ExtractionState | None = None) -> None:
+        """Hand over the next rows, all of one group; those that complete it bring the state for `record`."""
+        if len(self._added) == _AHEAD:
+            self._added.popleft().result()
+        self._added.append(self._adder.submit(self._add, rows, state))
 
-    def _run(self) -> None:
+    def _add(self, rows: Rows, state: ExtractionState | None) -> None:
+        self._group = self._group or OpenGroup(self._placement, self._number)
+        self._group.add(rows, self._pool)
+        if self._group.full:
+            if self._finished:
+                self._finished.popleft().result()
+            self._finished.append(self._finisher.submit(self._finish, self._group, state))
+            self._group, self._number = None, self._number + 1
+
+    def _finish(self, group: OpenGroup, state: ExtractionState | None) -> None:
         try:
-            self._write()
-        except BaseException as error:  # noqa: BLE001 - raised again by put and __exit__, in the caller's thread
-            self._error = error
-            while self._queue.get() is not None:
-                pass
-
-    def _write(self) -> None:
-        group: OpenGroup | None = None
-        # A group is hashed, synced and named while the next one fills; one group at a time, so that they come in order.
-        with ThreadPoolExecutor(1, "clt-publisher") as publisher, ThreadPoolExecutor(_WRITERS, "clt-pwrite") as pool:
-            published: Future[None] | None = None
-            try:
-                while (item := self._queue.get()) is not None:
-                    rows, note = item
-                    group = group or OpenGroup(self._plan, self._group)
-                    group.add(rows, pool.map)
-                    if group.full:
-                        if published is not None:
-                            published.result()
-                        published = publisher.submit(self._publish, group, note)
-                        group, self._group = None, self._group + 1
-                if published is not None:
-                    published.result()
-            finally:
-                if group is not None:
-                    group.discard()
-
-    def _publish(self, group: OpenGroup, note: object) -> None:
-        try:
-            self._record(group.publish(), note)
+            self._record(group.finish(), state)
         except BaseException:
             group.discard()
             raise
@@ -238,17 +109,17 @@ def write_store(
         rows=n,
         shards=[],
     )
-    plan = Plan(Path(path), dataclasses.replace(index, **fields), shard_rows, open_shards=1, shuffle=False)
-    plan.path.mkdir(parents=True, exist_ok=True)
+    placement = Placement(Path(path), dataclasses.replace(index, **fields), shard_rows, open_shards=1, shuffle=False)
+    placement.path.mkdir(parents=True, exist_ok=True)
     columns = columns or {name: np.zeros(n, dtype) for name, dtype in COLUMN_DTYPES.items()}
     rows, moments = Rows(tensor.cpu().contiguous(), **columns), Moments.zero(n_layers, d_acts)
     shards: list[ShardEntry] = []
-    for number, first in enumerate(range(0, n, shard_rows)):
-        group, part = OpenGroup(plan, number), rows[first : first + shard_rows]
-        group.add(part)
-        moments.add(part.tensor)
-        shards += group.publish()
-    moments.statistics().save(plan.path / STATISTICS)
-    index = dataclasses.replace(plan.index, shards=shards)
-    write_index(plan.path, index)
+    with Writer(placement, 0, lambda entries, _: shards.extend(entries)) as writer:
+        for first in range(0, n, shard_rows):
+            group = rows[first : first + shard_rows]
+            moments.add(group.activations)
+            writer.put(group)
+    moments.statistics().save(placement.path / STATISTICS)
+    index = dataclasses.replace(placement.index, shards=shards)
+    write_index(placement.path, index)
     return index

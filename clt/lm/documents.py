@@ -20,21 +20,8 @@ Part = Literal["train", "heldout"]
 def read_documents(config: TextConfig, part: Part) -> Iterator[str]:
     """The documents of one part of the text, in a fixed order.
 
-    Raises UserError for a source that does not exist or cannot be read, for a record without the text field, and for a
-    part that has no documents.
+    Raises UserError for a source that does not exist or cannot be read and for a record without the text field.
     """
-    count = 0
-    for document in _part(config, part):
-        count += 1
-        yield document
-    if count == 0:
-        hint = ""
-        if part == "train" and config.heldout is None and config.source != "embedded":
-            hint = f" after its first {config.heldout_documents} documents, which text.heldout_documents holds out"
-        raise UserError(f"the {part} part of text.source={config.source!r} has no documents{hint}")
-
-
-def _part(config: TextConfig, part: Part) -> Iterator[str]:
     if part == "heldout" and config.heldout is not None:
         # A split name is not a path, even where a folder of that name happens to exist.
         is_split = _files(config.source, "text.source") is None and not _looks_like_path(config.heldout)
@@ -92,6 +79,7 @@ def _file_documents(path: Path, field: str) -> Iterator[str]:
     if not path.is_file():
         raise UserError(f"the text file {path} is missing")
     opener: Any = gzip.open if path.suffix == ".gz" else open
+    number = 0
     try:
         with opener(path, "rt", encoding="utf-8") as lines:
             if _kind(path) == ".txt":
@@ -99,19 +87,13 @@ def _file_documents(path: Path, field: str) -> Iterator[str]:
                 return
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _record_text(line, field, f"line {number} of {path}")
+                    yield _field_text(json.loads(line), field, f"line {number} of {path}")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"line {number} of {path} is not valid JSON: {error}") from error
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path} is not a whole gzip file: {error}") from error
-
-
-def _record_text(line: str, field: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not valid JSON: {error}") from error
-    return _field_text(record, field, where)
 
 
 def _field_text(record: Any, field: str, where: str) -> str:

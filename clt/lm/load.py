@@ -117,7 +117,6 @@ def locate(name: str) -> tuple[str, str | None]:
 
 def _in_package(name: str) -> Path:
     """The path of `package:NAME/FILE`, found without importing the package: importing would run its code."""
-    import importlib.metadata
     import importlib.util
 
     package, _, file = name.removeprefix("package:").partition("/")
@@ -125,17 +124,11 @@ def _in_package(name: str) -> Path:
         raise UserError(f"lm.model={name!r} is not of the form package:NAME/FILE.gguf")
     # Only a top-level name is looked up: for a dotted one find_spec would import the parent.
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is not None and spec.submodule_search_locations:
-        candidates = [Path(folder) / file for folder in spec.submodule_search_locations]
-    else:
-        try:
-            listed = importlib.metadata.files(package) or []
-        except importlib.metadata.PackageNotFoundError as error:
-            raise UserError(f"lm.model={name!r}: no installed package is called {package!r}; pip install it") from error
-        candidates = [Path(str(entry.locate())) for entry in listed if f"/{entry.as_posix()}".endswith(f"/{file}")]
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
+    if spec is None:
+        raise UserError(f"lm.model={name!r}: no installed package is called {package!r}; pip install it")
+    for folder in spec.submodule_search_locations or []:
+        if (Path(folder) / file).exists():
+            return Path(folder) / file
     raise UserError(f"lm.model={name!r}: the installed package {package!r} has no file {file!r}")
 
 

@@ -41,64 +41,44 @@ def pack(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, context: 
     no tokens are passed over; an incomplete last window is dropped.
     """
     bos = bos_token(tokenizer)
-    special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int32)
-    stream = _Stream.empty()
-    for batch in _tokenised(documents, tokenizer, bos):
-        stream = stream.joined(batch)
-        position = 0
+    prefix = [] if bos is None else [bos]
+    special = np.array(sorted(tokenizer.all_special_ids))
+    stream = np.empty((3, 0), np.int64)  # token ids, their documents, and whether a document starts there
+    for batch in _tokenised(documents, tokenizer, prefix):
+        stream = np.concatenate([stream, *batch], 1)
+        start = 0
         while True:
-            goes_on = position < len(stream.tokens) and not stream.starts[position]
-            end = position + context - (goes_on and bos is not None)
-            if end > len(stream.tokens):
+            inserted = prefix if start < stream.shape[1] and not stream[2, start] else []
+            end = start + context - len(inserted)
+            if end > stream.shape[1]:
                 break
-            tokens, owners = stream.tokens[position:end], stream.documents[position:end]
-            if goes_on and bos is not None:
-                tokens, owners = np.insert(tokens, 0, bos), np.insert(owners, 0, owners[0])
+            tokens = np.insert(stream[0, start:end], 0, inserted)
+            owners = np.insert(stream[1, start:end], 0, stream[1, start : start + len(inserted)])
             keep = ~np.isin(tokens, special)
             keep[0] = False
-            yield Window(tokens, owners, keep)
-            position = end
-        stream = stream.after(position)
+            yield Window(tokens.astype(np.int32), owners, keep)
+            start = end
+        stream = stream[:, start:]
 
 
-class _Stream(NamedTuple):
-    """A stretch of the token stream: ids (int32), their documents (int64), and whether a document starts there."""
-
-    tokens: np.ndarray
-    documents: np.ndarray
-    starts: np.ndarray
-
-    @staticmethod
-    def empty() -> _Stream:
-        return _Stream(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, bool))
-
-    def joined(self, other: _Stream) -> _Stream:
-        return _Stream(*(np.concatenate(pair) for pair in zip(self, other)))
-
-    def after(self, position: int) -> _Stream:
-        return _Stream(*(part[position:].copy() for part in self))
-
-
-def _tokenised(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, bos: int | None) -> Iterator[_Stream]:
-    """The stream, many documents at a time: one call, in which a fast tokenizer runs without the GIL."""
-    prefix = [] if bos is None else [bos]
-    for batch in _batches(enumerate(documents)):
-        texts = [text for _, text in batch]
+def _tokenised(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, prefix: list[int]
+) -> Iterator[list[np.ndarray]]:
+    """The stream, a (3, n) for each of many documents at a time: a fast tokenizer runs without the GIL meanwhile."""
+    first = 0
+    for texts in _batches(documents):
         # verbose=False: documents longer than the model's context are expected here.
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        pieces = [(index, prefix + ids) for (index, _), ids in zip(batch, encoded) if ids]
-        lengths = np.array([len(ids) for _, ids in pieces], dtype=np.int64)
-        tokens = np.fromiter(itertools.chain.from_iterable(ids for _, ids in pieces), np.int32, lengths.sum())
-        starts = np.zeros(len(tokens), bool)
-        starts[np.cumsum(lengths) - lengths] = True
-        yield _Stream(tokens, np.repeat(np.array([index for index, _ in pieces], dtype=np.int64), lengths), starts)
+        tokens = [(number, np.array(prefix + ids)) for number, ids in enumerate(encoded, first) if ids]
+        yield [np.stack([ids, np.full_like(ids, number), np.arange(len(ids)) == 0]) for number, ids in tokens]
+        first += len(texts)
 
 
-def _batches(numbered: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
     """A few documents at a time, fewer where they are long: whoever waits for the first window waits less."""
     batch, length = [], 0
-    for index, text in numbered:
-        batch.append((index, text))
+    for text in documents:
+        batch.append(text)
         length += len(text)
         if len(batch) == _DOCUMENTS or length > _CHARACTERS:
             yield batch
@@ -129,9 +109,11 @@ def _at_least_one(packed: Iterator[Window], config: TextConfig, part: Part, cont
         count += 1
         yield window
     if count == 0:
+        first = f" after its first {config.heldout_documents} documents, which text.heldout_documents holds out"
+        splits = part == "train" and config.heldout is None and config.source != "embedded"
         raise UserError(
             f"the {part} part of text.source={config.source!r} has fewer tokens than one window of "
-            f"lm.context={context}; give more text or a smaller context"
+            f"lm.context={context}{first if splits else ''}; give more text or a smaller context"
         )
 
 

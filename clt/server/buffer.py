@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from clt.data.shards import COLUMN_DTYPES
-from clt.data.writer import Rows
+from clt.lm.forward import Rows
 from clt.server.layout import HEADER, arrays, buffer_bytes
 from clt.server.segment import PREFIX_BYTES, Segment, start_time
 from clt.server.workers import Workers

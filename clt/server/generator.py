@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +18,10 @@ import numpy as np
 import torch
 
 from clt.config import Config, ServerConfig
-from clt.data.rows import captured
 from clt.data.sampler import batch_rows
 from clt.data.store import DiscBuffer
-from clt.data.writer import Rows
 from clt.errors import UserError
+from clt.lm.forward import Rows, check_finite, forward_text
 from clt.memory import keep_freed_memory
 from clt.server.buffer import LOCKED_ROWS, SharedBuffer
 
@@ -72,8 +71,10 @@ def from_model(
 ) -> Iterator[tuple[tuple[int, int], Rows]]:
     """((epoch, windows before it), rows) of every batch of the training text, over and over."""
     while True:
-        for before, rows in captured(config, "train", lm, windows):
-            yield (epoch, before), rows
+        for batch, rows in forward_text(config, "train", lm, windows):
+            check_finite(lm, batch, rows)
+            yield (epoch, windows), replace(rows, activations=rows.activations.cpu())
+            windows += len(batch)
         epoch, windows = epoch + 1, 0
 
 

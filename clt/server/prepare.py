@@ -14,9 +14,9 @@ import torch
 from clt.config import Config
 from clt.data.extract import check_model, check_store, extract
 from clt.data.index import INDEX, STATISTICS, StoreIndex, read_index, write_index, write_json
-from clt.data.rows import captured
 from clt.data.statistics import Moments, Statistics
 from clt.errors import UserError
+from clt.lm.forward import check_finite, forward_text
 from clt.server.generator import device_for
 from clt.server.layout import buffer_bytes
 from clt.server.segment import FOLDER, check_memory
@@ -119,8 +119,9 @@ def _statistics(config: Config, heldout: StoreIndex, lm: LanguageModel) -> Stati
     """The statistics of the first `server.statistics_tokens` rows of the training text, or of all if it is shorter."""
     check_model(heldout, lm)
     moments = Moments.zero(heldout.n_layers, heldout.d_acts)
-    for _, rows in captured(config, "train", lm, skip=0):
-        moments.add(rows.tensor[: config.server.statistics_tokens - moments.rows])
+    for batch, rows in forward_text(config, "train", lm):
+        check_finite(lm, batch, rows)
+        moments.add(rows.activations.cpu()[: config.server.statistics_tokens - moments.rows])
         if moments.rows == config.server.statistics_tokens:
             break
     return moments.statistics()

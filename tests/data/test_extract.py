@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from clt.config import Config
+from clt.data.describe import verify
 from clt.data.extract import check_store, extract
-from clt.data.store import DiscBuffer, read_index
+from clt.data.index import read_index
+from clt.data.store import DiscBuffer
 from clt.errors import UserError
-from clt.lm.capture import Capture
+from clt.lm.capture import capture
 from clt.lm.load import LanguageModel, load_language_model
 from clt.lm.text import windows
 from clt.parsing import to_yaml
@@ -35,6 +38,12 @@ def digests(path: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.iterdir())}
 
 
+def recorded_shards(path: Path) -> list[dict[str, int]]:
+    """The whole shards of an unfinished extraction."""
+    with safe_open(path / "state.safetensors", "np") as file:
+        return json.loads(file.metadata()["state"])["shards"]
+
+
 def as_bytes(tensor: torch.Tensor, *columns: np.ndarray) -> list[bytes]:
     """Each row with its columns as bytes."""
     data = tensor.reshape(len(tensor), -1).view(torch.uint8).numpy()
@@ -47,7 +56,7 @@ def text_order(config: Config, lm: LanguageModel, part: str, rows: int) -> list[
     stream = windows(config.text, part, lm, config.lm.context)
     while len(found) < rows:
         batch = list(islice(stream, config.lm.batch_windows))
-        activations = Capture(lm)(torch.from_numpy(np.stack([window.tokens for window in batch])).long())
+        activations = capture(lm, torch.from_numpy(np.stack([window.tokens for window in batch])).long())
         for window, values in zip(batch, activations):
             kept = values[torch.from_numpy(window.keep)].to(getattr(torch, config.data.dtype))
             places = np.flatnonzero(window.keep)
@@ -73,7 +82,7 @@ def test_the_store_holds_the_rows_of_the_text_shuffled_in_groups(
         assert sorted(stored[start : start + GROUP]) == sorted(wanted[start : start + GROUP])
         assert stored[start : start + GROUP] != wanted[start : start + GROUP]
     assert 0 not in buffer.positions(everything)
-    buffer.verify()
+    verify(buffer.path)
     wide = buffer[:].double()
     np.testing.assert_allclose(buffer.statistics.input_mean.numpy(), wide[:, 0].mean(0).numpy(), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(buffer.statistics.target_sd.numpy(), wide[:, 1].std(0, correction=0).numpy(), rtol=1e-9)
@@ -130,8 +139,8 @@ def test_a_killed_extraction_goes_on_to_the_same_bytes(config: MakeConfig, lm: L
     extract(config(), "train", lm, progress=False)
     wanted = digests(Path(config().data.store) / "train")
     (tmp_path / "config.yaml").write_text(to_yaml(config()))
-    # A group makes five names: three shards, the moments, the progress. The last two are the statistics and the index.
-    killed = [[3], [14], [29], [7, 0, 8]]
+    # A group makes four names: three shards and the state. The last two are the statistics and the index.
+    killed = [[3], [11], [23], [6, 0, 7]]
     stores = [tmp_path / f"killed{number}" for number in range(len(killed))]
     arguments = [",".join([str(store), *map(str, points)]) for store, points in zip(stores, killed)]
     command = [sys.executable, "-c", KILLER, str(tmp_path / "config.yaml"), *arguments]
@@ -142,7 +151,7 @@ def test_a_killed_extraction_goes_on_to_the_same_bytes(config: MakeConfig, lm: L
         names = {file.name for file in (store / "train").iterdir()}
         assert "index.json" not in names
         assert any(name.endswith(".partial") for name in names)
-        assert ("progress.json" in names) == (sum(points) >= 5)
+        assert ("state.safetensors" in names) == (sum(points) >= 4)
         extract(config(f"data.store={store}"), "train", lm, progress=False)
         assert digests(store / "train") == wanted, points
 
@@ -158,9 +167,6 @@ def test_leftovers_of_another_config_are_refused(config: MakeConfig, lm: Languag
     with pytest.raises(UserError, match=r"rows done, wanted 300"):
         extract(config("data.train_tokens=300"), "train", lm, progress=False)
     assert digests(Path(config().data.store) / "train") == before
-    (Path(config().data.store) / "train" / "progress.json").write_text("{")
-    with pytest.raises(UserError, match=r"progress.json is damaged"):
-        extract(config(), "train", lm, progress=False)
 
 
 def test_text_that_is_too_short_says_how_far_it_went(config: MakeConfig, lm: LanguageModel, tmp_path: Path) -> None:
@@ -168,7 +174,7 @@ def test_text_that_is_too_short_says_how_far_it_went(config: MakeConfig, lm: Lan
         extract(config("data.train_tokens=1000000"), "train", lm, progress=False)
     store = Path(config().data.store) / "train"
     found = int(str(error.value).rsplit("data.train_tokens=")[1].split(",")[0])
-    assert json.loads((store / "progress.json").read_text())["shards"][-1]["rows"] == 64
+    assert recorded_shards(store)[-1]["rows"] == 64
     assert not list(store.glob("*.partial"))
     extract(config(f"data.train_tokens={found}"), "train", lm, progress=False)  # the remedy of the message
     extract(config(f"data.train_tokens={found}", f"data.store={tmp_path / 'fresh'}"), "train", lm, progress=False)
@@ -201,7 +207,7 @@ def test_a_disk_that_fills_up(config: MakeConfig, lm: LanguageModel, small_disk:
         UserError, match=r"no more could be written to .*No space left on device.*goes on from the last"
     ):
         extract(made, "train", lm, progress=False)
-    assert json.loads((path / "progress.json").read_text())["shards"]
+    assert recorded_shards(path)
     assert not list(path.glob("*.partial"))
     with pytest.raises(UserError, match=r"has 0.0\d+ GB free, wanted 0.\d+ GB for the rows to come: free space"):
         extract(config(f"data.store={disk}", "data.train_tokens=2000"), "train", lm, progress=False)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from clt.data.describe import verify
 from clt.data.extract import extract
 from clt.data.lock import locked
-from clt.data.store import DiscBuffer
 from clt.errors import UserError
 from clt.parsing import to_yaml
 
@@ -37,7 +37,7 @@ def test_the_second_extraction_is_told_who_does_the_first(config, tmp_path: Path
         finally:
             first.kill()
     extract(config(), "train", progress=False)
-    DiscBuffer(store).verify()
+    verify(store)
     assert not (store / "lock").exists()
 
 

@@ -18,13 +18,13 @@ from clt.errors import UserError
 @pytest.mark.parametrize(("dtype", "stored"), [("float16", "f2"), ("bfloat16", "u2"), ("float32", "f4")])
 def test_rows_written_at_random_places_are_what_h5py_reads(tmp_path: Path, dtype: str, stored: str) -> None:
     path = tmp_path / "shard.h5"
-    layout = shards.create_shard(path, 9, 2, 3, dtype)
+    offsets = shards.create_shard(path, 9, 2, 3, dtype)
     wanted = np.random.default_rng(0).standard_normal((9, 2, 2, 3)).astype("f4").astype(stored)
     fd = os.open(path, os.O_WRONLY)
     for row in np.random.default_rng(1).permutation(9):
-        shards.write_at(fd, wanted[row].reshape(-1).view("u1").data, layout.offsets["tensor"] + row * wanted[0].nbytes)
+        shards.write_at(fd, wanted[row].reshape(-1).view("u1").data, offsets["tensor"] + row * wanted[0].nbytes)
     for name, column in shards.COLUMN_DTYPES.items():
-        shards.write_at(fd, np.arange(9, dtype=column).view("u1").data, layout.offsets[name])
+        shards.write_at(fd, np.arange(9, dtype=column).view("u1").data, offsets[name])
     os.close(fd)
     with h5py.File(path) as file:
         np.testing.assert_array_equal(file["tensor"][:], wanted)
@@ -33,7 +33,7 @@ def test_rows_written_at_random_places_are_what_h5py_reads(tmp_path: Path, dtype
         for name, column in shards.COLUMN_DTYPES.items():
             assert file[name].dtype == column
             np.testing.assert_array_equal(file[name][:], np.arange(9))
-    assert shards.read_layout(path, 9, 2, 3, dtype) == layout
+    assert shards.dataset_offsets(path, 9, 2, 3, dtype) == offsets
 
 
 def test_a_new_shard_has_the_same_bytes_every_time(tmp_path: Path) -> None:
@@ -49,19 +49,19 @@ def test_a_truncated_shard_is_named_with_its_sizes(tmp_path: Path, missing: int)
     size = path.stat().st_size
     os.truncate(path, size - missing)
     with pytest.raises(UserError, match=rf"shard.h5 is truncated: found {size - missing} bytes, wanted {size}"):
-        shards.read_layout(path, 50, 2, 3, "float32")
+        shards.dataset_offsets(path, 50, 2, 3, "float32")
 
 
 def test_what_is_no_shard_or_another_one_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "shard.h5"
     with pytest.raises(UserError, match="is missing"):
-        shards.read_layout(path, 5, 2, 3, "float16")
+        shards.dataset_offsets(path, 5, 2, 3, "float16")
     path.write_bytes(b"not HDF5" * 1000)
     with pytest.raises(UserError, match="not readable as a shard"):
-        shards.read_layout(path, 5, 2, 3, "float16")
+        shards.dataset_offsets(path, 5, 2, 3, "float16")
     shards.create_shard(path, 5, 2, 3, "float16")
     with pytest.raises(UserError, match=r"holds \(5, 2, 2, 3\) float16 where index.json says \(4, 2, 2, 3\) bfloat16"):
-        shards.read_layout(path, 4, 2, 3, "bfloat16")
+        shards.dataset_offsets(path, 4, 2, 3, "bfloat16")
     with h5py.File(path, "w") as file:
         file.create_dataset("tensor", data=np.zeros((5, 2, 2, 3), "f2"), chunks=True).attrs["dtype"] = np.bytes_(
             "float16"
@@ -69,7 +69,7 @@ def test_what_is_no_shard_or_another_one_is_refused(tmp_path: Path) -> None:
         for name, column in shards.COLUMN_DTYPES.items():
             file[name] = np.zeros(5, column)
     with pytest.raises(UserError, match="chunked or compressed"):
-        shards.read_layout(path, 5, 2, 3, "float16")
+        shards.dataset_offsets(path, 5, 2, 3, "float16")
 
 
 def test_a_file_that_ends_early_while_it_is_read_is_an_error(tmp_path: Path) -> None:

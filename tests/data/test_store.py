@@ -1,9 +1,7 @@
 import multiprocessing
 import os
-import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -14,9 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from clt.data.index import read_index, write_index
-from clt.data.shards import checksum
-from clt.data.store import DiscBuffer, describe
+from clt.data.store import DiscBuffer
 from clt.data.writer import write_store
 from clt.errors import UserError
 
@@ -127,7 +123,6 @@ def test_closing_closes_the_files(buffer: DiscBuffer, store: Path) -> None:
         links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
         return sum(str(store) in os.readlink(link) for link in links if os.path.lexists(link))
 
-    assert open_shards() == 0
     buffer[:]
     assert open_shards() == 6
     buffer.close()
@@ -151,20 +146,6 @@ def test_a_shard_truncated_after_opening_is_an_error_and_no_crash(buffer: DiscBu
         buffer[:10]
 
 
-@pytest.mark.parametrize("kind", ["xxh3_128", "sha256"])  # sha256: what stores had once
-def test_verify_names_every_altered_shard(store: Path, kind: str) -> None:
-    index = read_index(store)
-    shards = [{**shard, "checksum": checksum(store / shard["file"], kind)} for shard in index.shards]
-    write_index(store, replace(index, shards=shards))
-    DiscBuffer(store).verify()
-    for name, at in (("shard_00001.h5", 2500), ("shard_00004.h5", -1)):
-        data = bytearray((store / name).read_bytes())
-        data[at] ^= 1
-        (store / name).write_bytes(data)
-    with pytest.raises(UserError, match=r"altered shards: shard_00001.h5, shard_00004.h5 do not"):
-        DiscBuffer(store).verify()
-
-
 def test_missing_and_damaged_statistics(store: Path) -> None:
     (store / "stats.safetensors").write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"stats.safetensors are damaged"):
@@ -172,12 +153,3 @@ def test_missing_and_damaged_statistics(store: Path) -> None:
     (store / "stats.safetensors").unlink()
     with pytest.raises(UserError, match=r"stats.safetensors are missing"):
         DiscBuffer(store)
-
-
-def test_describe_says_what_is_there(store: Path, tensor: torch.Tensor) -> None:
-    text = describe(store)
-    assert "53 rows in 6 shards" in text
-    assert "L=3, D=4) float16" in text
-    rms = tensor.double().square().mean((0, 3)).sqrt()  # (2, L)
-    last = [float(word) for word in re.split(r"\s+", text.splitlines()[-1].strip())]
-    np.testing.assert_allclose(last, [2, rms[0, 2], rms[1, 2]], rtol=1e-3)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from clt.data.index import read_index
-from clt.data.shards import read_layout
+from clt.data.shards import dataset_offsets
 from clt.errors import UserError
 from clt.train import checkpoint
 from clt.train.watch import PREEMPTED, TOO_SLOW
@@ -109,9 +109,9 @@ def poisoned(stores, tmp_path):
     copy = shutil.copytree(stores, tmp_path / "poisoned")
     file = copy / "train" / "shard_00000.h5"
     index = read_index(copy / "train")
-    layout = read_layout(file, index.shards[0]["rows"], index.n_layers, index.d_acts, index.dtype)
+    offsets = dataset_offsets(file, index.shards[0]["rows"], index.n_layers, index.d_acts, index.dtype)
     with file.open("r+b") as shard:
-        shard.seek(layout.offsets["tensor"])
+        shard.seek(offsets["tensor"])
         shard.write(torch.full((1,), float("nan"), dtype=torch.float16).numpy().tobytes())
     return copy
 

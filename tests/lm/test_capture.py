@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from clt.errors import UserError
-from clt.lm.capture import Capture
+from clt.lm.capture import capture
 from clt.lm.load import LanguageModel
 from clt.lm.sites import Site
 from tests.lm.conftest import blocks, hooks, mlp_branch
@@ -27,7 +27,7 @@ def residual_stream(lm: LanguageModel, ids: Tensor) -> list[Tensor]:
 
 
 def test_x_and_y_satisfy_the_equation_of_the_block(lm: LanguageModel, input_ids: Tensor) -> None:
-    captured = Capture(lm)(input_ids)
+    captured = capture(lm, input_ids)
     stream = residual_stream(lm, input_ids)
     parallel = getattr(lm.model.config, "use_parallel_residual", False)
     assert captured.shape == (3, 10, 2, 3, lm.d_model)
@@ -52,43 +52,42 @@ def test_x_and_y_satisfy_the_equation_of_the_block(lm: LanguageModel, input_ids:
 
 def test_nothing_after_the_last_hooked_module_runs(tiny: Callable[..., LanguageModel], input_ids: Tensor) -> None:
     lm = tiny("llama", layers=[0, 1])
-    expected = Capture(lm)(input_ids)
+    expected = capture(lm, input_ids)
 
     def poisoned(*args: object, **kwargs: object) -> None:
         raise AssertionError("ran past the last hooked module")
 
     for module in (lm.model.lm_head, blocks(lm)[2], lm.model.base_model.norm):
         module.register_forward_pre_hook(poisoned)
-    assert torch.equal(Capture(lm)(input_ids), expected)
+    assert torch.equal(capture(lm, input_ids), expected)
 
 
 def test_a_subset_of_layers_is_that_part_of_all_layers(tiny: Callable[..., LanguageModel], input_ids: Tensor) -> None:
-    every = Capture(tiny("gpt2"))(input_ids)
-    some = Capture(tiny("gpt2", layers=[0, 2]))(input_ids)
+    every = capture(tiny("gpt2"), input_ids)
+    some = capture(tiny("gpt2", layers=[0, 2]), input_ids)
     assert torch.equal(some, every[:, :, :, [0, 2]])
 
 
 def test_batched_equals_one_by_one(lm: LanguageModel, input_ids: Tensor) -> None:
-    capture = Capture(lm)
-    alone = torch.cat([capture(row[None]) for row in input_ids])
-    assert torch.allclose(capture(input_ids), alone, atol=1e-5, rtol=1e-4)
+    one_by_one = torch.cat([capture(lm, row[None]) for row in input_ids])
+    assert torch.allclose(capture(lm, input_ids), one_by_one, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_comes_in_the_dtype_of_the_model(tiny: Callable[..., LanguageModel], input_ids: Tensor, dtype: str) -> None:
-    low = Capture(tiny("gpt2", dtype=dtype))(input_ids)
-    full = Capture(tiny("gpt2"))(input_ids)
+    low = capture(tiny("gpt2", dtype=dtype), input_ids)
+    full = capture(tiny("gpt2"), input_ids)
     assert low.dtype == getattr(torch, dtype)
     assert torch.nn.functional.cosine_similarity(low.float(), full, dim=-1).min() > 0.99
 
 
 def test_int32_ids_as_windows_hold_them(tiny: Callable[..., LanguageModel], input_ids: Tensor) -> None:
-    capture = Capture(tiny("gpt2"))
-    assert torch.equal(capture(input_ids.int()), capture(input_ids))
+    lm = tiny("gpt2")
+    assert torch.equal(capture(lm, input_ids.int()), capture(lm, input_ids))
 
 
 def test_the_result_can_be_trained_on(tiny: Callable[..., LanguageModel], input_ids: Tensor) -> None:
-    captured = Capture(tiny("gpt2"))(input_ids)
+    captured = capture(tiny("gpt2"), input_ids)
     weight = torch.ones(captured.shape[-1], requires_grad=True)
     (captured * weight).sum().backward()
     assert weight.grad is not None
@@ -97,7 +96,7 @@ def test_the_result_can_be_trained_on(tiny: Callable[..., LanguageModel], input_
 def test_leaves_the_model_as_it_was(lm: LanguageModel, input_ids: Tensor) -> None:
     with torch.no_grad():
         before = lm.model(input_ids).logits
-    Capture(lm)(input_ids)
+    capture(lm, input_ids)
     assert hooks(lm.model) == 0
     with torch.no_grad():
         assert torch.equal(lm.model(input_ids).logits, before)
@@ -106,7 +105,7 @@ def test_leaves_the_model_as_it_was(lm: LanguageModel, input_ids: Tensor) -> Non
 def test_hooks_are_removed_after_an_exception(tiny: Callable[..., LanguageModel]) -> None:
     lm = tiny("gpt2")
     with pytest.raises(IndexError):
-        Capture(lm)(torch.full((1, 4), 10_000))
+        capture(lm, torch.full((1, 4), 10_000))
     assert hooks(lm.model) == 0
 
 
@@ -115,7 +114,7 @@ def test_a_site_that_never_runs_is_named(tiny: Callable[..., LanguageModel], inp
     lm.model.spare = nn.Linear(1, 1)
     lm.sites[1] = Site(1, "transformer.h.1.ln_2", "spare")
     with pytest.raises(UserError, match="'spare' never ran"):
-        Capture(lm)(input_ids)
+        capture(lm, input_ids)
     assert hooks(lm.model) == 0
 
 
@@ -132,14 +131,14 @@ class Wrapped(nn.Module):
 
 def test_keyword_inputs_and_tuple_outputs(tiny: Callable[..., LanguageModel], input_ids: Tensor) -> None:
     lm = tiny("gpt2")
-    expected = Capture(lm)(input_ids)
+    expected = capture(lm, input_ids)
     for block in blocks(lm):
         wrapped = Wrapped(nn.Sequential(block.ln_2, block.mlp))
         block.site = wrapped
         block.ln_2 = nn.Identity()
         block.mlp = ByKeyword(wrapped)
     lm.sites[:] = [Site(layer, f"transformer.h.{layer}.site", f"transformer.h.{layer}.site") for layer in range(3)]
-    assert torch.allclose(Capture(lm)(input_ids), expected, atol=1e-6)
+    assert torch.allclose(capture(lm, input_ids), expected, atol=1e-6)
 
 
 class ByKeyword(nn.Module):
@@ -155,8 +154,8 @@ class ByKeyword(nn.Module):
 def test_kept_rows_in_storage_dtype_are_those_of_the_whole(
     tiny: Callable[..., LanguageModel], input_ids: Tensor, dtype: torch.dtype | None
 ) -> None:
-    capture, keep = Capture(tiny("gpt2")), torch.ones_like(input_ids, dtype=torch.bool)
+    lm, keep = tiny("gpt2"), torch.ones_like(input_ids, dtype=torch.bool)
     keep[:, 0] = keep[0, 3:6] = keep[1, -1] = keep[2] = False
-    whole = capture(input_ids)
-    assert torch.equal(capture(input_ids, keep.numpy(), dtype), whole[keep].to(dtype or whole.dtype))
-    assert capture(input_ids, keep.numpy() & False).shape == (0, *whole.shape[2:])
+    whole = capture(lm, input_ids)
+    assert torch.equal(capture(lm, input_ids, keep.numpy(), dtype), whole[keep].to(dtype or whole.dtype))
+    assert capture(lm, input_ids, keep.numpy() & False).shape == (0, *whole.shape[2:])

@@ -112,13 +112,6 @@ def test_a_missing_heldout_file_is_named(tmp_path: Path) -> None:
     assert "does not exist" in message
 
 
-def test_no_documents_left_for_training(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", ["a", "b"])
-    message = error(TextConfig(source=str(source), heldout_documents=2))
-    assert "the train part" in message
-    assert "has no documents after its first 2 documents, which text.heldout_documents holds out" in message
-
-
 @pytest.fixture
 def parquet(tmp_path: Path) -> Path:
     """A dataset as `datasets` loads it from the hub, in a folder: two splits of parquet."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clt.config import LMConfig
 from clt.errors import UserError
-from clt.lm.capture import Capture
+from clt.lm.capture import capture
 from clt.lm.load import LanguageModel, load_language_model
 from clt.lm.replacement import ReplacementModel, ablated_logits, replaced_logits, run_with_mlps
 from clt.lm.sites import Site
@@ -95,7 +95,7 @@ def test_replaced_logits_are_those_of_a_model_with_other_mlps(lm: LanguageModel,
 
 def test_ablated_logits_are_those_of_a_model_with_constant_mlps(lm: LanguageModel, input_ids: Tensor) -> None:
     keep = kept(input_ids)
-    mean = Capture(lm)(input_ids)[:, :, 1].mean((0, 1))  # (L, D)
+    mean = capture(lm, input_ids)[:, :, 1].mean((0, 1))  # (L, D)
     got = ablated_logits(lm, mean, input_ids, keep)
     expected = operated(lm, lambda index, x: mean[index].expand_as(x), input_ids, keep)
     assert torch.allclose(got, expected, atol=1e-4, rtol=1e-4)
@@ -155,7 +155,7 @@ def test_the_nnsight_model_computes_the_same(some_lm: LanguageModel, input_ids: 
     assert torch.allclose(replacement.logits(input_ids, keep), expected, atol=1e-4, rtol=1e-5)
     assert [f.shape for f in features] == [(3, 10, 12)] * len(some_lm.layers)
     # The first layer's features are those of the original stream: nothing before it was replaced.
-    first = transcoder.encode_layer(Capture(some_lm)(input_ids)[:, :, 0, 0], 0)
+    first = transcoder.encode_layer(capture(some_lm, input_ids)[:, :, 0, 0], 0)
     assert torch.allclose(features[0], first, atol=1e-4, rtol=1e-4)
     assert hooks(some_lm.model) == 0
 

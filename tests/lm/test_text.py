@@ -4,7 +4,7 @@ import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from clt.config import TextConfig
 from clt.errors import UserError
 from clt.lm import text
 from clt.lm.load import LanguageModel
-from clt.lm.text import Window, _ahead, _batches, pack, windows
+from clt.lm.text import Window, _ahead, pack, windows
 from tests.lm.conftest import BOS, byte_tokenizer, write_jsonl
 
 WITH_BOS, WITHOUT = byte_tokenizer(bos_token=BOS), byte_tokenizer()
@@ -141,8 +141,11 @@ def test_reading_runs_a_bounded_number_of_items_ahead() -> None:
 
 def test_too_little_text_for_a_window(tmp_path: Path, tiny: Callable[..., LanguageModel]) -> None:
     config = TextConfig(source=str(write_jsonl(tmp_path / "a.jsonl", ["a", "b"])), heldout_documents=1)
-    with pytest.raises(UserError, match=r"fewer tokens than one window of lm\.context=32"):
+    message = r"the train part .* fewer tokens than one window of lm\.context=32 after its first 1 documents"
+    with pytest.raises(UserError, match=message):
         next(windows(config, "train", tiny("gpt2"), 32))
+    with pytest.raises(UserError, match=r"the heldout part .* of lm\.context=32; give more text"):
+        next(windows(config, "heldout", tiny("gpt2"), 32))
 
 
 @pytest.mark.parametrize("context", [1, 65])
@@ -153,10 +156,17 @@ def test_a_context_that_the_model_does_not_have(
         windows(config, "train", tiny("gpt2"), context)
 
 
-def test_long_documents_are_tokenised_a_few_at_a_time() -> None:
-    with patch.multiple(text, _DOCUMENTS=2, _CHARACTERS=100):
-        batches = list(_batches(enumerate(["a" * 60, "b" * 60, "c", "d", "e"])))
-    assert [[index for index, _ in batch] for batch in batches] == [[0, 1], [2, 3], [4]]
-    with patch.multiple(text, _DOCUMENTS=3, _CHARACTERS=100):
-        batches = list(_batches(enumerate(["a" * 160, "b" * 60, "c", "d"])))
-    assert [[index for index, _ in batch] for batch in batches] == [[0], [1, 2, 3]]
+@pytest.mark.parametrize(
+    ("most", "lengths", "calls"), [(2, [60, 60, 1, 1, 1], [2, 2, 1]), (3, [160, 60, 1, 1], [1, 3])]
+)
+def test_long_documents_are_tokenised_a_few_at_a_time(most: int, lengths: list[int], calls: list[int]) -> None:
+    found = []
+
+    def tokenise(texts: list[str], **options: object) -> object:
+        found.append(len(texts))
+        return WITHOUT(texts, **options)
+
+    recording = Mock(side_effect=tokenise, bos_token_id=None, eos_token_id=None, all_special_ids=[])
+    with patch.multiple(text, _DOCUMENTS=most, _CHARACTERS=100):
+        list(pack(["a" * length for length in lengths], recording, 10))
+    assert found == calls

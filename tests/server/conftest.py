@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from clt.config import Config, load_config
-from clt.data.writer import Rows
+from clt.lm.forward import Rows
 from clt.parsing import to_yaml
 from clt.server.buffer import SharedBuffer
 from clt.server.client import ActivationClient, ServerError

@@ -55,16 +55,16 @@ def fill_up(buffer: SharedBuffer, first: int = 0) -> int:
 def test_rows_come_back_as_they_were(name: str, dtype: str) -> None:
     buffer = SharedBuffer.create(name, 10, L, D, dtype, min_fill=0)
     rows = known_rows(10, dtype=dtype)
-    bits = torch.randint(0, 256, rows.tensor.shape + (rows.tensor.element_size(),), dtype=torch.uint8)
-    rows.tensor[:] = bits.view(rows.tensor.dtype).squeeze(-1)  # any bits, also NaN
+    bits = torch.randint(0, 256, rows.activations.shape + (rows.activations.element_size(),), dtype=torch.uint8)
+    rows.activations[:] = bits.view(rows.activations.dtype).squeeze(-1)  # any bits, also NaN
     assert buffer.put(rows) == 10
     reader = SharedBuffer.attach(name)
     batch = reader.draw(10)
     assert batch is not None
     assert sorted(batch.row) == list(range(10))
     order = torch.from_numpy(batch.row)
-    assert batch.activations.dtype == rows.tensor.dtype
-    assert torch.equal(batch.activations.view(torch.uint8), rows.tensor[order].view(torch.uint8))
+    assert batch.activations.dtype == rows.activations.dtype
+    assert torch.equal(batch.activations.view(torch.uint8), rows.activations[order].view(torch.uint8))
     for column in ("token", "position", "document"):
         found = getattr(batch, column)
         assert found.dtype == getattr(rows, column).dtype

@@ -25,7 +25,7 @@ from clt.data.index import read_index
 from clt.data.statistics import Statistics
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
-from clt.lm.capture import Capture
+from clt.lm.capture import capture
 from clt.lm.load import load_language_model
 from clt.lm.text import windows
 from clt.parsing import to_yaml
@@ -58,7 +58,7 @@ def text_rows(lm_overrides: list[str]) -> Keys:
     lm = load_language_model(config.lm)
     found: Keys = []
     for window in windows(config.text, "train", lm, config.lm.context):
-        values = Capture(lm)(torch.from_numpy(window.tokens).long()[None])[0]
+        values = capture(lm, torch.from_numpy(window.tokens).long()[None])[0]
         at = np.flatnonzero(window.keep)
         found += keys(values[torch.from_numpy(window.keep)].half(), window.tokens[at], at, window.documents[at])
     return found
@@ -77,7 +77,7 @@ def test_the_model_gives_the_rows_of_the_text_over_and_over(config: MakeConfig, 
     lm, found, marks = load_language_model(made.lm), [], []
     for mark, rows in from_model(made, lm):
         marks.append(mark)
-        found += keys(rows.tensor, rows.token, rows.position, rows.document)
+        found += keys(rows.activations, rows.token, rows.position, rows.document)
         if mark[0] == 2:
             break
     once = len(text_rows)
@@ -89,7 +89,7 @@ def test_the_model_gives_the_rows_of_the_text_over_and_over(config: MakeConfig, 
     assert mark == marks[3]
     before = sum(len(rows) for _, rows in islice(from_model(made, lm), 3))
     assert same_rows(
-        keys(rows.tensor, rows.token, rows.position, rows.document), text_rows[before : before + len(rows)]
+        keys(rows.activations, rows.token, rows.position, rows.document), text_rows[before : before + len(rows)]
     )
     assert next(from_model(made, lm, 0, 10_000))[0] == (1, 0)
 

@@ -1,0 +1,189 @@
+"""Groups of shards: which rows of the text belong to which group, and at which random place in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clt.config import Config
+from clt.data.index import PARTIAL, ShardEntry, StoreIndex, rename_synced
+from clt.data.sampler import permutation
+from clt.data.shards import COLUMN_DTYPES, checksum, create_shard, write_at
+from clt.data.state import ExtractionState
+from clt.lm.forward import Rows, check_finite, forward_text
+from clt.lm.load import LanguageModel
+from clt.lm.text import Window
+
+T = TypeVar("T")
+STREAMS = {"train": 1, "heldout": 2}  # stream numbers of the shuffles; 0 is the reading order's
+_WRITE_ROWS = 256  # that one thread writes at once
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the rows of a store go: `open_shards` shards of `shard_rows` rows make a group, shuffled as a whole."""
+
+    path: Path
+    index: StoreIndex
+    """The finished store's index, but for its shards."""
+    shard_rows: int
+    open_shards: int
+    shuffle: bool = True
+
+    @property
+    def group_rows(self) -> int:
+        """Rows in a whole group."""
+        return self.shard_rows * self.open_shards
+
+    def shards(self, group: int) -> list[int]:
+        """Rows of each shard of a group: all whole, but for the last of the store."""
+        rows = min(self.group_rows, self.index.rows - group * self.group_rows)
+        return [min(self.shard_rows, rows - first) for first in range(0, rows, self.shard_rows)]
+
+    def order(self, group: int) -> np.ndarray:
+        """The place in the group of each of its rows."""
+        rows = sum(self.shards(group))
+        if not self.shuffle:
+            return np.arange(rows)
+        return permutation(rows, self.index.seed, group, STREAMS[self.index.text["part"]])
+
+
+class OpenGroup:
+    """The shards of one group while they are written: each row goes to its random place at once."""
+
+    def __init__(self, placement: Placement, group: int) -> None:
+        index, first = placement.index, group * placement.open_shards
+        self.sizes, self.order, self.filled = placement.shards(group), placement.order(group), 0
+        self.shard_rows = placement.shard_rows
+        self.files = [placement.path / f"shard_{first + i:05d}.h5" for i in range(len(self.sizes))]
+        self.partials = [file.with_name(file.name + PARTIAL) for file in self.files]
+        self.columns = {name: np.empty(len(self.order), dtype) for name, dtype in COLUMN_DTYPES.items()}
+        self.descriptors: list[int] = []
+        try:
+            shape = (index.n_layers, index.d_acts, index.dtype)
+            self.offsets = [create_shard(file, rows, *shape) for file, rows in zip(self.partials, self.sizes)]
+            self.descriptors += [os.open(file, os.O_WRONLY | os.O_CLOEXEC) for file in self.partials]
+        except BaseException:
+            self.discard()
+            raise
+
+    @property
+    def full(self) -> bool:
+        return self.filled == len(self.order)
+
+    def add(self, rows: Rows, pool: Executor) -> None:
+        """Write the next rows of the text (contiguous, CPU, storage dtype) to their places, on the pool's threads."""
+        slots = self.order[self.filled : self.filled + len(rows)]
+        data = rows.activations.reshape(-1).view(torch.uint8).numpy().data
+        size, offsets = len(data) // len(rows), [offsets["tensor"] for offsets in self.offsets]
+        shards, places = (numbers.tolist() for numbers in np.divmod(slots, self.shard_rows))
+
+        def write(start: int) -> None:
+            for i in range(start, min(start + _WRITE_ROWS, len(rows))):
+                at = offsets[shards[i]] + places[i] * size
+                write_at(self.descriptors[shards[i]], data[i * size : (i + 1) * size], at)
+
+        list(pool.map(write, range(0, len(rows), _WRITE_ROWS)))
+        for name, column in self.columns.items():
+            column[slots] = getattr(rows, name)
+        self.filled += len(rows)
+
+    def finish(self) -> list[ShardEntry]:
+        """Complete the shards, hash them, give them their names; returns their entries in the index."""
+        assert self.full
+        starts = range(0, len(self.order), self.shard_rows)
+        for fd, offsets, start, rows in zip(self.descriptors, self.offsets, starts, self.sizes):
+            for name, column in self.columns.items():
+                write_at(fd, column[start : start + rows].view(np.uint8).data, offsets[name])
+        self._close()
+        with ThreadPoolExecutor(min(len(self.files), os.cpu_count() or 1)) as pool:
+            sums = list(pool.map(checksum, self.partials))
+            list(pool.map(rename_synced, self.partials, self.files))
+        return [ShardEntry(file=f.name, rows=n, checksum=s) for f, n, s in zip(self.files, self.sizes, sums)]
+
+    def discard(self) -> None:
+        """Delete the unfinished shards."""
+        self._close()
+        for partial in self.partials:
+            partial.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+
+
+def rows_by_group(
+    config: Config, placement: Placement, lm: LanguageModel, state: ExtractionState
+) -> Iterator[tuple[Rows, ExtractionState | None]]:
+    """The rows of the text from `state` on, in host memory, cut where groups end.
+
+    The last rows of a group come with the state that is then reached, without its shards. On a GPU a stream of its own
+    counts the rows in the moments and copies them while the model computes the next batch. On a CPU there is nothing to
+    overlap with: the model takes all cores, and a thread beside it gained nothing (measured). Raises UserError for a
+    value that does not fit the storage dtype.
+    """
+    side = torch.cuda.Stream(lm.device) if lm.device.type == "cuda" else None
+    with torch.cuda.stream(side):  # also their memory is that stream's: the model's must not have it while it is read
+        moments = state.moments.to(lm.device)
+    pieces = _cut(config, placement, lm, state)
+    for batch, rows, end, computed in pieces if side is None else _one_ahead(pieces):
+        with torch.cuda.stream(side):
+            if side is not None and computed is not None:
+                side.wait_event(computed)
+                rows.activations.record_stream(side)
+            moments.add(rows.activations)
+            reached = None if end is None else ExtractionState([], *end, moments.to("cpu"))
+            rows = dataclasses.replace(rows, activations=_to_host(rows.activations))
+            # One value that is not finite makes its sum of squares so: no pass over the rows is needed to find it.
+            # On a GPU this waits for the side stream, and so for the copy.
+            if not moments.squares.isfinite().all():
+                check_finite(lm, batch, rows)
+        yield rows, reached
+
+
+def _cut(
+    config: Config, placement: Placement, lm: LanguageModel, state: ExtractionState
+) -> Iterator[tuple[list[Window], Rows, tuple[int, int] | None, torch.cuda.Event | None]]:
+    """(windows of the pass, rows, end, event) on the model's device, cut where groups end.
+
+    end: `windows` and `skip_rows` of the state that is reached there; event: after which a GPU has the rows.
+    """
+    done, total, skip, windows = state.rows, placement.index.rows, state.skip_rows, state.windows
+    for batch, rows in forward_text(config, placement.index.text["part"], lm, windows):
+        computed = None
+        if lm.device.type == "cuda":
+            computed = torch.cuda.Event()
+            computed.record(torch.cuda.current_stream(lm.device))
+        while skip < len(rows) and done < total:
+            group_end = min((done // placement.group_rows + 1) * placement.group_rows, total)
+            start, skip = skip, min(len(rows), skip + group_end - done)
+            done += skip - start
+            yield batch, rows[start:skip], (windows, skip) if done == group_end else None, computed
+        if done == total:
+            return
+        skip, windows = 0, windows + len(batch)
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """`items`, each given out when the next one has come: what that one launched on a GPU is under way."""
+    waiting: list[T] = []
+    for item in items:
+        yield from waiting
+        waiting = [item]
+    yield from waiting
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A tensor in host memory: itself on a CPU, else a pinned copy, which the current stream fills."""
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

@@ -1,0 +1,74 @@
+"""The state of an interrupted extraction: what it needs to go on from its last whole group of shards."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from clt.data.index import INDEX, PARTIAL, STATISTICS, ShardEntry, write_whole
+from clt.data.statistics import Moments
+from clt.errors import UserError
+
+STATE = "state.safetensors"
+
+
+@dataclass(frozen=True)
+class ExtractionState:
+    """An extraction between two groups of shards."""
+
+    shards: list[ShardEntry]
+    windows: int
+    """Windows of text to skip: a multiple of the language model's batch, so that resumed batches are the same ones."""
+    skip_rows: int
+    """Kept rows to skip after those windows: the batch in which the last group ended is computed once more."""
+    moments: Moments
+
+    @property
+    def rows(self) -> int:
+        """Rows in the whole groups."""
+        return sum(shard["rows"] for shard in self.shards)
+
+    def save(self, path: Path, identity: dict[str, Any]) -> None:
+        """Record the state in the store's directory `path`; `identity` says which extraction it belongs to."""
+        fields = {"identity": identity, "shards": self.shards, "windows": self.windows, "skip_rows": self.skip_rows}
+        tensors = {"mean": self.moments.mean, "squares": self.moments.squares}
+        write_whole(path / STATE, save(tensors, {"state": json.dumps(fields)}))
+
+
+def load_state(path: Path, identity: dict[str, Any]) -> ExtractionState | None:
+    """The state recorded in `path`, or None where there is none; deletes files that an interruption left unfinished.
+
+    Raises UserError, naming the differences, when the state is that of another extraction, and for a finished store
+    that has lost its index.
+    """
+    file = path / STATE
+    state = None
+    if file.exists():
+        try:
+            with safe_open(str(file), framework="pt") as tensors:
+                fields = json.loads(tensors.metadata()["state"])
+                moments = Moments(0, tensors.get_tensor("mean"), tensors.get_tensor("squares"))
+            found = fields.pop("identity")
+            state = ExtractionState(**fields, moments=moments)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} is damaged ({error}); delete {path} and extract it again") from error
+        moments.rows = state.rows
+        if odd := [key for key in identity if found.get(key) != identity[key]]:
+            differences = "; ".join(f"{key} found {found.get(key)!r}, wanted {identity[key]!r}" for key in odd)
+            raise UserError(
+                f"{path} holds an unfinished extraction of something else: {differences}; "
+                "set these back to finish it, delete it, or choose another data.store"
+            )
+    elif (path / STATISTICS).exists():  # written when all shards are whole, and before the state is deleted
+        raise UserError(
+            f"{path} holds the shards of a finished store but no {INDEX}: copy its {INDEX} there again, "
+            "delete the directory to extract it again, or choose another data.store"
+        )
+    for unfinished in path.glob(f"*{PARTIAL}"):
+        unfinished.unlink()
+    return state
