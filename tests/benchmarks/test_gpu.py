@@ -120,6 +120,17 @@ def test_runs_that_end_differently_are_seen(monkeypatch: pytest.MonkeyPatch) -> 
     assert not gpu_runs.resume(True)["ok"]
 
 
+def test_processes_are_counted_on_each_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the run has begun to log, by what nvidia-smi says."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf 'GPU-a, 11\\\nGPU-b, 12\\\nGPU-a, 12\\\n'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / "speed.jsonl").touch()
+    with subprocess.Popen(["sleep", "1000"], text=True) as run:
+        assert gpu_runs._processes_on_gpus(run, tmp_path) == {"GPU-a": 2, "GPU-b": 1}
+        run.kill()
+
+
 # What inductor of torch 2.11 writes for an H100, shortened.
 KERNEL = """
 {name} = async_compile.triton('{name}', '''
