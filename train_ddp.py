@@ -47,7 +47,7 @@ def main(config: Config, prepare: bool) -> int:
     from clt.train.logger import Logger
     from clt.train.optim import NEVER, TERMS, Update, autocast_dtype, learning_rate, sparsity_coefficient
     from clt.train.run import build, check_run_dir, claim_run_dir, evaluate, heldout_windows, make_stores, open_stores
-    from clt.train.watch import PREEMPTED, TICK, Watch
+    from clt.train.watch import PREEMPTED, Watch
 
     began = time.perf_counter()
     # The watch names a rank that hangs; should it fail, the collectives themselves time out a little later.
@@ -154,25 +154,9 @@ def main(config: Config, prepare: bool) -> int:
         tensors = update.tensors() | {"last_fired": data.max(last_fired.clone())}
         parts = checkpoint.parts(transcoder, optimizer, tensors, (data.rank, data.size))
         state = {"step": step, "busy_seconds": busy, "wandb_id": logger.wandb_id, "world_size": world.size}
-        if not isinstance(store, DiscBuffer):
-            state |= {"rows_by_segment": dist.sum_counts(world, store.consumed)}
+        if source is not None:
+            state |= source.position()
         checkpoints.begin(parts, transcoder.config, state | identity)
-
-    def batches() -> Iterator[Tensor]:
-        """The loader's. A server may be away for long: all ranks take its next batch, or end here to be saved."""
-        nonlocal lost
-        if isinstance(store, DiscBuffer):
-            yield from loader
-            return
-        while step < steps:
-            ready = loader.ready(TICK)
-            waiting, told, failed = dist.count(world, not ready, watch.stopping, loader.failure is not None)
-            watch.progress(step)
-            lost = failed > 0
-            if lost or (waiting and told):
-                return
-            if not waiting:
-                yield next(loader)
 
     def forward_backward(batch: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the mean over the global batch; this rank's addends of the metrics, and what fired."""
@@ -214,9 +198,20 @@ def main(config: Config, prepare: bool) -> int:
         shape = (len(sampler.rows_at(start)), 2, index.n_layers, index.d_acts)
         forward_backward(torch.zeros(shape, dtype=getattr(torch, index.dtype), device=device))
         optimizer.zero_grad()  # and not clear_gradients: DDP makes its buckets anew, in that order
-    loader = Loader(store, sampler, device, config.data.prefetch)
+    source = None
+    if isinstance(store, DiscBuffer):
+        loader = Loader(store, sampler, device, config.data.prefetch)
+    else:
+        from clt.server.remote import RemoteRows
+
+        sizes = [batch_tokens * (data.rank + 1) // data.size - batch_tokens * data.rank // data.size] * (steps - start)
+        source = RemoteRows(
+            store, sizes, device, config.data.prefetch, vote=lambda *flags: dist.count(world, *flags),
+            total=lambda counts: dist.sum_counts(world, counts), reads=feature.rank == 0, broadcast=feature.broadcast,
+        )  # fmt: skip
+        loader = source.loader
     watch = Watch(world, config.parallel.timeout_seconds, config.checkpoint.grace_seconds)
-    votes, stopped, lost = dist.Votes(world, 2), False, False  # lost: the rows of a rank, with its server
+    votes, stopped = dist.Votes(world, 2), False
     results = None
     with logger, loader, profiler, checkpoints, watch:
         # A run that was stopped between a checkpoint and its evaluation makes up for that.
@@ -225,7 +220,7 @@ def main(config: Config, prepare: bool) -> int:
             results = evaluation()
             logger.log_evaluation(step, results[0])
         clock, logged, stalled = time.perf_counter(), start, loader.stalled
-        for batch in batches():  # (b, 2, L, D): this rank's rows of the global batch
+        for batch in loader if source is None else source.batches(start, watch):  # (b, 2, L, D): this rank's rows of the global batch
             lr = learning_rate(step, steps, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -292,11 +287,11 @@ def main(config: Config, prepare: bool) -> int:
         dist.cleanup()
         if failure is not None:
             raise failure
-        return 2 if lost else PREEMPTED  # another rank says why
+        return 2 if source is not None and source.lost else PREEMPTED  # another rank says why
 
     # The end: report and tear down. A run that was already finished is evaluated again, and only reported.
     numbers, tensors = results or evaluation()
-    consumed = {} if isinstance(store, DiscBuffer) else dist.sum_counts(world, store.consumed)
+    consumed = {} if source is None else source.position()
     if rank_zero:
         summary = {
             **numbers,
@@ -311,8 +306,8 @@ def main(config: Config, prepare: bool) -> int:
             "torch_version": torch.__version__,
             "config_hash": config_hash(config),
         }
-        if not isinstance(store, DiscBuffer):
-            summary |= {"server": store.path, "rows_by_segment": consumed}
+        if source is not None:
+            summary |= {"server": str(store.path), **consumed}
         write_json(run_dir / "summary.json", summary)
         report.write_plots(run_dir, tensors)
         print(f"\n{report.table(summary)}\n\nThe run lies in {run_dir} (summary.json, report/, checkpoints/).")

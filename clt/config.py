@@ -246,39 +246,34 @@ class ServerConfig:
     """Activations over the network: the shared buffer, the generator that fills it, and the limits of its clients."""
 
     name: str | None = None
-    """Name of the buffer in shared memory; null derives it from `data.store`."""
+    """Name of the buffer in shared memory, 1 to 64 letters, digits, dots and dashes; null derives it from `data.store`."""
     source: Literal["model", "store"] = "model"
     """Fill the buffer by running the language model over the training text, or from the training store, endlessly."""
     rows: int = 32_768
-    """Rows (tokens) that the shared buffer holds."""
-    min_fill: float = 0.5
-    """Share of the buffer that must be filled before rows are drawn from it: the larger, the better they are mixed."""
-    device: Literal["cpu", "gpu", "auto-low"] = "auto-low"
-    """Where the language model runs; `auto-low` takes the GPU when the buffer is low, and leaves it when it is full."""
-    low: float = 0.5
-    """Share of the buffer below which `auto-low` takes the GPU."""
+    """Rows (tokens) that the shared buffer holds, about: it consists of blocks of 2 MB. 1 or more."""
+    open_share: float = 0.5
+    """Share of the buffer over which new rows are scattered: the larger, the better they are mixed. 0 to 1."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where the language model runs; `auto` takes a GPU if there is one."""
     statistics_tokens: int = 100_000
-    """Rows (tokens) that the statistics of `source: model` are computed from, once."""
+    """Rows (tokens) that the statistics of `source: model` are computed from, once. 1 or more."""
     host: str = "127.0.0.1"
     """Address to listen on; anything but the loopback should have a `token_file`."""
     port: int = 8000
-    """Port to listen on."""
+    """Port to listen on, 1 to 65535."""
     workers: int = 1
-    """Serving processes."""
+    """Serving processes, 1 to 128 on one buffer."""
     token_file: str | None = None
-    """File with the bearer token that clients must send; null asks for none (or takes CLT_SERVER_TOKEN)."""
+    """File with the bearer token that clients must send, readable by its owner alone; null asks for none (or takes
+    CLT_SERVER_TOKEN)."""
     max_batch: int = 8192
-    """Rows in a batch at most."""
-    max_json_batch: int = 64
-    """Rows in a batch of JSON at most."""
+    """Rows in a batch at most, 1 or more; in JSON 64, as a tensor 16 MB or a block."""
     max_streams: int = 64
-    """Streams served at once, over all workers."""
+    """Clients that are sent rows at once, over all workers. 1 or more."""
     wait_seconds: float = 30.0
-    """How long a request waits for rows before it is told to come again."""
+    """How long a request waits for rows before it is told to come again. Above 0."""
     idle_seconds: float = 60.0
-    """How long a client may take to read what it was sent before it is dropped."""
-    stream_seconds: float = 86_400.0
-    """How long a stream lasts at most; its client opens the next. Any answer is cut off `idle_seconds` after that."""
+    """How long a client may take to read what it was sent, 2 MB at most, before it is dropped. Above 0."""
 
 
 @dataclass
@@ -355,8 +350,8 @@ POSITIVE = (
     "data.block_rows data.prefetch clt.d_features clt.bandwidth optim.lr train.steps train.batch_tokens "
     "train.accumulate checkpoint.keep log.every profile.start profile.steps text.heldout_documents loss.sparsity_scale "
     "eval.dead_window parallel.feature_shards parallel.timeout_seconds checkpoint.grace_seconds "
-    "server.rows server.statistics_tokens server.workers server.max_batch server.max_json_batch "
-    "server.max_streams server.wait_seconds server.idle_seconds server.stream_seconds"
+    "server.rows server.statistics_tokens server.workers server.max_batch server.max_streams server.wait_seconds "
+    "server.idle_seconds"
 ).split()
 NOT_NEGATIVE = (
     "loss.sparsity loss.pre_activation eval.every eval.replacement_tokens checkpoint.every "
@@ -378,7 +373,7 @@ def _validate(config: Config, where: typing.Callable[[str], str]) -> None:
     check(POSITIVE, lambda v: v > 0, "a positive number")
     check(NOT_NEGATIVE, lambda v: v >= 0, "zero or a positive number")
     check(SHARES, lambda v: 0 <= v <= 1, "a share of the run's steps between 0 and 1")
-    check(["server.min_fill", "server.low"], lambda v: 0 <= v <= 1, "a share of the buffer between 0 and 1")
+    check(["server.open_share"], lambda v: 0 <= v <= 1, "a share of the buffer between 0 and 1")
     check(["run.seed", "data.seed"], lambda v: 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1")
     check(["server.port"], lambda v: 0 < v < 65536, "a port number, 1 to 65535")
     named = re.compile(r"[\w.-]{1,64}")
@@ -392,11 +387,6 @@ def _validate(config: Config, where: typing.Callable[[str], str]) -> None:
         raise UserError("data.source=server but data.url is null: set it to the server's, e.g. http://127.0.0.1:8000")
     if (config.lm.input_site is None) != (config.lm.output_site is None):
         raise UserError("lm.input_site and lm.output_site go together: set both, or neither")
-    if config.data.source == "server" and config.parallel.feature_shards > 1:
-        raise UserError(
-            "parallel.feature_shards above 1 needs ranks that read the same rows, and a server gives each row to one "
-            "rank: set data.source=store, or parallel.feature_shards=1"
-        )
 
 
 # What may differ when a run goes on: none of these changes the numbers that the run computes.

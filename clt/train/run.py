@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from clt.lm.documents import Part
     from clt.lm.load import LanguageModel
     from clt.lm.text import Window
-    from clt.server.source import ServerStore
+    from clt.server.remote import ServerStore
 
 
 def make_stores(config: Config, progress: bool = True) -> None:
     """Extract the stores that are missing; of a run that reads from a server, fetch the held-out rows."""
     if config.data.source == "server":
-        from clt.server.source import fetch_heldout
+        from clt.server.remote import fetch_heldout
 
         return fetch_heldout(config)
     extract_all(config, progress)
@@ -42,7 +42,7 @@ def open_stores(config: Config) -> tuple[DiscBuffer | ServerStore, DiscBuffer]:
     Raises UserError when they are not of one model, as `open_store`, and when the server does not answer.
     """
     if config.data.source == "server":
-        from clt.server.source import open_server
+        from clt.server.remote import open_server
 
         train = open_server(config)
     else:

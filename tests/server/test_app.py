@@ -19,7 +19,6 @@ import torch
 from clt.data.extract import extract
 from clt.data.store import DiscBuffer
 from clt.server.client import ActivationClient
-from clt.server.segment import Segment
 from tests.server.conftest import Server, eventually, pause_generator
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +141,6 @@ def test_a_second_request_on_a_connection_does_not_hide_that_the_client_has_gone
         connection.sendall(asked)
         assert connection.recv(1000).startswith(b"HTTP/1.1 200")
     eventually(lambda: json.loads(ask(server, "/stats")[2])["clients"] == 0)
-    eventually(lambda: json.loads(ask(server, "/stats")[2])["in_flight"] == 0)
     assert "Traceback" not in server.log.read_text()
 
 
@@ -191,7 +189,7 @@ def test_the_counters_add_up(server):
 
     def idle() -> bool:
         found = client.stats()
-        return found["valid"] == found["rows"] and found["in_flight"] == 0
+        return found["fill"] == 1
 
     eventually(idle)
     before = client.stats()
@@ -210,7 +208,7 @@ def test_refresh_makes_other_rows(server):
     client = ActivationClient(server.url)
     eventually(lambda: client.stats()["fill"] == 1)
     newest = client.stats()["rows_generated"]
-    assert client.refresh() == 512
+    assert client.refresh() > 256
     assert min(next(client.stream_activations(100, 1)).row) >= newest
     assert client.stats()["rows_dropped"] >= 512
 

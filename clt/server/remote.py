@@ -1,11 +1,11 @@
-"""Training from a server: what a run reads of a store, read from the network instead."""
+"""Training from a server: rows and all else that a run takes from a store, read from the network instead."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,38 +14,44 @@ from torch import Tensor
 from clt.config import Config
 from clt.data.extract import check_store, differences
 from clt.data.index import INDEX, STATISTICS, read_index
+from clt.data.loader import Loader
 from clt.data.lock import locked
 from clt.data.shards import COLUMN_DTYPES
 from clt.data.writer import write_store
 from clt.errors import UserError
-from clt.server.client import ActivationClient, ServerError
-from clt.server.token import read_token
-from clt.server.wire import Frame, as_bytes
+from clt.server.client import ActivationClient, ServerError, read_token
+from clt.server.wire import Batch, as_bytes
 
 _PATIENCE = 600.0  # seconds that a run waits for a server that is away
+_TICK = 1.0  # seconds between two looks at a server that is away
 _OWN = ("format_version", "n_layers", "d_acts", "dtype", "rows", "shards")  # what write_store says itself
 _FRAME_BYTES = 8 << 20  # small enough to be received while the last one is copied
 
 
+class Watching(Protocol):
+    """What looks after a run that waits."""
+
+    stopping: bool
+
+    def progress(self, step: int) -> None: ...
+
+
 class ServerStore:
-    """What `clt.data.loader.Loader` and a run need of a store: index, statistics, and rows, in the server's order.
+    """What a run needs of a store: index, statistics, and rows, in the server's order.
 
     `read` gives the next rows of this process's own stream, whatever their numbers; it waits out a server that is away
-    for less than `patience` seconds.
+    for less than ten minutes.
     """
 
     threads = 1  # the rows come in the stream's order
 
     consumed: dict[str, int]
     """Rows read, by the buffer of the server (its `segment`) that they came from."""
-    most: int
-    """Rows that the server sends at once."""
 
     def __init__(self, client: ActivationClient, rows: int) -> None:
         self.client, self.path, self.consumed = client, client.url, {}
         self.index, self.statistics = dataclasses.replace(client.index(), rows=rows), client.statistics()
-        self.most = client.stats()["max_batch"]
-        self._frames: Iterator[Frame] | None = None
+        self._batches: Iterator[Batch] | None = None
         self._rest = torch.empty(0)
 
     def __len__(self) -> int:
@@ -65,25 +71,24 @@ class ServerStore:
         return out
 
     def _next(self) -> Tensor:
-        if self._frames is None:
-            self._frames = self._stream()
-        try:
-            frame = next(self._frames)
-        except ServerError as error:
-            if error.status != 422:
-                raise
-            self.most = self.client.stats()["max_batch"]  # it was started again, with another limit
-            self._frames = self._stream()
-            frame = next(self._frames)
-        if frame.segment not in self.consumed:
+        batch = None if self._batches is None else next(self._batches, None)
+        if batch is None:  # the first, or the last stream failed
+            batch = next(batches := self._stream())
+            self._batches = batches
+        if batch.segment not in self.consumed:
             self._check_index()
-        tensor = frame.batch.activations
-        self.consumed[frame.segment] = self.consumed.get(frame.segment, 0) + len(tensor)
-        return tensor
+        self.consumed[batch.segment] = self.consumed.get(batch.segment, 0) + len(batch.row)
+        return batch.activations
 
-    def _stream(self) -> Iterator[Frame]:
+    def _stream(self) -> Iterator[Batch]:
         row_bytes = 2 * self.index.n_layers * self.index.d_acts * getattr(torch, self.index.dtype).itemsize
-        return self.client.stream_frames(min(self.most, max(1, _FRAME_BYTES // row_bytes)))
+        while True:
+            try:
+                most = self.client.stats()["max_batch"]
+                yield from self.client.stream_activations(min(most, max(1, _FRAME_BYTES // row_bytes)))
+            except ServerError as error:
+                if error.status != 422:  # it was started again, with another limit
+                    raise
 
     def _check_index(self) -> None:
         """A buffer that is new to this run may be that of a server that was started again with another config."""
@@ -95,6 +100,56 @@ class ServerStore:
                 f"{self.path} now serves other rows ({told}): it was started again with another config; start it with "
                 "the old one, or begin a new run"
             )
+
+
+class RemoteRows:
+    """This rank's part of every global batch, as the loop takes it from a store or a server.
+
+    `sizes` are the rows of this rank's batches from the first step on. Of ranks that share their batches the one with
+    `reads` takes them from the server; `broadcast` gives a batch (n, 2, L, D) of that one to the others, in place.
+    `vote` says of flags how many ranks raise each, `total` adds up counts by name over all ranks.
+    """
+
+    def __init__(
+        self, store: ServerStore, sizes: Iterable[int], device: torch.device, prefetch: int, *,
+        vote: Callable[..., list[int]], total: Callable[[dict[str, int]], dict[str, int]],
+        reads: bool = True, broadcast: Callable[[Tensor], Tensor] = lambda batch: batch,
+    ) -> None:  # fmt: skip
+        self.store, self.sizes, self.device, self.reads = store, list(sizes), device, reads
+        self.vote, self.total, self.broadcast = vote, total, broadcast
+        rows = (np.arange(size) for size in self.sizes) if reads else ()
+        self.loader = Loader(store, rows, device, prefetch)
+        self.lost = False
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the server was lost, on the rank that knows."""
+        return self.loader.failure
+
+    def position(self) -> dict[str, Any]:
+        """For the checkpoint: the rows that all ranks have read so far, by the server's buffer. All ranks call it."""
+        return {"rows_by_segment": self.total(self.store.consumed)}
+
+    def batches(self, step: int, watch: Watching) -> Iterator[Tensor]:
+        """Batches (b, 2, L, D) from `step` on, each valid until the next is asked for.
+
+        A server may be away for long: all ranks take its next batch, or end here, when one of them has lost the server
+        or when one waits and one was told to stop.
+        """
+        shape, dtype = (2, self.store.index.n_layers, self.store.index.d_acts), getattr(torch, self.store.index.dtype)
+        for size in self.sizes:
+            while True:
+                ready = not self.reads or self.loader.ready(_TICK)
+                waiting, told, failed = self.vote(not ready, watch.stopping, self.failure is not None)
+                watch.progress(step)
+                self.lost = failed > 0
+                if self.lost or (waiting and told):
+                    return
+                if not waiting:
+                    break
+            batch = next(self.loader) if self.reads else torch.empty(size, *shape, dtype=dtype, device=self.device)
+            yield self.broadcast(batch)
+            step += 1
 
 
 def open_server(config: Config) -> ServerStore:
@@ -120,28 +175,22 @@ def fetch_heldout(config: Config) -> None:
     """
     store, path = open_server(config), Path(config.data.store) / "heldout"
     index = dataclasses.asdict(store.index)
-    fields: dict[str, Any] = {key: index[key] for key in index if key not in _OWN}
-    fields["text"] = {**index["text"], "part": "heldout"}
+    fields = {key: index[key] for key in index if key not in _OWN} | {"text": {**index["text"], "part": "heldout"}}
     path.mkdir(parents=True, exist_ok=True)
     with locked(path, wait=True):  # many runs may start at once on one file system
-        _copy_heldout(store, path, config.data.heldout_tokens, fields)
+        if not (path / INDEX).exists():
+            _fetch(store, path, config.data.heldout_tokens, fields)
+        found = dataclasses.asdict(read_index(path))
+        odd = [f"{key}: found {found[key]!r}, wanted {fields[key]!r}" for key in fields if found[key] != fields[key]]
+        if odd:
+            raise UserError(
+                f"{path} does not hold the held-out rows of {store.path} ({'; '.join(odd)}): delete it, or set "
+                "data.store to another directory"
+            )
         if not (train := path.with_name("train") / STATISTICS).exists():  # `clt eval` wants them later
             train.parent.mkdir(exist_ok=True)
             store.statistics.save(train)
     check_store(read_index(path), config)
-
-
-def _copy_heldout(store: ServerStore, path: Path, rows: int, fields: dict[str, Any]) -> None:
-    if not (path / INDEX).exists():
-        _fetch(store, path, rows, fields)
-        return
-    found = dataclasses.asdict(read_index(path))
-    odd = [f"{key}: found {found[key]!r}, wanted {fields[key]!r}" for key in fields if found[key] != fields[key]]
-    if odd:
-        raise UserError(
-            f"{path} does not hold the held-out rows of {store.path} ({'; '.join(odd)}): delete it, or set "
-            "data.store to another directory"
-        )
 
 
 def _fetch(store: ServerStore, path: Path, rows: int, fields: dict[str, Any]) -> None:
@@ -149,7 +198,7 @@ def _fetch(store: ServerStore, path: Path, rows: int, fields: dict[str, Any]) ->
     shape = (rows, 2, store.index.n_layers, store.index.d_acts)
     tensor = torch.empty(shape, dtype=getattr(torch, store.index.dtype))
     columns, done = {name: np.zeros(rows, dtype) for name, dtype in COLUMN_DTYPES.items()}, 0
-    for batch in store.client.heldout(min(256, store.most)):
+    for batch in store.client.heldout(64):
         end = done + len(batch.row)
         if end > rows:
             raise UserError(
