@@ -169,7 +169,7 @@ class Buffer:
         self.header["generated"] = number + n
         np.add.at(self.filled, block, 1)
         full = opened[self.filled[opened] == self.block_rows]
-        if len(full):
+        if len(full) and self.header["refreshed"] == self.header["refreshes"]:  # else the next call drops them
             self._weights = None
             self.state[full] = FULL
         return n
@@ -298,7 +298,7 @@ class Buffer:
                      "pid": int(h["pid"]), "restarts": int(h["restarts"])}  # fmt: skip
         return {
             "segment": self.segment, "rows": self.rows, "block_rows": self.block_rows, "valid": full, "open": opened,
-            "fill": full / (self.blocks - self.open_blocks + 1) / self.block_rows, "in_flight": flight,
+            "fill": min(1.0, full / (self.blocks - self.open_blocks + 1) / self.block_rows), "in_flight": flight,
             "rows_generated": int(h["generated"]), "rows_drawn": drawn, "rows_dropped": dropped,
             "rows_lost": max(0, int(h["generated"]) - full - opened - flight - drawn - dropped),
             "rows_served": int(lines["served_rows"].sum()), "bytes_served": int(lines["served_bytes"].sum()),

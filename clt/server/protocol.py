@@ -42,6 +42,8 @@ class Protocol(HttpToolsProtocol):
             super().data_received(data)
 
     def on_headers_complete(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            return self.transport.abort()  # pipelined: uvicorn would not tell the first answer of a client that leaves
         self._head = 0
         self._deadline(None)
         super().on_headers_complete()

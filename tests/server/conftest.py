@@ -159,7 +159,7 @@ def serve(
             command = ["uvicorn", "clt.server.app:app", "--port", "{port}", "--workers", str(config.server.workers)]
             command += ["--timeout-graceful-shutdown", "1"]
             if by == "uvicorn":
-                command += ["--http", "clt.server.protocol:Protocol"]
+                command += ["--http", "clt.server.protocol:Protocol", "--ws", "none"]
             environment["CLT_CONFIG"] = str(path / "config.yaml")
         servers.append(Server(command, environment, path / "store", path / "log"))
         return servers[-1]

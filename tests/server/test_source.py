@@ -23,7 +23,7 @@ from clt.data.store import DiscBuffer
 from clt.errors import UserError
 from clt.parsing import to_yaml
 from clt.server.client import ActivationClient, ServerError, _Again, _Waiting
-from clt.server.source import ServerStore, fetch_heldout, open_server
+from clt.server.remote import ServerStore, fetch_heldout, open_server
 from clt.train.watch import PREEMPTED
 from tests.server.conftest import Server, eventually
 
@@ -40,6 +40,7 @@ def reader(server, lm_overrides, tmp_path, monkeypatch):
     """reader(*overrides): the config of a run that reads from the server."""
     monkeypatch.delenv("CLT_SERVER_TOKEN", raising=False)
     (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "token").chmod(0o600)
 
     def make(*overrides: str) -> Config:
         keys = ["data.source=server", f"data.url={server.url}", f"data.token_file={tmp_path / 'token'}"]
