@@ -41,27 +41,28 @@ from clt.server import run
 from clt.server.buffer import Buffer
 from clt.server.client import read_token
 from clt.server.generator import lead
-from clt.server.wire import Shape, Slice, activations_of, as_bytes, body_of, columns_of, frame, frame_bytes
+from clt.server.wire import Shape, Slice, activations_of, as_bytes, body_of, columns_of, count_of, frame, frame_bytes
 
 log = logging.getLogger("uvicorn.error")
 PUBLIC = ("/", "/healthz")
 """Paths that need no token: they tell nothing but whether the server works."""
+COUNTED = ("/activations", "/activations/tensor", "/activations/stream", "/heldout")
+"""Paths whose clients count among `server.max_streams`."""
 LOCAL = ["localhost", "127.0.0.1", "::1"]
 """The names that a server without a token answers to."""
-COUNTED = ("/activations", "/activations/tensor", "/activations/stream", "/heldout")
-TOKEN_HELP = (
+_NO_TOKEN = (
     "as Authorization: Bearer TOKEN (in Python ActivationClient(url, token), in a config data.token_file, in the "
     "environment of a run CLT_SERVER_TOKEN)"
 )
-_JSON_ROWS = 64
-_TENSOR_BYTES = 16 << 20  # of rows that one answer keeps in memory, or a block
+_JSON_ROWS, _MEMORY = 64, 16 << 20  # rows, and bytes, of an answer that is made before it is sent (or a block)
 _SAMPLE_SECONDS, _SAMPLES = 2.0, 300
+_BYTES = "application/octet-stream"
 
 
 class Unavailable(HTTPException):
     """There are no rows, and why; `retry_after` seconds later there may be some."""
 
-    def __init__(self, reason: str, retry_after: int) -> None:
+    def __init__(self, reason: str, retry_after: int = 1) -> None:
         super().__init__(503, reason, {"retry-after": str(retry_after)})
 
 
@@ -73,8 +74,7 @@ class Rows:
     """The rows of the buffer for this process's clients. All methods are called in the event loop's thread."""
 
     def __init__(self, buffer: Buffer, wait_seconds: float, max_streams: int) -> None:
-        self.buffer, self.wait_seconds, self.max_streams = buffer, wait_seconds, max_streams
-        self.shape = buffer.shape
+        self.buffer, self.shape, self.wait_seconds, self.max_streams = buffer, buffer.shape, wait_seconds, max_streams
         self._rest: list[Slice] = []  # of a block that was not used up
         self._refreshes = int(buffer.header["refreshes"])
         self._turn = asyncio.Lock()  # one block at a time, so that a killed process costs no more
@@ -89,53 +89,49 @@ class Rows:
         try:
             async with self._turn:
                 if self._refreshes != (now := int(self.buffer.header["refreshes"])):
-                    dropped = sum(part.stop - part.start for part in self._rest)
+                    self._count("dropped", count_of(self._rest))
                     self._refreshes, self._rest = now, []
-                    self.buffer.line["held"] -= dropped
-                    self.buffer.line["dropped"] += dropped
-                while missing := n - sum(part.stop - part.start for part in parts):
+                while missing := n - count_of(parts):
                     whole = self._rest.pop() if self._rest else await self._block(end, request)
                     cut = min(whole.start + missing, whole.stop)
                     parts.append(whole._replace(stop=cut))
-                    self._count(cut - whole.start)
-                    if cut < whole.stop:
-                        self._rest.append(whole._replace(start=cut))
+                    self._count("drawn", cut - whole.start)
+                    self._rest += [whole._replace(start=cut)] if cut < whole.stop else []
         except BaseException:  # also of a client that has gone: others get its rows
-            self._count(-sum(part.stop - part.start for part in parts))
+            self._count("drawn", -count_of(parts))
             self._rest += parts
             raise
         return parts
 
-    def _count(self, n: int) -> None:
-        self.buffer.line["drawn"] += n
+    def _count(self, what: str, n: int) -> None:
+        self.buffer.line[what] += n
         self.buffer.line["held"] -= n
 
     async def _block(self, end: float, request: Request | None) -> Slice:
         pause, buffer = 0.002, self.buffer
         while not buffer.ready or (body := await asyncio.to_thread(buffer.take)) is None:
-            if buffer.header["state"] == b"failed":
-                cause = buffer.header["cause"].item().decode(errors="replace")
-                raise Unavailable(f"the generator of activations failed: {cause}", 2)
+            if (found := buffer.generator())["state"] == "failed":
+                raise Unavailable(f"the generator of activations failed: {found['cause']}", 2)
             if time.monotonic() > end:
-                raise Unavailable(f"the buffer had no rows for {self.wait_seconds:g} seconds", 1)
+                raise Unavailable(f"the buffer had no rows for {self.wait_seconds:g} seconds")
             if request is not None and await request.is_disconnected():
-                raise Unavailable("the client has gone", 1)
+                raise Unavailable("the client has gone")
             await asyncio.sleep(pause)
             pause = min(2 * pause, 0.05)
         return Slice(body, buffer.block_rows, 0, buffer.block_rows)
 
     async def frames(self, n: int, count: int | None, first: list[Slice]) -> AsyncIterator[bytes | memoryview]:
         """The pieces of the frames of `count` batches of n rows, or of batches without end."""
-        sequence, parts = 0, first
+        sequence, parts, segment = 0, first, self.buffer.segment
         for _ in itertools.count() if count is None else range(count):
             for size in self.cut(n):
                 try:
                     parts = parts if sequence == 0 else await self.draw(size)
                 except Unavailable as error:
                     raise Ended(error.detail) from error
-                for piece in frame(parts, sequence, self.shape, self.buffer.segment):
+                for piece in frame(parts, sequence, self.shape, segment):
                     yield piece
-                self.served(size, frame_bytes(size, self.shape, self.buffer.segment))
+                self.served(size, frame_bytes(size, self.shape, segment))
                 sequence += 1
                 await asyncio.sleep(0)  # sending alone gives way to nobody, not even to the client's departure
 
@@ -152,7 +148,7 @@ class Rows:
     def client(self) -> Iterator[None]:
         """Count a client while its rows are drawn and sent; Unavailable when there are `max_streams` already."""
         if self.buffer.clients() >= self.max_streams:
-            raise Unavailable(f"{self.max_streams} clients are being served already (server.max_streams)", 1)
+            raise Unavailable(f"{self.max_streams} clients are being served already (server.max_streams)")
         self.buffer.line["clients"] += 1
         try:
             yield
@@ -169,53 +165,52 @@ class Rows:
     def stats(self) -> dict[str, Any]:
         """The buffer's counters, the rate of serving over the last ten seconds, and a history of rate and fill."""
         now, pairs = time.monotonic(), list(itertools.pairwise(self._samples))
-        seconds = [round(b[0] - now, 1) for _, b in pairs]
-        rates = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairs]
+        seconds, rates = [round(b[0] - now, 1) for _, b in pairs], [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairs]
         recent = [rate for at, rate in zip(seconds, rates) if at > -10 - _SAMPLE_SECONDS]
         history = {"seconds": seconds, "rows_per_second": rates, "fill": [round(b[2], 4) for _, b in pairs]}
         return {**self.buffer.stats(), "rows_per_second": sum(recent) / max(len(recent), 1), "history": history}
 
 
-# The endpoints. Their docstrings are the reference.
+# The endpoints
 
 
 async def stream(request: Request) -> Response:
     """Frames of batches of `batch_size` rows, `max_batches` of them or without end."""
-    rows, server = request.state.rows, request.state.server
-    n, count = parameters(request, batch_size=(1, server.max_batch, 256), max_batches=(1, 10**9, None))
+    rows: Rows = request.state.rows
+    n, count = parameters(request, batch_size=(1, request.state.server.max_batch, 256), max_batches=(1, 10**9, None))
     first = await rows.draw(rows.cut(n)[0], request)  # an error before the first frame is a status
     headers = {"x-clt-segment": rows.buffer.segment}
     if count is not None:  # of a known length, the pieces are passed on as they are; in chunks each would be copied
-        size = sum(frame_bytes(part, rows.shape, rows.buffer.segment) for part in rows.cut(n))
-        headers["content-length"] = str(count * size)
-    return StreamingResponse(rows.frames(n, count, first), 200, headers, "application/octet-stream")
+        sizes = (frame_bytes(size, rows.shape, rows.buffer.segment) for size in rows.cut(n))
+        headers["content-length"] = str(count * sum(sizes))
+    return StreamingResponse(rows.frames(n, count, first), 200, headers, _BYTES)
 
 
 async def tensor(request: Request) -> Response:
     """One batch (n, 2, L, D) as raw little-endian bytes; x-tensor-shape, -dtype and -xxh3 in the headers."""
-    rows, server = request.state.rows, request.state.server
-    (n,) = parameters(request, batch_size=(1, min(server.max_batch, most_in_memory(rows)), 256))
-    parts = await rows.draw(n, request)
-    data = b"".join(as_bytes(activations_of(part, rows.shape)) for part in parts)
+    rows: Rows = request.state.rows
+    most = max(rows.buffer.block_rows, _MEMORY // rows.shape.row_bytes)
+    (n,) = parameters(request, batch_size=(1, min(request.state.server.max_batch, most), 256))
+    data = b"".join(as_bytes(activations_of(part, rows.shape)) for part in await rows.draw(n, request))
     rows.served(n, len(data))
-    headers = {"x-tensor-shape": f"{n},2,{rows.shape.n_layers},{rows.shape.d_acts}", "x-clt-segment": rows.buffer.segment,
-               "x-tensor-dtype": rows.shape.dtype, "x-tensor-xxh3": xxh3_64_hexdigest(data)}  # fmt: skip
-    return Response(data, 200, headers, "application/octet-stream")
+    shape = f"{n},2,{rows.shape.n_layers},{rows.shape.d_acts}"
+    headers = {"x-tensor-shape": shape, "x-tensor-dtype": rows.shape.dtype, "x-tensor-xxh3": xxh3_64_hexdigest(data)}
+    return Response(data, 200, {**headers, "x-clt-segment": rows.buffer.segment}, _BYTES)
 
 
 async def activations(request: Request) -> Response:
     """A few rows as JSON: shape, dtype, segment, row, token, position, document, activations as nested lists."""
-    rows = request.state.rows
+    rows: Rows = request.state.rows
     (n,) = parameters(request, batch_size=(1, min(request.state.server.max_batch, _JSON_ROWS), 1))
-    parts = await rows.draw(n, request)
-    text = await asyncio.to_thread(_json, parts, n, rows.shape, rows.buffer.segment)
+    text = await asyncio.to_thread(_json, await rows.draw(n, request), rows.shape, rows.buffer.segment)
     rows.served(n, len(text))
     return Response(text, media_type="application/json")
 
 
-def _json(parts: list[Slice], n: int, shape: Shape, segment: str) -> bytes:
+def _json(parts: list[Slice], shape: Shape, segment: str) -> bytes:
     """Written row by row: one call for all of it would keep the other threads waiting."""
-    about = {"shape": [n, 2, shape.n_layers, shape.d_acts], "dtype": shape.dtype, "segment": segment}
+    dims = [count_of(parts), 2, shape.n_layers, shape.d_acts]
+    about = {"shape": dims, "dtype": shape.dtype, "segment": segment}
     about |= {name: column.tolist() for name, column in columns_of(parts).items()}
     values = [json.dumps(row.tolist()) for part in parts for row in activations_of(part, shape).float()]
     return f'{json.dumps(about)[:-1]}, "activations": [{", ".join(values)}]}}'.encode()
@@ -225,8 +220,8 @@ async def heldout(request: Request) -> Response:
     """Frames: the held-out rows from number `start` on, in their order."""
     store: DiscBuffer = request.state.heldout
     shape = Shape(store.index.n_layers, store.index.d_acts, store.index.dtype)
-    most = min(request.state.server.max_batch, max(1, _TENSOR_BYTES // shape.row_bytes))
-    n, start = parameters(request, batch_size=(1, most, min(256, most)), start=(0, len(store), 0))
+    most = min(request.state.server.max_batch, max(1, _MEMORY // shape.row_bytes))
+    n, start = parameters(request, batch_size=(1, most, 64), start=(0, len(store), 0))
     parts = [np.arange(at, min(at + n, len(store))) for at in range(start, len(store), n)]
 
     def read(rows: np.ndarray) -> Slice:
@@ -239,7 +234,7 @@ async def heldout(request: Request) -> Response:
                 yield piece
 
     size = sum(frame_bytes(len(rows), shape, "") for rows in parts)
-    return StreamingResponse(frames(), 200, {"content-length": str(size)}, "application/octet-stream")
+    return StreamingResponse(frames(), 200, {"content-length": str(size)}, _BYTES)
 
 
 async def stats(request: Request) -> Response:
@@ -257,7 +252,7 @@ async def index(request: Request) -> Response:
 async def statistics(request: Request) -> Response:
     """Mean and sd of the training rows: the bytes of a store's stats.safetensors."""
     parameters(request)
-    return Response(request.state.statistics, media_type="application/octet-stream")
+    return Response(request.state.statistics, media_type=_BYTES)
 
 
 async def refresh(request: Request) -> Response:
@@ -269,8 +264,7 @@ async def refresh(request: Request) -> Response:
 async def health(request: Request) -> Response:
     """200 while rows can be expected, 503 when the generator has failed."""
     parameters(request)
-    state = request.state.rows.buffer.header["state"].item().decode()
-    if state == "failed":
+    if (state := request.state.rows.buffer.generator()["state"]) == "failed":
         raise Unavailable("the generator has failed", 2)
     return JSONResponse({"status": "ok", "generator": state})
 
@@ -280,11 +274,6 @@ async def page(request: Request) -> Response:
     parameters(request)
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
     return HTMLResponse(request.state.page, headers={"content-security-policy": policy})
-
-
-def most_in_memory(rows: Rows) -> int:
-    """The rows of an answer that is made before it is sent, at most."""
-    return max(rows.buffer.block_rows, _TENSOR_BYTES // rows.shape.row_bytes)
 
 
 def parameters(request: Request, **limits: tuple[int, int, int | None]) -> list[Any]:
@@ -300,7 +289,7 @@ def parameters(request: Request, **limits: tuple[int, int, int | None]) -> list[
     for name, text in items:
         if name not in limits:
             raise HTTPException(400, f"unknown parameter {name[:40]!r}; known: {', '.join(limits) or 'none'}")
-        if sum(other == name for other, _ in items) > 1:
+        if len(request.query_params.getlist(name)) > 1:
             raise HTTPException(400, f"parameter {name} is given more than once")
         if not (text.isascii() and text.removeprefix("-").isdigit()):
             raise HTTPException(400, f"parameter {name} is {text[:40]!r}; wanted a whole number")
@@ -312,7 +301,7 @@ def parameters(request: Request, **limits: tuple[int, int, int | None]) -> list[
     return list(values.values())
 
 
-# Around the endpoints
+# Around them
 
 
 class Guard:
@@ -352,10 +341,9 @@ def refuse(scope: Scope, headers: Headers) -> None:
         right = hmac.compare_digest(given.strip().encode("latin-1"), token.encode()) and scheme.lower() == "bearer"
         if path not in PUBLIC and not (right and len(headers.getlist("authorization")) == 1):
             what = "the token is not this server's" if given else "this server wants its token"
-            raise HTTPException(401, f"{what}, {TOKEN_HELP}", {"www-authenticate": "Bearer"})
+            raise HTTPException(401, f"{what}, {_NO_TOKEN}", {"www-authenticate": "Bearer"})
         return
-    here = scope.get("server")
-    if not state["open"] and here is not None and not run.is_loopback(here[0]):
+    if not state["open"] and (here := scope.get("server")) is not None and not run.is_loopback(here[0]):
         raise HTTPException(403, "this server has no token and so serves its own machine alone", close)
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")  # of pages in a browser on this machine
     foreign = origin is not None and origin.partition("://")[2] != headers.get("host")
@@ -372,9 +360,7 @@ async def mended(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        log.error(
-            "a background task died and is started again", exc_info=None if task.cancelled() else task.exception()
-        )
+        log.error("a background task died and begins anew", exc_info=None if task.cancelled() else task.exception())
         await asyncio.sleep(1)
 
 
@@ -383,13 +369,11 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     """From the first to the last request of one worker."""
     with run.signals_end_it():
         config = run.environment_config()
-        run.allow_descriptors()
         keep_freed_memory(1 << 28)
-        token = read_token(config.server.token_file)
-        buffer = await asyncio.to_thread(run.open_buffer, config)
+        token, buffer = read_token(config.server.token_file), await asyncio.to_thread(run.open_buffer, config)
     rows = Rows(buffer, config.server.wait_seconds, config.server.max_streams)
     record = functools.partial(run.record, config, buffer)
-    work = (rows.sample, lambda: lead(config, run.buffer_name(config), buffer, record))
+    work = (rows.sample, functools.partial(lead, config, run.buffer_name(config), buffer, record))
     tasks = [asyncio.create_task(mended(each)) for each in work]
     try:
         yield {
@@ -421,17 +405,18 @@ async def refused(request: Request, error: Exception) -> Response:
 
 
 async def failed(request: Request, error: Exception) -> Response:
+    """A bug."""
     return JSONResponse({"error": f"a bug in the server ({type(error).__name__}); its log has the traceback"}, 500)
 
 
 _GET = {"/": page, "/healthz": health, "/stats": stats, "/index": index, "/statistics": statistics, "/heldout": heldout,
         "/activations": activations, "/activations/tensor": tensor, "/activations/stream": stream}  # fmt: skip
-ROUTES = [Route(path, answer, methods=["GET"]) for path, answer in _GET.items()]
-ROUTES.append(Route("/refresh", refresh, methods=["POST"]))
+ROUTES = [
+    *(Route(path, answer, methods=["GET"]) for path, answer in _GET.items()),
+    Route("/refresh", refresh, methods=["POST"]),
+]
 app = Starlette(
-    routes=ROUTES,
-    middleware=[Middleware(Guard)],
+    routes=ROUTES, middleware=[Middleware(Guard)], lifespan=lifespan,
     exception_handlers={HTTPException: refused, Exception: failed},
-    lifespan=lifespan,
-)
+)  # fmt: skip
 app.router.redirect_slashes = False

@@ -2,17 +2,14 @@
 
 A block goes FREE -> OPEN -> FULL -> TAKEN -> FREE. The generator scatters each row over the open blocks, so a full block
 is a random sample of the last fills. A serving process copies a full block out and frees it at once: no client, however
-slow, ever holds shared memory.
-
-Every lock is one byte of the file, owned by an open file description: the kernel releases it when its holder dies, in
-whatever PID namespace. Nobody waits for one in the way of others: a block that is locked is left to its holder, and a
-taken block that is not locked belonged to a process that died.
+slow, ever holds shared memory. Every lock is one byte of the file, owned by an open file description: the kernel releases
+it when its holder dies, in whatever PID namespace. Nobody waits for one: a block that is locked is left to its holder,
+and a taken block that is not locked belonged to a process that died.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import mmap
 import os
@@ -56,44 +53,37 @@ class Buffer:
         names = ("blocks", "block_rows", "open_blocks", "n_layers", "d_acts")
         blocks, n, self.open_blocks, n_layers, d_acts = (int(h[name]) for name in names)
         self.dtype, self.segment, self.tag = (h[name].item().decode("latin-1") for name in ("dtype", "segment", "tag"))
-        known = h["magic"] == _MAGIC and self.dtype in ITEM_BYTES
-        self.shape = Shape(n_layers, d_acts, self.dtype)
+        self.shape, known = Shape(n_layers, d_acts, self.dtype), h["magic"] == _MAGIC and self.dtype in ITEM_BYTES
         if not known or size != _first_block(blocks) + blocks * _stride(n, self.shape.row_bytes):
             raise UserError(f"{path} is not a shuffle buffer of this version: remove it, or set another server.name")
         self.blocks, self.block_rows, self.rows, self.row_bytes = blocks, n, blocks * n, self.shape.row_bytes
         self.lines = np.ndarray(_WORKERS, _LINE, memory, mmap.PAGESIZE)
         self.line, self.own = np.zeros((), _LINE), None  # this process's, once it has joined
         self.state = np.ndarray(blocks, "u1", memory, _STATES)
-        self.filled = np.ndarray(blocks, "i4", memory, _filled_at(blocks))
+        self.filled = np.ndarray(blocks, "i4", memory, _STATES + -(-blocks // 64) * 64)
         at, self._stride = _first_block(blocks), _stride(n, self.row_bytes)
-        body = n * (COLUMN_BYTES + self.row_bytes)
-        self._bodies = np.ndarray((blocks, body), "u1", memory, at, (self._stride, 1))
+        self._bodies = np.ndarray((blocks, n * (COLUMN_BYTES + self.row_bytes)), "u1", memory, at, (self._stride, 1))
         self._columns: dict[str, np.ndarray] = {}
         for name, kind in COLUMNS.items():  # in each block one after the other, as on the wire
-            item = int(kind[-1])
-            self._columns[name] = np.ndarray((blocks, n), kind, memory, at, (self._stride, item))
-            at += n * item
+            self._columns[name] = np.ndarray((blocks, n), kind, memory, at, (self._stride, int(kind[-1])))
+            at += n * int(kind[-1])
         self._rows_at, self._weights, self.random = at, None, np.random.default_rng()
-        # Of the places in a block; the same for all and for every generator, which go on with each other's open blocks.
+        # Of the places in a block; the same for every generator, as they go on with each other's open blocks.
         self._order = np.random.default_rng(0).permutation(n)
 
     @classmethod
     def create(
-        cls, name: str, blocks: int, block_rows: int, open_blocks: int, shape: tuple[int, int, str], tags: tuple[str, str] = ("", ""),
-        mark: tuple[int, int, int] = (0, 0, 0),
+        cls, name: str, blocks: int, block_rows: int, open_blocks: int, shape: tuple[int, int, str],
+        tags: tuple[str, str] = ("", ""), mark: tuple[int, int, int] = (0, 0, 0),
     ) -> Buffer:  # fmt: skip
         """An empty buffer, in the place of any other of that name; its rows come from behind `mark` in the text.
 
         Raises UserError when the memory is not there or something else has the name.
         """
         assert 0 < open_blocks <= blocks < 1 << 31, (open_blocks, blocks)
-        values = {"magic": _MAGIC, "tag": tags[0].encode(), "rows_tag": tags[1].encode(), "dtype": shape[2].encode(),
-                  "segment": secrets.token_hex(8).encode(), "state": b"starting", "created": time.time(), "mark": mark,
-                  "blocks": blocks, "block_rows": block_rows, "open_blocks": open_blocks, "n_layers": shape[0],
-                  "d_acts": shape[1]}  # fmt: skip
-        h = np.zeros((), _HEADER)
-        for key, value in values.items():
-            h[key] = value
+        texts = (_MAGIC, tags[0].encode(), tags[1].encode(), secrets.token_hex(8).encode(), shape[2].encode())
+        numbers = (blocks, block_rows, open_blocks, shape[0], shape[1], time.time(), 0, 0, 0, 0, mark)
+        header = np.array((*texts, *numbers, b"starting", b"", 0, 0), _HEADER).tobytes()
         path, partial = FOLDER / f"clt-{name}", FOLDER / f"clt-{name}.partial"
         with contextlib.suppress(FileNotFoundError):
             os.close(_open(path))  # what cannot be ours is told, not replaced
@@ -106,47 +96,40 @@ class Buffer:
         except OSError as error:
             partial.unlink()
             raise UserError(too_large(size, f"it cannot be allocated ({error.strerror})")) from error
-        os.pwrite(descriptor, h.tobytes(), 0)
+        os.pwrite(descriptor, header, 0)
         os.rename(partial, path)
         return cls(path, descriptor)
 
     @classmethod
     def attach(cls, name: str) -> Buffer:
         """The buffer of that name. FileNotFoundError when there is none, UserError for what cannot be one of ours."""
-        path = FOLDER / f"clt-{name}"
-        return cls(path, _open(path))
-
-    # Locks: one byte each
+        return cls(FOLDER / f"clt-{name}", _open(FOLDER / f"clt-{name}"))
 
     def hold(self, at: int) -> bool:
-        """Lock; False when another process (or another Buffer) has locked it."""
-        try:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0))
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                return False
-            raise
-        return True
+        """Lock a byte; False when another process (or another Buffer) has locked it."""
+        with contextlib.suppress(BlockingIOError, PermissionError):  # both mean that
+            self._lock(fcntl.F_OFD_SETLK, fcntl.F_WRLCK, at)
+            return True
+        return False
 
     def drop(self, at: int) -> None:
-        """Unlock."""
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, at, 1, 0))
+        """Unlock a byte."""
+        self._lock(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, at)
 
     def held(self, at: int) -> bool:
-        """Whether another has locked it."""
-        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0)
-        return _FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK
+        """Whether another has locked a byte."""
+        return self._lock(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, at) != fcntl.F_UNLCK
 
-    # The generator
+    def _lock(self, command: int, kind: int, at: int) -> int:
+        return _FLOCK.unpack(fcntl.fcntl(self._fd, command, _FLOCK.pack(kind, os.SEEK_SET, at, 1, 0)))[0]
 
     def put(self, rows: Any, mark: tuple[int, int, int]) -> int:
-        """Scatter rows over the open blocks; returns how many: not all where a block got full, 0 where the buffer is.
+        """Scatter rows (a slice-able with columns and `copy_into`) over the open blocks; returns how many of them.
 
-        `mark`, with that many added to its last number, is recorded before the rows count: a generator that is killed
-        in between loses these rows, and none comes twice.
+        That is not all where a block got full, and 0 where the buffer is. `mark`, with that many added to its last
+        number, is recorded before they count: a generator killed in between loses these rows, and none comes twice.
         """
-        opened = self._opened()
-        if len(opened) == 0:
+        if len(opened := self._opened()) == 0:
             return 0
         block = self._choose(opened, min(len(rows), self.block_rows))
         order = np.argsort(block, kind="stable")
@@ -156,22 +139,18 @@ class Buffer:
         place = self.filled[block] + rank
         over = np.flatnonzero(place >= self.block_rows)
         n = int(over[0]) if len(over) else len(block)
-        block, place, part = block[:n], place[:n], rows[:n]
-        place = self._order[place]
-        at = (self._rows_at + block * self._stride + place * self.row_bytes).tolist()
-        memory = memoryview(self._memory)
-        part.copy_into([memory[start : start + self.row_bytes] for start in at])
+        block, place, part = block[:n], self._order[place[:n]], rows[:n]
+        memory, at = memoryview(self._memory), self._rows_at + block * self._stride + place * self.row_bytes
+        part.copy_into([memory[start : start + self.row_bytes] for start in at.tolist()])
+        number = int(self.header["generated"])
         for name in ("token", "position", "document"):
             self._columns[name][block, place] = getattr(part, name)
-        number = int(self.header["generated"])
         self._columns["row"][block, place] = np.arange(number, number + n)
-        self.header["mark"] = (mark[0], mark[1], mark[2] + n)
-        self.header["generated"] = number + n
+        self.header["mark"], self.header["generated"] = (mark[0], mark[1], mark[2] + n), number + n
         np.add.at(self.filled, block, 1)
         full = opened[self.filled[opened] == self.block_rows]
         if len(full) and self.header["refreshed"] == self.header["refreshes"]:  # else the next call drops them
-            self._weights = None
-            self.state[full] = FULL
+            self._weights, self.state[full] = None, FULL
         return n
 
     def _opened(self) -> np.ndarray:
@@ -179,18 +158,14 @@ class Buffer:
         opened = np.flatnonzero(self.state == OPEN)
         if self.header["refreshed"] != self.header["refreshes"]:
             self.header["dropped"] += int(self.filled[opened].sum())
-            self.filled[opened] = 0
-            self.header["refreshed"] = self.header["refreshes"]
-        missing = self.open_blocks - len(opened)
-        if missing > 0:
+            self.filled[opened], self.header["refreshed"] = 0, self.header["refreshes"]
+        if (missing := self.open_blocks - len(opened)) > 0:
             free = np.flatnonzero(self.state == FREE)[:missing]
-            if len(free) < missing and not (
-                self.reclaim() and len(free := np.flatnonzero(self.state == FREE)) >= missing
-            ):
+            if len(free) < missing:
+                self.reclaim()
                 return free[:0]
-            self.filled[free[:missing]] = 0
-            self.state[free[:missing]] = OPEN
-            opened = np.concatenate([opened, free[:missing]])
+            self.filled[free], self.state[free] = 0, OPEN
+            opened = np.concatenate([opened, free])
         if not self.filled[opened].any():
             self._weights = np.cumsum(np.arange(1.0, len(opened) + 1))
         return opened
@@ -201,22 +176,16 @@ class Buffer:
             return opened[self.random.integers(len(opened), size=n)]
         return opened[np.searchsorted(self._weights, self.random.random(n) * self._weights[-1], "right")]
 
-    def reclaim(self) -> int:
-        """Free the blocks of processes that died while they copied them; returns how many."""
-        freed = 0
+    def reclaim(self) -> None:
+        """Free the blocks of processes that died while they copied them; the generator's, too."""
         for block in np.flatnonzero(self.state == TAKEN).tolist():
             if self.hold(block):
-                if self.state[block] == TAKEN and not self._thread.locked():
-                    self.state[block] = FREE
-                    freed += 1
+                self.state[block] = FREE if self.state[block] == TAKEN else self.state[block]
                 self.drop(block)
-        return freed
 
     def say(self, state: str, cause: str = "", pid: int = 0) -> None:
         """Record what the generator does (starting, running, failed) and, when it failed, why."""
         self.header["cause"], self.header["pid"], self.header["state"] = cause.encode()[:1024], pid, state.encode()
-
-    # The serving processes
 
     @property
     def ready(self) -> bool:
@@ -224,10 +193,9 @@ class Buffer:
         return bool((self.state == FULL).any())
 
     def take(self) -> np.ndarray | None:
-        """The body of a full block, chosen at random (body_bytes,) uint8; None when there is none."""
+        """The body of a full block, chosen at random (bytes,) uint8; None when there is none."""
         with self._thread:
-            block = self._claim(FULL)
-            if block is None:
+            if (block := self._claim()) is None:
                 return None
             try:
                 self.state[block] = TAKEN
@@ -239,11 +207,11 @@ class Buffer:
                 self.drop(block)
         return body
 
-    def _claim(self, state: int) -> int | None:
-        """A random block of that state, locked."""
-        for block in self.random.permutation(np.flatnonzero(self.state == state)).tolist():
+    def _claim(self) -> int | None:
+        """A random full block, locked."""
+        for block in self.random.permutation(np.flatnonzero(self.state == FULL)).tolist():
             if self.hold(block):
-                if self.state[block] == state:
+                if self.state[block] == FULL:
                     return block
                 self.drop(block)
         return None
@@ -253,7 +221,7 @@ class Buffer:
         dropped = int(self.filled[self.state == OPEN].sum())
         self.header["refreshes"] += 1
         with self._thread:
-            while (block := self._claim(FULL)) is not None:
+            while (block := self._claim()) is not None:
                 self.state[block] = FREE
                 self.drop(block)
                 self.line["dropped"] += self.block_rows
@@ -283,36 +251,39 @@ class Buffer:
 
     def clients(self) -> int:
         """How many clients are being served, by all processes that live."""
-        counts = self.lines["clients"].tolist()
-        return sum(n for i, n in enumerate(counts) if n > 0 and (i == self.own or self.held(_LINES + i)))
+        counts = enumerate(self.lines["clients"].tolist())
+        return sum(n for i, n in counts if n > 0 and (i == self.own or self.held(_LINES + i)))
 
     def stats(self) -> dict[str, Any]:
-        """Everything worth knowing. rows_generated = valid + open + in_flight + rows_drawn + rows_dropped + rows_lost."""
+        """What is worth knowing. rows_generated = valid + open + in_flight + rows_drawn + rows_dropped + rows_lost."""
         h = self.header.copy()  # first: rows that move on meanwhile are counted twice at worst, and none as lost
         state, filled, lines = self.state.copy(), self.filled.copy(), self.lines.copy()
         living = lines[[*self.members(), *([] if self.own is None else [self.own])]]
-        full, opened = (int((state == FULL).sum()) * self.block_rows, int(filled[state == OPEN].sum()))
+        full, opened = int((state == FULL).sum()) * self.block_rows, int(filled[state == OPEN].sum())
         flight = int((state == TAKEN).sum()) * self.block_rows + int(living["held"].sum())
-        drawn, dropped = int(lines["drawn"].sum()), int(lines["dropped"].sum() + h["dropped"])
-        generator = {"state": h["state"].item().decode(), "cause": h["cause"].item().decode(errors="replace"),
-                     "pid": int(h["pid"]), "restarts": int(h["restarts"])}  # fmt: skip
+        drawn, dropped, generated = (
+            int(lines["drawn"].sum()),
+            int(lines["dropped"].sum() + h["dropped"]),
+            int(h["generated"]),
+        )
         return {
             "segment": self.segment, "rows": self.rows, "block_rows": self.block_rows, "valid": full, "open": opened,
-            "fill": min(1.0, full / (self.blocks - self.open_blocks + 1) / self.block_rows), "in_flight": flight,
-            "rows_generated": int(h["generated"]), "rows_drawn": drawn, "rows_dropped": dropped,
-            "rows_lost": max(0, int(h["generated"]) - full - opened - flight - drawn - dropped),
+            "fill": min(1.0, full / ((self.blocks - self.open_blocks + 1) * self.block_rows)), "in_flight": flight,
+            "rows_generated": generated, "rows_drawn": drawn, "rows_dropped": dropped,
+            "rows_lost": max(0, generated - full - opened - flight - drawn - dropped),
             "rows_served": int(lines["served_rows"].sum()), "bytes_served": int(lines["served_bytes"].sum()),
             "clients": int(living["clients"].sum()), "workers": len(living), "created": float(h["created"]),
-            "epoch": int(h["mark"][0]), "generator": generator,
+            "epoch": int(h["mark"][0]), "generator": self.generator(),
         }  # fmt: skip
 
-
-def _filled_at(blocks: int) -> int:
-    return _STATES + -(-blocks // 64) * 64
+    def generator(self) -> dict[str, Any]:
+        """The generator: {state: starting|running|failed, cause, pid, restarts}."""
+        texts = {name: self.header[name].item().decode(errors="replace") for name in ("state", "cause")}
+        return {**texts, "pid": int(self.header["pid"]), "restarts": int(self.header["restarts"])}
 
 
 def _first_block(blocks: int) -> int:
-    return -(-(_filled_at(blocks) + 4 * blocks) // mmap.PAGESIZE) * mmap.PAGESIZE
+    return -(-(_STATES + -(-blocks // 64) * 64 + 4 * blocks) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _stride(block_rows: int, row_bytes: int) -> int:
@@ -320,7 +291,7 @@ def _stride(block_rows: int, row_bytes: int) -> int:
 
 
 def _aligned(size: int) -> np.ndarray:
-    """Memory that starts a cache line, as a block does: copies between unlike places run at a fifth (measured, Zen 3)."""
+    """Memory that starts a cache line, as a block does: else copies can run at a fifth of the speed (measured, Zen 3)."""
     memory = np.empty(size + 64, np.uint8)
     start = -memory.__array_interface__["data"][0] % 64
     return memory[start : start + size]
@@ -328,13 +299,13 @@ def _aligned(size: int) -> np.ndarray:
 
 def _open(path: Path, flags: int = 0) -> int:
     """A descriptor of a file that is this user's alone; FileNotFoundError when there is none, UserError for others."""
-    if not FOLDER.is_dir():
-        raise UserError(f"this machine has no {FOLDER}: the server needs Linux")
     wanted = "wanted a regular file of this user with mode 600; have it removed, or set another server.name"
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o600)
     except FileNotFoundError:
-        raise
+        if FOLDER.is_dir():
+            raise
+        raise UserError(f"this machine has no {FOLDER}: the server needs Linux") from None
     except OSError as error:
         raise UserError(f"{path} cannot be opened as a shared buffer ({error.strerror}); {wanted}") from error
     found = os.fstat(descriptor)

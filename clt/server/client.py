@@ -35,30 +35,22 @@ from clt.server.wire import COLUMNS, ITEM_BYTES, Batch, Shape, WireError, read_f
 T = TypeVar("T")
 log = logging.getLogger("clt")
 LEAST_RATE = 1 << 16
-"""Bytes a second at which an answer must come, once the server has begun to speak."""
+"""Bytes a second at which an answer must come, once `timeout` is over."""
 _BACKOFF = (0.1, 10.0)  # seconds before the first and before the slowest new try
 _ROUND = 1 << 20  # batches asked for at once: an answer of known length costs the server a copy less
 _WAKE, _READ_AHEAD = 1 << 21, 1 << 16  # bytes that are worth waking for, and that buffers may hold already
-_JSON_BYTES = 64 << 20
-_INDEX: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("model", "tokenizer_hash", "lm_dtype"), lambda v: type(v) is str),
-    **dict.fromkeys(("revision", "lm_revision"), lambda v: v is None or type(v) is str),
-    **dict.fromkeys(("seed", "context", "rows"), lambda v: type(v) is int and 0 <= v < 1 << 63),
-    **dict.fromkeys(("n_layers", "d_acts"), lambda v: type(v) is int and 0 < v < 1 << 20),
-    "lm_layers": lambda v: v is None or type(v) is int,
-    "layers": lambda v: type(v) is list and all(type(each) is int for each in v),
-    **dict.fromkeys(("input_sites", "output_sites"), lambda v: type(v) is list and all(type(e) is str for e in v)),
-    "text": lambda v: type(v) is dict and v.get("part") in ("train", "heldout"),
-    "format_version": lambda v: v == FORMAT_VERSION,
-    "dtype": lambda v: type(v) is str and v in ITEM_BYTES,
-    "shards": lambda v: v == [],
-}
+_JSON_BYTES, _REASON_BYTES = 16 << 20, 1 << 16
+# An index of the right types; the fields of which the second names may also be null.
+_INDEX = {"format_version": 1, "model": "", "revision": "", "tokenizer_hash": "", "layers": [0], "input_sites": [""],
+          "output_sites": [""], "text": {}, "seed": 0, "context": 1, "n_layers": 1, "d_acts": 1, "dtype": "", "rows": 0,
+          "shards": [{}], "lm_layers": 1, "lm_dtype": "", "lm_revision": ""}  # fmt: skip
+_NULL = ("revision", "lm_layers", "lm_revision")
 
 
 class ServerError(UserError):
-    """The server refused, failed or spoke nonsense; the message is what it said."""
+    """The server refused, failed or spoke nonsense; the message is what it said, `status` its answer's."""
 
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str, status: int = 200) -> None:
         super().__init__(message)
         self.status = status
 
@@ -83,13 +75,11 @@ def read_token(file: str | None) -> str | None:
             found = os.stat(file)
             token = Path(file).read_bytes()[:4096].partition(b"\n")[0].strip(b" \t\r").decode("latin-1")
         except OSError as error:
-            raise UserError(f"{where}: {error.strerror}; write the token into it, `openssl rand -hex 32`") from error
+            raise UserError(f"{where}: {error.strerror}; write a token into it, `openssl rand -hex 32`") from error
         if found.st_uid == os.geteuid() and found.st_mode & 0o077:
             raise UserError(f"{where} can be read by others ({stat.filemode(found.st_mode)}): run `chmod 600 {file}`")
     if token is not None and not (len(token) >= 16 and token.isascii() and token.isprintable() and " " not in token):
-        raise UserError(
-            f"the token in {where} is not 16 or more printable ASCII characters, as of `openssl rand -hex 32`"
-        )
+        raise UserError(f"the token in {where} is not 16 or more printable ASCII characters: `openssl rand -hex 32`")
     return token
 
 
@@ -105,13 +95,12 @@ class ActivationClient:
     def __init__(self, url: str, token: str | None = None, timeout: float = 90.0, patience: float = 60.0) -> None:
         try:
             parts = urlsplit(url)
-            host, port = parts.hostname, parts.port
-        except ValueError as error:
-            raise UserError(f"url {url!r} is not of the form http://HOST:PORT or https://HOST:PORT: {error}") from error
-        if parts.username is not None:
-            raise UserError(f"url {parts.hostname} has a user's name or password in it; give the token by itself")
-        if parts.scheme not in ("http", "https") or host is None:
-            raise UserError(f"url {url!r} is not of the form http://HOST:PORT or https://HOST:PORT")
+            host, port, right = parts.hostname, parts.port, parts.scheme in ("http", "https") and parts.hostname
+        except ValueError:
+            right = False
+        if not right or parts.username is not None:
+            shown = "with a user's name or password in it" if "@" in url else repr(url)
+            raise UserError(f"url {shown} is not of the form http://HOST:PORT or https://HOST:PORT")
         token = None if token is None else token.strip()
         if token is not None and not (token.isascii() and token.isprintable()):
             raise UserError("the token has characters that a header cannot carry; wanted printable ASCII")
@@ -123,7 +112,7 @@ class ActivationClient:
 
     def get_activations(self, batch_size: int = 1) -> dict[str, Any]:
         """A few rows as plain lists: shape, dtype, segment, row, token, position, document, activations."""
-        (batch,) = self.stream_activations(batch_size, 1)
+        batch = next(self.stream_activations(batch_size, 1))
         rows = batch.activations
         about = {"shape": list(rows.shape), "dtype": str(rows.dtype).removeprefix("torch."), "segment": batch.segment}
         return {**about, **{name: getattr(batch, name).tolist() for name in COLUMNS}, "activations": rows.tolist()}
@@ -138,98 +127,98 @@ class ActivationClient:
         Goes on by itself over broken connections and restarts of the server. No row comes twice: the server gives
         each away once, and one that was lost on the way is lost.
         """
+        had = 0
+        while max_batches is None or had < max_batches:
+            left = _ROUND if max_batches is None else min(max_batches - had, _ROUND)
+            for batch in self._batches("/activations/stream", batch_size, left, max_batches=left):
+                had += 1
+                yield batch
 
-        def query(batches: int) -> dict[str, int] | None:
-            left = _ROUND if max_batches is None else min(max_batches - batches, _ROUND)
-            return {"batch_size": batch_size, "max_batches": left} if left else None
-
-        return self._batches("/activations/stream", batch_size, query)
-
-    def heldout(self, batch_size: int = 256) -> Iterator[Batch]:
+    def heldout(self, batch_size: int = 64) -> Iterator[Batch]:
         """The held-out rows in their order, from the first to the last; `row` counts them from 0."""
-        at = 0
-        for batch in self._batches("/heldout", batch_size, lambda _: {"batch_size": batch_size, "start": at}):
-            if batch.segment or not np.array_equal(batch.row, np.arange(at, at + len(batch.row))):
-                raise ServerError(f"{self.url}/heldout: found other rows than those from {at} on", 200)
-            at += len(batch.row)
-            yield batch
+        at, more = 0, True
+        while more:
+            more = False
+            for batch in self._batches("/heldout", batch_size, _ROUND, start=at):
+                if batch.segment or not np.array_equal(batch.row, np.arange(at, at + len(batch.row))):
+                    raise ServerError(f"{self.url}/heldout: found other rows than those from {at} on")
+                at, more = at + len(batch.row), True
+                yield batch
 
     def stats(self) -> dict[str, Any]:
         """The server's counters and the generator's state."""
-        found = self._json("/stats")
+        found = self._get("/stats", _read_json)
         if not isinstance(found, dict) or type(found.get("max_batch")) is not int or found["max_batch"] < 1:
-            raise ServerError(f"{self.url}/stats is not of an activation server: {found!r:.200}", 200)
+            raise ServerError(f"{self.url}/stats is not of an activation server: {found!r:.200}")
         return found
 
     def index(self) -> StoreIndex:
         """What a row is: model, layers, sites, text, L, D, dtype."""
-        return self._patiently(self._index)
-
-    def _index(self) -> StoreIndex:
-        found, where = self._get("/index", _read_json), f"{self.url}/index is not of this version's activation server"
-        if not isinstance(found, dict) or found.keys() != _INDEX.keys():
-            odd = sorted(found.keys() ^ _INDEX.keys()) if isinstance(found, dict) else found
-            raise ServerError(f"{where}: missing or unknown {odd!r:.300}", 200)
-        odd = {name: found[name] for name, holds in _INDEX.items() if not holds(found[name])}
-        if any(
-            name not in odd and len(found[name]) != found["n_layers"]
-            for name in ("layers", "input_sites", "output_sites")
-        ):
-            odd["n_layers"] = found["n_layers"]
+        found = self._get("/index", _read_json)
+        odd = f"found {found!r:.100}"
+        if isinstance(found, dict):
+            bad = sorted(found.keys() ^ _INDEX.keys()) or [
+                f"{name}: {found[name]!r:.100}" for name, like in _INDEX.items()
+                if not (_is_like(found[name], like) or (name in _NULL and found[name] is None))
+            ]  # fmt: skip
+            if not bad and not _makes_sense(found):
+                bad = [f"{name}: {found[name]!r:.100}" for name in ("format_version", "n_layers", "d_acts", "dtype")]
+            odd = ", ".join(bad)
         if odd:
-            raise ServerError(f"{where}: found {odd!r:.300}", 200)
+            raise ServerError(f"{self.url}/index is not of this version's activation server: {odd:.500}")
         return StoreIndex(**found)
 
     def statistics(self) -> Statistics:
         """Mean and sd of the training rows."""
         index = self.index()
-        dims = (index.n_layers, index.d_acts)
+        dims, right = (index.n_layers, index.d_acts), True
 
-        def read(answer: _Answer) -> Statistics:
-            try:
-                tensors = safetensors.torch.load(answer.read_all(4 * 8 * index.n_layers * index.d_acts + 65_536))
-                rows = int(tensors.pop("rows"))
-                right = rows > 0 and {*tensors, "rows"} == {*STATISTICS_TENSORS}
-                for name, tensor in tensors.items():
-                    right &= tensor.shape == dims and tensor.dtype == torch.float64 and bool(tensor.isfinite().all())
-                    right &= "sd" not in name or bool((tensor >= 0).all())
-            except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
-                raise ServerError(f"{self.url}/statistics: found no statistics: {error}", 200) from error
-            if not right:
-                raise ServerError(
-                    f"{self.url}/statistics: found other tensors than finite {dims} of 1 row or more", 200
-                )
-            return Statistics(**tensors, rows=rows)
+        def read(answer: _Answer) -> dict[str, Tensor]:
+            return safetensors.torch.load(answer.read_all(32 * index.n_layers * index.d_acts + _REASON_BYTES))
 
-        return self._patiently(lambda: self._get("/statistics", read))
+        try:
+            tensors = self._get("/statistics", read)
+            rows = int(tensors.pop("rows"))
+            right = rows > 0 and {*tensors, "rows"} == {*STATISTICS_TENSORS}
+            for name, tensor in tensors.items():
+                right &= tensor.shape == dims and tensor.dtype == torch.float64 and bool(tensor.isfinite().all())
+                right &= "sd" not in name or bool((tensor >= 0).all())
+        except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise ServerError(f"{self.url}/statistics: found no statistics: {error}") from error
+        if not right:
+            raise ServerError(f"{self.url}/statistics: wanted finite {STATISTICS_TENSORS} {dims} of 1 row or more")
+        return Statistics(**tensors, rows=rows)
 
     def refresh(self) -> int:
         """Have the server drop its rows and make others; returns how many it dropped. Asked once, without patience."""
         try:
-            found = self._get("/refresh", _read_json, "POST")
+            with self._open("/refresh", {}, "POST") as answer:
+                found = _read_json(answer)
         except _Again as error:
             raise ServerError(str(error), 503) from error
         if not isinstance(found, dict) or type(found.get("dropped")) is not int:
-            raise ServerError(f"{self.url}/refresh: found {found!r:.200}, wanted how many rows were dropped", 200)
+            raise ServerError(f"{self.url}/refresh: found {found!r:.200}, wanted how many rows were dropped")
         return found["dropped"]
 
-    def _json(self, path: str, **query: int) -> Any:
-        return self._patiently(lambda: self._get(path, _read_json, "GET", **query))
-
-    def _get(self, path: str, read: Callable[[_Answer], T], method: str = "GET", **query: int) -> T:
-        """One request; raises _Again for what may pass and ServerError for what will not."""
-        with self._open(path, method, query) as answer:
-            return read(answer)
+    def _get(self, path: str, read: Callable[[_Answer], T]) -> T:
+        wait = _Waiting(self.patience)
+        while True:
+            try:
+                with self._open(path, {}) as answer:
+                    return read(answer)
+            except _Again as error:
+                wait.after(error)
 
     @contextlib.contextmanager
-    def _open(self, path: str, method: str, query: dict[str, int]) -> Iterator[_Answer]:
+    def _open(self, path: str, query: dict[str, int], method: str = "GET") -> Iterator[_Answer]:
+        """One request; raises _Again for what may pass and ServerError for what will not."""
         connection, answer = self._connect(), None
         try:
             answer = _Answer(connection, self.timeout)
             target = self._prefix + path + ("?" + urlencode(query) if query else "")
             connection.request(method, target, headers=self._headers)
-            answer.begin(connection.getresponse())
-            if answer.status != 200:
+            answer.response = response = connection.getresponse()
+            if response.status != 200:
                 raise self._refusal(path, answer)
             yield answer
         except (OSError, http.client.HTTPException, WireError) as error:
@@ -239,80 +228,68 @@ class ActivationClient:
                 answer.socket.close()
 
     def _refusal(self, path: str, answer: _Answer) -> Exception:
-        text = answer.read_all(65_536).decode("utf-8", "replace")
+        text, response = answer.read_all(_REASON_BYTES).decode("utf-8", "replace"), answer.response
         try:
             reason = str(json.loads(text)["error"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            reason = text or answer.response.reason
-        message = f"{self.url}{path} answered {answer.status}: {reason:.1000}"
-        if answer.status in (408, 429, 502, 503, 504):
-            after = answer.headers.get("retry-after", "0")
-            return _Again(message, float(after) if after.isascii() and after.isdigit() and len(after) < 9 else 0.0)
-        return ServerError(message, answer.status)
+            reason = text or response.reason
+        message = f"{self.url}{path} answered {response.status}: {reason:.1000}"
+        if response.status not in (408, 429, 502, 503, 504):
+            return ServerError(message, response.status)
+        after = response.headers.get("retry-after", "")
+        return _Again(message, float(after) if after.isascii() and after.isdigit() and len(after) < 9 else 0.0)
 
-    def _patiently(self, work: Callable[[], T]) -> T:
-        wait = _Waiting(self.patience)
-        while True:
+    def _batches(self, path: str, n: int, most: int, **query: int) -> Iterator[Batch]:
+        """The batches of one request, of which there is one at least; tried again until then."""
+        wait, got = _Waiting(self.patience), 0
+        while not got:
             try:
-                return work()
-            except _Again as error:
-                wait.after(error)
-
-    def _batches(self, path: str, n: int, query: Callable[[int], dict[str, int] | None]) -> Iterator[Batch]:
-        """The batches of as many requests as it takes; `query(batches)` had so far says what to ask for next."""
-        wait, batches = _Waiting(self.patience), 0
-        while (asked := query(batches)) is not None:
-            try:
-                index = self._index()
-                shape = Shape(index.n_layers, index.d_acts, index.dtype)
-                with self._open(path, "GET", asked) as answer:
-                    if answer.length == 0 and path == "/heldout":  # behind the last row
+                index = self.index()
+                with self._open(path, {"batch_size": n, **query}) as answer:
+                    if answer.response.length == 0:
                         return
-                    sequence, before = 0, batches
-                    while batches - before < asked.get("max_batches", _ROUND):
-                        batch, sequence = _read_batch(answer, n, shape, sequence, short=path == "/heldout")
-                        if batch is None:
-                            break
-                        wait.reset()
-                        batches += 1
+                    batches = _read_batches(answer, n, Shape(index.n_layers, index.d_acts, index.dtype), path[1] == "h")
+                    while got < most and (batch := next(batches, None)) is not None:
+                        got += 1
                         yield batch
-                    if sequence == 0:
+                    if not got:
                         raise WireError("the stream ended before its first frame")
             except _Again as error:
+                wait.reset() if got else None
                 wait.after(error)
 
 
-def _read_batch(answer: _Answer, n: int, shape: Shape, sequence: int, short: bool) -> tuple[Batch | None, int]:
-    """The next batch of n rows, or of fewer where the stream may be `short`, and the number of the frame behind it."""
-    out = torch.empty(n, 2, shape.n_layers, shape.d_acts, dtype=getattr(torch, shape.dtype))
-    done, parts, segments = 0, [], set()
-    while done < n:
-        answer.expect(0)
-        found = read_frame(answer.fill, shape, out[done:], sequence, answer.expect)
-        if found is None:
-            if done and not short:
-                raise WireError(f"the stream was cut off within a batch: found {done} rows, wanted {n}")
-            break
-        columns, segment = found
-        done, sequence = done + len(columns["row"]), sequence + 1
-        parts.append(columns)
-        segments.add(segment)
-    if not parts:
-        return None, sequence
-    if len(segments) > 1:
-        raise WireError(f"found rows of several buffers in one batch: {sorted(segments)}")
-    columns = {
-        name: np.concatenate([part[name] for part in parts]) if len(parts) > 1 else parts[0][name] for name in COLUMNS
-    }
-    return Batch(out[:done], **columns, segment=segments.pop()), sequence
+def _read_batches(answer: _Answer, n: int, shape: Shape, short: bool) -> Iterator[Batch]:
+    """Batches of n rows; the last may be `short`."""
+    sequence, dtype = 0, getattr(torch, shape.dtype)
+    while True:
+        out, done, frames = torch.empty(n, 2, shape.n_layers, shape.d_acts, dtype=dtype), 0, []
+        while done < n:
+            answer.expect(0)
+            found = read_frame(answer.fill, shape, out[done:], sequence, answer.expect)
+            if found is None:
+                break
+            frames.append(found)
+            done, sequence = done + len(found[0]["row"]), sequence + 1
+            if found[1] != frames[0][1]:
+                raise WireError(f"found rows of two buffers, {found[1]} and {frames[0][1]}, in one batch")
+        if not frames:
+            return
+        if done < n and not short:
+            raise WireError(f"the stream was cut off within a batch: found {done} rows, wanted {n}")
+        columns = {name: np.concatenate([each[name] for each, _ in frames]) for name in COLUMNS}
+        yield Batch(out[:done], **columns, segment=frames[0][1])
 
 
 class _Answer(io.RawIOBase):
     """A connection's socket, as http.client wants it, and then its answer: read at a least rate and within bounds."""
 
+    response: http.client.HTTPResponse
+
     def __init__(self, connection: http.client.HTTPConnection, timeout: float) -> None:
         connection.connect()
         self.socket, self.timeout = connection.sock, timeout
+        self.sendall = self.socket.sendall
         connection.sock = self  # type: ignore[assignment]
         self.expect(0)
 
@@ -329,21 +306,12 @@ class _Answer(io.RawIOBase):
     def readinto(self, view: Any) -> int:
         left = self.deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError(f"the answer came at less than {LEAST_RATE} bytes a second")
+            raise TimeoutError(f"the answer did not come within {self.timeout:g} s and at {LEAST_RATE} bytes a second")
         self.socket.settimeout(min(self.timeout, left))
         return self.socket.recv_into(view)
 
-    def sendall(self, data: Any) -> None:
-        self.socket.sendall(data)
-
     def close(self) -> None:
         """Nothing: http.client closes it while the answer is still read."""
-
-    def begin(self, response: http.client.HTTPResponse) -> None:
-        """The head has come."""
-        self.response, self.headers, self.status, self.length = (
-            response, response.headers, response.status, response.length,
-        )  # fmt: skip
 
     def fill(self, view: memoryview) -> int:
         """Fill the view; returns how many bytes that were, fewer at the end of the answer alone."""
@@ -362,14 +330,26 @@ class _Answer(io.RawIOBase):
     def read_all(self, most: int) -> bytes:
         """All of it. Raises WireError when that is more than `most` bytes, or less than was announced."""
         self.expect(most)
-        data = b""
-        while piece := self.response.read1(65_536):
+        data, wanted = b"", self.response.length
+        while len(data) <= most and (piece := self.response.read1(65_536)):
             data += piece
-            if len(data) > most:
-                raise WireError(f"the answer is longer than {most} bytes")
-        if self.length is not None and len(data) < self.length:
-            raise WireError(f"the answer was cut off: found {len(data)} bytes, wanted {self.length}")
+        if len(data) > most or len(data) < (wanted or 0):
+            raise WireError(f"found an answer of {len(data)} bytes, wanted {wanted if wanted else ''} at most {most}")
         return data
+
+
+def _is_like(value: Any, like: Any) -> bool:
+    """Whether the types are the same, of lists those of the items."""
+    if isinstance(like, list):
+        return isinstance(value, list) and all(type(item) is type(like[0]) for item in value)
+    return type(value) is type(like)
+
+
+def _makes_sense(index: dict[str, Any]) -> bool:
+    lists = [len(index[name]) == index["n_layers"] for name in ("layers", "input_sites", "output_sites")]
+    sizes = 0 < index["n_layers"] < 1 << 12 and 0 < index["d_acts"] < 1 << 20 and all(lists) and not index["shards"]
+    known = index["format_version"] == FORMAT_VERSION and index["dtype"] in ITEM_BYTES
+    return sizes and known and index["text"].get("part") in ("train", "heldout")
 
 
 def _read_json(answer: _Answer) -> Any:
@@ -377,7 +357,7 @@ def _read_json(answer: _Answer) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ServerError(f"found {text[:40]!r} where an activation server answers in JSON", 200) from error
+        raise ServerError(f"found {text[:40]!r} where an activation server answers in JSON") from error
 
 
 class _Waiting:

@@ -20,7 +20,7 @@ from clt.data.shards import COLUMN_DTYPES
 from clt.data.writer import write_store
 from clt.errors import UserError
 from clt.server.client import ActivationClient, ServerError, read_token
-from clt.server.wire import Batch, as_bytes
+from clt.server.wire import Batch, Shape, as_bytes
 
 _PATIENCE = 600.0  # seconds that a run waits for a server that is away
 _TICK = 1.0  # seconds between two looks at a server that is away
@@ -51,7 +51,8 @@ class ServerStore:
     def __init__(self, client: ActivationClient, rows: int) -> None:
         self.client, self.path, self.consumed = client, client.url, {}
         self.index, self.statistics = dataclasses.replace(client.index(), rows=rows), client.statistics()
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Iterator[Batch] = iter(())
+        self.row_bytes = Shape(self.index.n_layers, self.index.d_acts, self.index.dtype).row_bytes
         self._rest = torch.empty(0)
 
     def __len__(self) -> int:
@@ -71,24 +72,18 @@ class ServerStore:
         return out
 
     def _next(self) -> Tensor:
-        batch = None if self._batches is None else next(self._batches, None)
-        if batch is None:  # the first, or the last stream failed
-            batch = next(batches := self._stream())
-            self._batches = batches
+        try:
+            batch = next(self._batches)
+        except (ServerError, StopIteration) as error:  # the first call; or it was started again, with another limit
+            if isinstance(error, ServerError) and error.status != 422:
+                raise
+            most = self.client.stats()["max_batch"]
+            self._batches = self.client.stream_activations(min(most, max(1, _FRAME_BYTES // self.row_bytes)))
+            batch = next(self._batches)
         if batch.segment not in self.consumed:
             self._check_index()
         self.consumed[batch.segment] = self.consumed.get(batch.segment, 0) + len(batch.row)
         return batch.activations
-
-    def _stream(self) -> Iterator[Batch]:
-        row_bytes = 2 * self.index.n_layers * self.index.d_acts * getattr(torch, self.index.dtype).itemsize
-        while True:
-            try:
-                most = self.client.stats()["max_batch"]
-                yield from self.client.stream_activations(min(most, max(1, _FRAME_BYTES // row_bytes)))
-            except ServerError as error:
-                if error.status != 422:  # it was started again, with another limit
-                    raise
 
     def _check_index(self) -> None:
         """A buffer that is new to this run may be that of a server that was started again with another config."""
@@ -198,7 +193,7 @@ def _fetch(store: ServerStore, path: Path, rows: int, fields: dict[str, Any]) ->
     shape = (rows, 2, store.index.n_layers, store.index.d_acts)
     tensor = torch.empty(shape, dtype=getattr(torch, store.index.dtype))
     columns, done = {name: np.zeros(rows, dtype) for name, dtype in COLUMN_DTYPES.items()}, 0
-    for batch in store.client.heldout(64):
+    for batch in store.client.heldout(min(64, store.client.stats()["max_batch"])):
         end = done + len(batch.row)
         if end > rows:
             raise UserError(

@@ -98,6 +98,11 @@ def frame_bytes(n: int, shape: Shape, segment: str) -> int:
     return _FIXED.size + _SUM.size + len(header(n, shape, segment)) + n * (COLUMN_BYTES + shape.row_bytes)
 
 
+def count_of(slices: Sequence[Slice]) -> int:
+    """How many rows these are."""
+    return sum(part.stop - part.start for part in slices)
+
+
 def columns_of(slices: Sequence[Slice]) -> dict[str, np.ndarray]:
     """The columns (n,) of all these rows."""
     at, columns = 0, {}
@@ -128,7 +133,7 @@ def frame(slices: Sequence[Slice], sequence: int, shape: Shape, segment: str) ->
     rows, digest = [as_bytes(activations_of(part, shape)) for part in slices], xxh3_64(columns)
     for part in rows:
         digest.update(part)
-    n = sum(part.stop - part.start for part in slices)
+    n = count_of(slices)
     fixed, head = _FIXED.pack(MAGIC, n, sequence, segment.encode(), digest.intdigest()), header(n, shape, segment)
     return [b"".join((fixed, _SUM.pack(xxh3_64_intdigest(fixed + head)), head, columns)), *rows]
 

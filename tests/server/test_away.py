@@ -50,6 +50,7 @@ def test_a_signal_while_the_server_is_away_stops_all_ranks_with_a_checkpoint(ser
 def come_back_as_another(server, tmp_path) -> None:
     """With a token that the run does not have: it will not help to wait."""
     (tmp_path / "token").write_text("quite-another-token")
+    (tmp_path / "token").chmod(0o600)
     server.process.kill()
     server.process.wait()
     server.start(f"server.token_file={tmp_path / 'token'}")

@@ -90,6 +90,7 @@ def test_another_config_is_refused(reader):
 
 def test_the_token_file_and_the_url_are_used(reader, tmp_path):
     (tmp_path / "other").write_text("another-token-0123456789")
+    (tmp_path / "other").chmod(0o600)
     with pytest.raises(ServerError, match="answered 401: the token is not this server's"):
         open_server(reader(f"data.token_file={tmp_path / 'other'}"))
     with pytest.raises(UserError, match="is not of the form"):
@@ -106,8 +107,8 @@ def test_a_server_that_is_killed_and_started_again_is_waited_out(serve):
     broken = threading.Event()
 
     def read() -> None:
-        for frame in itertools.takewhile(lambda _: len(got) < 4000, client.stream_frames(50)):
-            got.extend((frame.segment, row) for row in frame.batch.row.tolist())
+        for batch in itertools.takewhile(lambda _: len(got) < 4000, client.stream_activations(50)):
+            got.extend((batch.segment, row) for row in batch.row.tolist())
             if len(got) == 1000:
                 broken.wait(60)
 
@@ -190,7 +191,7 @@ def test_a_run_waits_out_a_server_that_is_killed_and_goes_on_after_a_signal(serv
     (checkpoint,) = (run / "checkpoints").iterdir()
     before = json.loads((checkpoint / "state.json").read_text())
     assert stood + 20 <= before["step"] < 600
-    assert len(before["rows_by_segment"]) == 2
+    assert len(before["rows_by_segment"]) == 1, "the buffer outlives a kill"
     assert sum(before["rows_by_segment"].values()) >= 1000 * before["step"]
     subprocess.run(command, cwd=root, check=True, timeout=120)
     rows = json.loads((run / "summary.json").read_text())["rows_by_segment"]
@@ -216,7 +217,6 @@ def test_a_server_that_was_started_again_with_a_smaller_limit_is_read_on(serve):
     server.start("server.max_batch=30")
     while len(store.consumed) == 1:  # the kernel still has megabytes of the first
         store.read(np.arange(400), out)
-    assert store.most == 30
 
 
 @pytest.mark.parametrize(
@@ -270,6 +270,4 @@ def test_another_kind_of_server_is_told():
             client.stats()
         with pytest.raises(ServerError, match="/index is not of this version's activation server"):
             client.index()
-        with pytest.raises(ServerError, match="/statistics: found no statistics"):
-            client.statistics()
         server.shutdown()
