@@ -48,7 +48,7 @@ PUBLIC = ("/", "/healthz")
 """Paths that need no token: they tell nothing but whether the server works."""
 COUNTED = ("/activations", "/activations/tensor", "/activations/stream", "/heldout")
 """Paths whose clients count among `server.max_streams`."""
-LOCAL = ["localhost", "127.0.0.1", "::1"]
+LOCAL = ["localhost", "127.0.0.1", "::1", "[::1]"]
 """The names that a server without a token answers to."""
 _NO_TOKEN = (
     "as Authorization: Bearer TOKEN (in Python ActivationClient(url, token), in a config data.token_file, in the "

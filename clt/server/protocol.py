@@ -25,7 +25,8 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        transport.set_write_buffer_limits(0)  # `pause_writing` when anything waits, also behind a whole answer
+        if transport.get_extra_info("sslcontext") is None:  # with TLS, asyncio gives up what is unsent by itself
+            transport.set_write_buffer_limits(0)  # `pause_writing` when anything waits, also behind a whole answer
         with contextlib.suppress(OSError):  # bbr, where it is the default, costs a tenth on the loopback (measured)
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
         if len(self.connections) > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
