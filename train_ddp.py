@@ -23,8 +23,6 @@ from clt.config import Config, config_hash
 from clt.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
 
@@ -220,7 +218,8 @@ def main(config: Config, prepare: bool) -> int:
             results = evaluation()
             logger.log_evaluation(step, results[0])
         clock, logged, stalled = time.perf_counter(), start, loader.stalled
-        for batch in loader if source is None else source.batches(start, watch):  # (b, 2, L, D): this rank's rows of the global batch
+        # (b, 2, L, D): this rank's rows of the global batch
+        for batch in loader if source is None else source.batches(start, watch):
             lr = learning_rate(step, steps, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr

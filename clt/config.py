@@ -246,7 +246,7 @@ class ServerConfig:
     """Activations over the network: the shared buffer, the generator that fills it, and the limits of its clients."""
 
     name: str | None = None
-    """Name of the buffer in shared memory, 1 to 64 letters, digits, dots and dashes; null derives it from `data.store`."""
+    """Name of the buffer in shared memory, 1 to 64 letters, digits, dots, dashes; null derives it from `data.store`."""
     source: Literal["model", "store"] = "model"
     """Fill the buffer by running the language model over the training text, or from the training store, endlessly."""
     rows: int = 32_768

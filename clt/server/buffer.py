@@ -1,10 +1,10 @@
 """The shuffle buffer: blocks of rows in shared memory, filled by one process and taken whole by many.
 
-A block goes FREE -> OPEN -> FULL -> TAKEN -> FREE. The generator scatters each row over the open blocks, so a full block
-is a random sample of the last fills. A serving process copies a full block out and frees it at once: no client, however
-slow, ever holds shared memory. Every lock is one byte of the file, owned by an open file description: the kernel releases
-it when its holder dies, in whatever PID namespace. Nobody waits for one: a block that is locked is left to its holder,
-and a taken block that is not locked belonged to a process that died.
+A block goes FREE -> OPEN -> FULL -> TAKEN -> FREE. The generator scatters each row over the open blocks, so a full
+block is a random sample of the last fills. A serving process copies a full block out and frees it at once: no client,
+however slow, ever holds shared memory. Every lock is one byte of the file, owned by an open file description: the
+kernel releases it when its holder dies, in whatever PID namespace. Nobody waits for one: a block that is locked is left
+to its holder, and a taken block that is not locked belonged to a process that died.
 """
 
 from __future__ import annotations
@@ -291,7 +291,7 @@ def _stride(block_rows: int, row_bytes: int) -> int:
 
 
 def _aligned(size: int) -> np.ndarray:
-    """Memory that starts a cache line, as a block does: else copies can run at a fifth of the speed (measured, Zen 3)."""
+    """Memory that starts a cache line, as a block does: else copies may run at a fifth of the speed (measured)."""
     memory = np.empty(size + 64, np.uint8)
     start = -memory.__array_interface__["data"][0] % 64
     return memory[start : start + size]

@@ -48,7 +48,7 @@ def own_folder(config: Config) -> Path:
 
 
 def buffer_name(config: Config) -> str:
-    """The name of the config's buffer: `server.name`, else one that belongs to this user and the path of `data.store`."""
+    """The name of the config's buffer: `server.name`, else one for this user and the path of `data.store`."""
     path = f"{os.geteuid()}:{os.path.realpath(config.data.store)}"
     return config.server.name or hashlib.sha256(path.encode()).hexdigest()[:16]
 

@@ -66,9 +66,9 @@ def name() -> Iterator[str]:
 
 
 @pytest.fixture
-def buffer(name: str) -> Iterator[Buffer]:
+def buffer(name: str) -> Buffer:
     """An empty buffer of 8 blocks of 8 rows (2, 2, 3) float16, 3 of them open at a time."""
-    yield Buffer.create(name, BLOCKS, BLOCK_ROWS, OPEN_BLOCKS, (L, D, "float16"))
+    return Buffer.create(name, BLOCKS, BLOCK_ROWS, OPEN_BLOCKS, (L, D, "float16"))
 
 
 @pytest.fixture

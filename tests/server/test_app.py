@@ -356,7 +356,7 @@ def test_answers_that_nobody_reads_are_ended_however_small(strict):
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", strict.port))
-        with pytest.raises(ConnectionError):
+        with contextlib.suppress(ConnectionError):
             while True:
                 connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
                 time.sleep(0.01)  # each is answered before the next comes

@@ -1,6 +1,7 @@
 """Frames: what safetensors reads in them, and what a damaged one does."""
 
 import io
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def make(n: int, shape: Shape, sequence: int = 0, parts: int = 1) -> tuple[Slice
     rows = data.view(getattr(torch, shape.dtype)).view(n, 2, shape.n_layers, shape.d_acts)
     body = body_of(rows, {name: random.integers(0, 2**31, n).astype(kind) for name, kind in COLUMNS.items()})
     cuts = np.linspace(0, n, parts + 1).astype(int).tolist()
-    slices = [body._replace(start=a, stop=b) for a, b in zip(cuts, cuts[1:]) if a < b]
+    slices = [body._replace(start=a, stop=b) for a, b in pairwise(cuts) if a < b]
     whole = bytearray(b"".join(frame(slices, sequence, shape, "5e9")))
     assert len(whole) == frame_bytes(n, shape, "5e9")
     return body, whole
@@ -40,7 +41,9 @@ def read(data: bytes, shape: Shape, most: int = 9, sequence: int = 0) -> tuple[d
 def test_what_is_sent_arrives_and_is_plain_safetensors(dtype, n, n_layers, d, parts):
     shape = Shape(n_layers, d, dtype)
     body, data = make(n, shape, 7, parts)
-    columns, segment, rows = read(data, shape, sequence=7) or pytest.fail()
+    found = read(data, shape, sequence=7)
+    assert found is not None
+    columns, segment, rows = found
     assert segment == "5e9"
     independent = load(bytes(data[HEAD:]))
     assert as_bytes(rows) == as_bytes(independent.pop("activations").contiguous()) == body.body[24 * n :].data
