@@ -370,6 +370,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     with run.signals_end_it():
         config = run.environment_config()
         keep_freed_memory(1 << 28)
+        run.allow_descriptors()
         token, buffer = read_token(config.server.token_file), await asyncio.to_thread(run.open_buffer, config)
     rows = Rows(buffer, config.server.wait_seconds, config.server.max_streams)
     record = functools.partial(run.record, config, buffer)

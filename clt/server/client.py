@@ -93,14 +93,15 @@ class ActivationClient:
     """
 
     def __init__(self, url: str, token: str | None = None, timeout: float = 90.0, patience: float = 60.0) -> None:
+        shown = "with a user's name or password in it" if "@" in url else repr(url)
+        wrong = UserError(f"url {shown} is not of the form http://HOST:PORT or https://HOST:PORT")
         try:
             parts = urlsplit(url)
-            host, port, right = parts.hostname, parts.port, parts.scheme in ("http", "https") and parts.hostname
-        except ValueError:
-            right = False
-        if not right or parts.username is not None:
-            shown = "with a user's name or password in it" if "@" in url else repr(url)
-            raise UserError(f"url {shown} is not of the form http://HOST:PORT or https://HOST:PORT")
+            host, port = parts.hostname, parts.port
+        except ValueError as error:
+            raise wrong from error
+        if parts.scheme not in ("http", "https") or host is None or parts.username is not None:
+            raise wrong
         token = None if token is None else token.strip()
         if token is not None and not (token.isascii() and token.isprintable()):
             raise UserError("the token has characters that a header cannot carry; wanted printable ASCII")

@@ -233,14 +233,11 @@ def signals_end_it() -> Iterator[None]:
     """
     from clt.server.generator import end_with
 
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        end_with(parent.pid, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS} if main else {}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    if (parent := multiprocessing.parent_process()) is not None:
+        end_with(parent.pid, signal.SIGTERM)
     try:
         yield
     finally:
