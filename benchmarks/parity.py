@@ -122,11 +122,13 @@ def bytes_per_step(data: int, feature: int, tokens: int) -> int:
     """The formula: what all ranks together send in a step, with ring all-reduces, in fp32.
 
     n ranks that all-reduce b bytes send 2 (n - 1) b together. Gradients: F / feature features a rank, along data.
-    Partial reconstructions: (tokens / data, L, D) a rank, along feature.
+    Partial reconstructions: (tokens / data, L, D) a rank, along feature; batches: twice that in float16, from one rank.
     """
     L, D, F = 4, 128, 256 // feature
     parameters = F * (L * D + 2 * L + D * L * (L + 1) // 2) + L * D
-    return 4 * (feature * 2 * (data - 1) * parameters + data * 2 * (feature - 1) * (tokens // data) * L * D)
+    return 4 * (feature * 2 * (data - 1) * parameters + data * 2 * (feature - 1) * (tokens // data) * L * D) + (
+        (feature - 1) * tokens * 2 * L * D * 2
+    )
 
 
 def measured_bytes(job: list[str], directory: Path, data: int, feature: int) -> float | None:

@@ -41,7 +41,7 @@ from clt.config import Config, load_config  # noqa: E402
 from clt.data.writer import write_store  # noqa: E402
 from clt.parsing import to_yaml  # noqa: E402
 from clt.server.client import ActivationClient  # noqa: E402
-from clt.server.prepare import segment_name  # noqa: E402
+from clt.server.run import buffer_name  # noqa: E402
 
 L, D, BATCH, ROWS = 12, 768, 256, 16384
 WIDTH = 2 * L * D
@@ -89,7 +89,7 @@ class Server:
         (directory / "config.yaml").write_text(to_yaml(config))
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
-        self.segment = Path(f"/dev/shm/clt-{segment_name(config)}")
+        self.segment = Path(f"/dev/shm/clt-{buffer_name(config)}")
         self.url, self.log = f"http://127.0.0.1:{self.port}", directory / "log"
         command = [*by, sys.executable, "-m", "clt.cli", "serve", str(directory / "config.yaml")]
         command.append(f"server.port={self.port}")
@@ -254,10 +254,10 @@ def take_rows(url: str, seconds: float, file: Path) -> None:
     client = ActivationClient(url, patience=60)
     with open(file, "ab", buffering=0) as out:
         while time.monotonic() < end:
-            for frame in client.stream_frames(dice.choice([16, 64, 100]), dice.randrange(1, 20)):
-                rows = frame.batch.activations.view(torch.int16).view(-1, WIDTH).numpy()
-                intact = (rows == expected(frame.batch.document)).all(1)
-                record = np.stack([np.full(len(rows), int(frame.segment, 16) >> 1), frame.batch.row, intact], 1)
+            for batch in client.stream_activations(dice.choice([16, 64, 100]), dice.randrange(1, 20)):
+                rows = batch.activations.view(torch.int16).view(-1, WIDTH).numpy()
+                intact = (rows == expected(batch.document)).all(1)
+                record = np.stack([np.full(len(rows), int(batch.segment, 16) >> 1), batch.row, intact], 1)
                 out.write(record.astype(np.int64).tobytes())
 
 
@@ -283,7 +283,9 @@ def faults(server: Server, seconds: float, directory: Path) -> dict[str, float]:
         assert time.monotonic() < end, f"clients or rows did not come back: {stats}"
         time.sleep(0.1)
     drawn, served = (stats[key] - before[key] for key in ("rows_drawn", "rows_served"))
-    adds_up = stats["rows_lost"] == 0 and len(records) <= served <= drawn
+    parts = ("valid", "open", "in_flight", "rows_drawn", "rows_dropped", "rows_lost")
+    whole = stats["rows_generated"] == sum(stats[part] for part in parts)
+    adds_up = whole and stats["rows_lost"] == 0 and len(records) <= served <= drawn
     return {
         "rows_delivered": len(records),
         "rows_twice": len(records) - len(np.unique(records[:, :2], axis=0)),

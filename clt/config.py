@@ -228,13 +228,11 @@ class ServerConfig:
     source: Literal["model", "store"] = "model"
     """Fill the buffer by running the language model over the training text, or from the training store, endlessly."""
     rows: Annotated[int, POSITIVE] = 32_768
-    """Rows (tokens) that the shared buffer holds."""
-    min_fill: Annotated[float, SHARE_OF_BUFFER] = 0.5
-    """Share of the buffer that must be filled before rows are drawn from it: the larger, the better they are mixed."""
-    device: Literal["cpu", "gpu", "auto-low"] = "auto-low"
-    """Where the language model runs; `auto-low` takes the GPU when the buffer is low, and leaves it when it is full."""
-    low: Annotated[float, SHARE_OF_BUFFER] = 0.5
-    """Share of the buffer below which `auto-low` takes the GPU."""
+    """Rows (tokens) that the shared buffer holds, about: it consists of blocks of 2 MB."""
+    open_share: Annotated[float, SHARE_OF_BUFFER] = 0.5
+    """Share of the buffer over which new rows are scattered: the larger, the better they are mixed."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where the language model runs; `auto` takes a GPU if there is one."""
     statistics_tokens: Annotated[int, POSITIVE] = 100_000
     """Rows (tokens) that the statistics of `source: model` are computed from, once."""
     host: str = "127.0.0.1"
@@ -242,21 +240,17 @@ class ServerConfig:
     port: Annotated[int, PORT] = 8000
     """Port to listen on."""
     workers: Annotated[int, POSITIVE] = 1
-    """Serving processes."""
+    """Serving processes, 1 to 128 on one buffer."""
     token_file: str | None = None
-    """File with the bearer token that clients must send; null asks for none (or takes CLT_SERVER_TOKEN)."""
+    """File, its owner's alone, with the bearer token that clients must send; null: CLT_SERVER_TOKEN, or none."""
     max_batch: Annotated[int, POSITIVE] = 8192
-    """Rows in a batch at most."""
-    max_json_batch: Annotated[int, POSITIVE] = 64
-    """Rows in a batch of JSON at most."""
+    """Rows in a batch at most; in JSON 64, as a tensor 16 MB or a block."""
     max_streams: Annotated[int, POSITIVE] = 64
-    """Streams served at once, over all workers."""
+    """Clients that are sent rows at once, over all workers."""
     wait_seconds: Annotated[float, POSITIVE] = 30.0
     """How long a request waits for rows before it is told to come again."""
     idle_seconds: Annotated[float, POSITIVE] = 60.0
-    """How long a client may take to read what it was sent before it is dropped."""
-    stream_seconds: Annotated[float, POSITIVE] = 86_400.0
-    """How long a stream lasts at most; its client opens the next. Any answer is cut off `idle_seconds` after that."""
+    """How long a client may take to read what it was sent, 2 MB at most, before it is dropped."""
 
 
 @dataclass
@@ -338,11 +332,6 @@ def _check(config: Config, where: typing.Callable[[str], str]) -> None:
         raise UserError("data.source=server but data.url is null: set it to the server's, e.g. http://127.0.0.1:8000")
     if (config.lm.input_site is None) != (config.lm.output_site is None):
         raise UserError("lm.input_site and lm.output_site go together: set both, or neither")
-    if config.data.source == "server" and config.parallel.feature_shards > 1:
-        raise UserError(
-            "parallel.feature_shards above 1 needs ranks that read the same rows, and a server gives each row to one "
-            "rank: set data.source=store, or parallel.feature_shards=1"
-        )
 
 
 def identity(config: Config) -> dict[str, Any]:

@@ -1,10 +1,15 @@
-"""What the process asks of the C library's malloc."""
+"""What the process asks of the C library's malloc, and whether the machine has what is asked of it."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import shutil
+from pathlib import Path
 
+from clt.errors import UserError
+
+CGROUP = Path("/sys/fs/cgroup")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -22,3 +27,29 @@ def keep_freed_memory(at_most: int = -1) -> None:
     # The one setting without the other would be worse than neither: it ends glibc's own adaptation.
     if libc.mallopt(_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(_MMAP_THRESHOLD, 1 << 25):
         libc.mallopt(_TRIM_THRESHOLD, at_most)
+
+
+def check_memory(size: int, folder: Path) -> None:
+    """Raise UserError when `size` bytes are more than the file system in memory at `folder`, the machine or the
+    container's limit have left."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = {
+        str(folder): shutil.disk_usage(folder).free,
+        "the machine's memory": int(meminfo["MemAvailable"].split()[0]) * 1024,
+    }
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        # What the page cache holds there is given up when memory is wanted.
+        cache = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+        free["the container's memory"] = int(text) - int(used.read_text()) + int(cache["inactive_file"])
+    place = min(free, key=lambda name: free[name])
+    if free[place] < size:
+        raise UserError(too_large(size, f"{place} has {free[place] / 1e9:.2f} GB free"))
+
+
+def too_large(size: int, found: str) -> str:
+    """What to say of a shared buffer that does not fit."""
+    return (
+        f"the shared buffer needs {size / 1e9:.2f} GB but {found}: lower server.rows, choose fewer lm.layers, or give "
+        f"the machine more (a container: docker run --shm-size)"
+    )

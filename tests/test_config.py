@@ -123,8 +123,3 @@ def test_the_hash_sees_what_changes_the_weights_and_nothing_else():
         setattr(getattr(changed, section), name, f"not {value}")
         seen.add(config_hash(changed))
     assert len(seen) == 1 + len(identity(load_config()))
-
-
-def test_a_server_cannot_feed_the_shards_of_one_transcoder():
-    with pytest.raises(UserError, match=r"a server gives each row to one rank: set data\.source=store"):
-        load_config(None, ["data.source=server", "data.url=http://127.0.0.1:1", "parallel.feature_shards=2"])

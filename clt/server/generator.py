@@ -1,174 +1,144 @@
-"""The process that fills the shared buffer: rows from the language model, or from a store, endlessly."""
+"""The process that fills the buffer, and the serving process that keeps it running: whoever holds the leader's lock."""
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
+import logging
 import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 
-import numpy as np
 import torch
 
-from clt.config import Config, ServerConfig
-from clt.data.sampler import batch_rows
-from clt.data.store import DiscBuffer
+from clt.config import Config
+from clt.data.feed import StoredRows, from_model, from_store
 from clt.errors import UserError
-from clt.lm.forward import Rows, check_finite, forward_text
+from clt.lm.forward import Rows
 from clt.memory import keep_freed_memory
-from clt.server.buffer import LOCKED_ROWS, SharedBuffer
+from clt.server.buffer import GENERATOR, LEADER, Buffer
 
-if TYPE_CHECKING:
-    from clt.lm.load import LanguageModel
+log = logging.getLogger("uvicorn.error")
+SPAWN = multiprocessing.get_context("spawn")
+_TICK = 0.1  # seconds between two looks at the leader's lock, and at the generator
+_FULL = (0.003, 0.1)  # seconds between two looks at a full buffer, at least and at most
+_DELAYS = (0.5, 60.0)  # seconds before the first and before the slowest restart of the generator
+_STEADY = 60.0  # seconds after which a generator counts as having worked
+_RECORD = 10.0  # seconds between two records of the place in the text
 
-_FULL_SECONDS = (0.003, 0.12)  # between two looks at a full buffer, at least and at most
-_WORTH = 1 / 8  # the share of the buffer that is worth a look: each costs those who read or train beside this process
-_STORE_BATCH = 4096  # rows of a store in one entry of the record of what has been put
+
+def fill(buffer: Buffer, batches: Iterator[tuple[tuple[int, int], Rows | StoredRows]]) -> None:
+    """Put batches into the buffer as there is room, from its mark on."""
+    skip = int(buffer.header["mark"][2])  # rows of the first batch that are in the buffer already
+    pause = _FULL[0]
+    buffer.say("running", pid=os.getpid())
+    for (epoch, position), rows in batches:
+        done, skip = skip, 0
+        while done < len(rows):
+            n = buffer.put(rows[done : done + buffer.block_rows], (epoch, position, done))
+            done, pause = done + n, _FULL[0] if n else min(2 * pause, _FULL[1])
+            if not n:
+                time.sleep(pause)
 
 
-def run_generator(config: Config, name: str) -> None:
-    """Fill the buffer `name` until this process is ended; an error is recorded in the buffer and ends it.
+def device_for(config: Config) -> str:
+    """Where the language model runs. Raises UserError for a GPU that is not there."""
+    if config.server.device == "gpu" and not torch.cuda.is_available():
+        raise UserError("server.device=gpu but no CUDA device is available; set server.device=cpu")
+    return "cpu" if config.server.device == "cpu" or not torch.cuda.is_available() else "cuda"
 
-    Goes on where the last generator of this buffer stopped: no row of the text is left out or comes twice.
+
+def run(config: Config, name: str) -> None:
+    """Fill the buffer `name` until this process is ended, from where its last generator stopped.
+
+    No row of the text is left out or comes twice, but for what a killed generator was just writing. An error is
+    recorded in the buffer and ends the process.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # leave as at the end of a program
-    buffer = SharedBuffer.attach(name)
-    buffer.set_generator("starting", pid=os.getpid())
-    _end_with_parent(buffer)
+    begin_child(os.getppid() if (parent := multiprocessing.parent_process()) is None else parent.pid)
+    buffer = Buffer.attach(name)
+    buffer.say("starting", pid=os.getpid())
+    while not buffer.hold(GENERATOR):  # the last leader's, which the kernel is ending
+        time.sleep(_TICK)
     torch.set_num_threads(max(torch.get_num_threads() - 1, 1))  # one core is the servers'
     keep_freed_memory()
+    buffer.reclaim()
+    epoch, position, _ = buffer.header["mark"].tolist()
     try:
         if config.server.source == "store":
-            fill(buffer, from_store(config, *buffer.mark[:2]))
+            fill(buffer, from_store(config, epoch, position))
         else:
             from transformers.utils.logging import disable_progress_bar
 
             from clt.lm.load import load_language_model
 
             disable_progress_bar()  # a log is no place for it, and its semaphore outlives a process that is killed
-            lm = load_language_model(
-                config.lm, device_for(config.server, buffer.filled, "cpu", torch.cuda.is_available())
-            )
-            fill(buffer, from_model(config, lm, *buffer.mark[:2]), lm, config.server)
+            fill(buffer, from_model(config, load_language_model(config.lm, device_for(config)), epoch, position))
     except UserError as error:
-        buffer.set_generator("failed", str(error), os.getpid())
+        buffer.say("failed", str(error), os.getpid())
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except Exception as error:
-        buffer.set_generator("failed", f"{type(error).__name__}: {error}", os.getpid())
+        buffer.say("failed", f"{type(error).__name__}: {error}", os.getpid())
         raise
 
 
-def from_model(
-    config: Config, lm: LanguageModel, epoch: int = 0, windows: int = 0
-) -> Iterator[tuple[tuple[int, int], Rows]]:
-    """((epoch, windows before it), rows) of every batch of the training text, over and over."""
-    while True:
-        for batch, rows in forward_text(config, "train", lm, windows):
-            check_finite(lm, batch, rows)
-            yield (epoch, windows), replace(rows, activations=rows.activations.cpu())
-            windows += len(batch)
-        epoch, windows = epoch + 1, 0
+async def lead(config: Config, name: str, buffer: Buffer, record: Callable[[], None]) -> None:
+    """Once no other serving process does: keep a generator running, restarted with back-off. Ends with its task.
 
-
-@dataclass
-class StoredRows:
-    """Rows of a store whose activations have not been read yet: they go from its files straight into the buffer."""
-
-    store: DiscBuffer
-    number: np.ndarray
-    """(n,) int64"""
-    token: np.ndarray
-    """(n,) int32"""
-    position: np.ndarray
-    """(n,) int32"""
-    document: np.ndarray
-    """(n,) int64"""
-
-    def __len__(self) -> int:
-        return len(self.number)
-
-    def __getitem__(self, part: slice) -> StoredRows:
-        columns = (self.token[part], self.position[part], self.document[part])
-        return StoredRows(self.store, self.number[part], *columns)
-
-    def copy_into(self, views: list[memoryview]) -> None:
-        """The bytes of each row."""
-        self.store.read_into(self.number, views)
-
-
-def from_store(config: Config, epoch: int = 0, step: int = 0) -> Iterator[tuple[tuple[int, int], StoredRows]]:
-    """((epoch, step), rows) of every batch of the training store, its blocks in an order that `run.seed` determines."""
-    store = DiscBuffer(Path(config.data.store) / "train")
-    batch = min(_STORE_BATCH, len(store))
-    while True:
-        at = batch_rows(len(store), config.data.block_rows, batch, config.run.seed, step)
-        columns = (store.tokens(at), store.positions(at), store.documents(at))
-        yield (step * batch // len(store), step), StoredRows(store, at, *columns)
-        step += 1
-
-
-def fill(
-    buffer: SharedBuffer,
-    batches: Iterator[tuple[tuple[int, int], Rows | StoredRows]],
-    lm: LanguageModel | None = None,
-    config: ServerConfig | None = None,
-) -> None:
-    """Put batches into the buffer as there is room, from its mark on; `lm` changes devices as the buffer fills."""
-    skip = buffer.mark[2]  # rows of the first batch that are in the buffer already
-    pause, since = _FULL_SECONDS[0], 0  # since: rows put since the last pause
-    buffer.set_generator("running", pid=os.getpid())
-    for (epoch, position), rows in batches:
-        done, skip = skip, 0
-        while done < len(rows):
-            wanted = min(len(rows) - done, LOCKED_ROWS)
-            written = buffer.put(rows[done : done + wanted], (epoch, position, done))
-            done, since = done + written, since + written
-            if written < wanted:  # full
-                _move(buffer, lm, config)
-                shortest, longest = _FULL_SECONDS
-                pause = min(2 * pause, longest) if since < _WORTH * buffer.rows else max(pause / 4, shortest)
-                since = 0
-                time.sleep(pause)
-        _move(buffer, lm, config)
-
-
-def _move(buffer: SharedBuffer, lm: LanguageModel | None, config: ServerConfig | None) -> None:
-    if lm is None or config is None:
-        return
-    device = device_for(config, buffer.filled, lm.device.type, torch.cuda.is_available())
-    if device != lm.device.type:
-        lm.model.to(device)  # type: ignore[arg-type]
-        torch.cuda.empty_cache()
-
-
-def device_for(config: ServerConfig, filled: float, current: str, has_gpu: bool) -> str:
-    """Where the language model should run: `cpu` or `cuda`. `filled` is the share of the buffer that is not free.
-
-    `auto-low` takes the GPU below `config.low` and gives it back when the buffer is full. Without one it is the CPU.
+    `record` saves the place in the text; it is called in a thread, as it writes to a disk.
     """
-    if config.device == "cpu" or not has_gpu:
-        return "cpu"
-    if config.device == "gpu" or filled < config.low:
-        return "cuda"
-    return "cpu" if filled >= 1 else current
+    while not buffer.hold(LEADER):
+        await asyncio.sleep(_TICK)
+    delay = _DELAYS[0]
+    try:
+        while True:
+            child = SPAWN.Process(target=run, args=(config, name), name="clt-generator", daemon=True)
+            child.start()
+            born = recorded = time.monotonic()
+            try:
+                while child.is_alive():
+                    await asyncio.sleep(_TICK)
+                    if time.monotonic() > recorded + _RECORD:
+                        await asyncio.to_thread(record)
+                        recorded = time.monotonic()
+            finally:
+                child.kill()
+                child.join()
+            buffer.say("failed", cause := _cause(buffer, child), child.pid or 0)
+            log.error("the generator ended: %s", cause)
+            delay = _DELAYS[0] if time.monotonic() - born > _STEADY else delay
+            await asyncio.sleep(delay)
+            buffer.header["restarts"] += 1
+            delay = min(2 * delay, _DELAYS[1])
+    finally:
+        buffer.drop(LEADER)
 
 
-def _end_with_parent(buffer: SharedBuffer) -> None:
-    """When the supervisor dies, nobody is left to watch over this process and to remove the segment."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+def _cause(buffer: Buffer, child: BaseProcess) -> str:
+    """Why the generator ended: what it said itself, else how it was ended."""
+    status = child.exitcode or 0
+    if buffer.header["state"] == b"failed" and buffer.header["pid"] == child.pid:
+        return buffer.header["cause"].item().decode(errors="replace")
+    if status < 0:
+        hint = "; was there too little memory?" if -status == signal.SIGKILL else ""
+        return f"the generator was killed by {signal.Signals(-status).name}{hint}"
+    return f"the generator ended with status {status}"
 
-    def watch() -> None:
-        wait([parent.sentinel])
-        buffer.unlink()
-        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True, name="clt-watch").start()
+def begin_child(parent: int | None) -> None:
+    """In a process that works for `parent`: it ends when that one does, and on SIGINT or SIGTERM, without a word."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # may have been inherited as ignored
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    end_with(parent, signal.SIGKILL)
+
+
+def end_with(parent: int | None, number: int) -> None:
+    """Have the kernel send this process a signal when its parent dies; at once when it has died before."""
+    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)

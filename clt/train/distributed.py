@@ -48,6 +48,12 @@ class Axis(NamedTuple):
             dist.all_reduce(tensor, dist.ReduceOp.MAX, self.group)
         return tensor
 
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """The values of the axis's first rank, in place; the tensor is contiguous."""
+        if self.size > 1:
+            dist.broadcast(tensor.view(-1).view(torch.uint8), group=self.group, group_src=0)  # gloo knows no bfloat16
+        return tensor
+
 
 ALONE = Axis()
 """An axis of one rank."""

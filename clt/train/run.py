@@ -33,7 +33,7 @@ def make_stores(config: Config, progress: bool) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(max(threads, len(os.sched_getaffinity(0))))
     if config.data.source == "server":
-        from clt.server.source import fetch_heldout
+        from clt.server.remote import fetch_heldout
 
         fetch_heldout(config)
     else:
@@ -48,7 +48,7 @@ def open_source(config: Config, world: World) -> tuple[StoreSource, DiscBuffer]:
     """
     source: StoreSource
     if config.data.source == "server":
-        from clt.server.source import open_server
+        from clt.server.remote import open_server
 
         source = ServerSource(open_server(config), config, world)
     else:

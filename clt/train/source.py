@@ -18,11 +18,14 @@ from clt.train.distributed import World
 from clt.train.watch import TICK, Watch
 
 if TYPE_CHECKING:
-    from clt.server.source import ServerStore
+    from clt.server.remote import ServerStore
 
 
 class StoreSource:
     """This rank's rows of every global batch of a store, read ahead.
+
+    Ranks that hold the shards of one transcoder need the same rows: the first of them reads, and sends them to the
+    others.
 
     Raises UserError when the batch cannot be made of the store's rows, or cannot be split as the config asks.
     """
@@ -34,6 +37,7 @@ class StoreSource:
         self.store, self.world, self.steps = store, world, config.train.steps
         self.index, self.statistics = store.index, store.statistics
         data, batch = world.data, config.train.batch_tokens
+        self.batch_tokens = batch
         self.order = (len(store), config.data.block_rows, batch, config.run.seed, data.rank, data.size)
         DistributedSampler(*self.order)
         if batch // data.size < config.train.accumulate:
@@ -52,7 +56,8 @@ class StoreSource:
     def batches(self, step: int, watch: Watch) -> Iterator[Tensor]:
         """(b, 2, L, D) in storage dtype, on the device, for the steps after `step` done ones; valid until the next."""
         with self._load(step) as loader:
-            yield from loader
+            for _ in range(step, self.steps):
+                yield self._next(loader)
 
     def zeros(self, rows: int) -> Tensor:
         """A batch of that many rows of zeros, as `batches` gives them."""
@@ -66,10 +71,18 @@ class StoreSource:
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from the position in a checkpoint's state."""
 
+    @property
+    def _reads(self) -> bool:
+        return self.world.feature.rank == 0
+
     def _load(self, step: int) -> Loader:
-        sampler = DistributedSampler(*self.order, step, self.steps)
+        sampler = DistributedSampler(*self.order, step, self.steps) if self._reads else ()
         self.loader = Loader(self.store, sampler, self.world.device, self.prefetch)
         return self.loader
+
+    def _next(self, loader: Loader) -> Tensor:
+        batch = next(loader) if self._reads else self.zeros(self.world.data.share(self.batch_tokens))
+        return self.world.feature.broadcast(batch)
 
 
 class ServerSource(StoreSource):
@@ -86,7 +99,7 @@ class ServerSource(StoreSource):
             for done in range(step, self.steps):
                 waiting = True
                 while waiting:
-                    ready = loader.ready(TICK)
+                    ready = not self._reads or loader.ready(TICK)
                     flags = (not ready, watch.stopping, loader.failure is not None)
                     waiting, told, failed = dist.count(self.world, *flags)
                     watch.progress(done)
@@ -94,7 +107,7 @@ class ServerSource(StoreSource):
                         self.failure = loader.failure or SystemExit(2)  # the rank that lost its server says why
                     if failed or (waiting and told):
                         return
-                yield next(loader)
+                yield self._next(loader)
 
     def position(self) -> dict[str, Any]:
         """Rows read so far, over all ranks, by the buffer of the server that they came from."""

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from importlib.util import find_spec
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -23,13 +22,10 @@ import torch
 from clt.config import Config, load_config
 from clt.lm.forward import Rows
 from clt.parsing import to_yaml
-from clt.server.buffer import SharedBuffer
+from clt.server.buffer import Buffer
 from clt.server.client import ActivationClient, ServerError
 
-if not all(find_spec(name) for name in ("starlette", "uvicorn", "httptools", "uvloop")):
-    collect_ignore_glob = ["test_*.py"]  # the extra `serve` is not installed
-
-ROWS, L, D = 64, 2, 3
+BLOCKS, BLOCK_ROWS, OPEN_BLOCKS, L, D = 8, 8, 3, 2, 3
 
 
 def known_rows(n: int, first: int = 0, dtype: str = "float16", shape: tuple[int, int] = (L, D)) -> Rows:
@@ -63,19 +59,16 @@ def pause_generator(client: ActivationClient, token: str | None = None) -> int:
 
 @pytest.fixture
 def name() -> Iterator[str]:
-    """The name of a segment that does not outlive the test."""
+    """The name of a buffer that does not outlive the test."""
     name = f"test-{secrets.token_hex(4)}"
     yield name
     Path(f"/dev/shm/clt-{name}").unlink(missing_ok=True)
 
 
 @pytest.fixture
-def buffer(name: str) -> Iterator[SharedBuffer]:
-    """An empty buffer of 64 rows (2, 2, 3) float16 without min_fill."""
-    buffer = SharedBuffer.create(name, ROWS, L, D, "float16", min_fill=0)
-    yield buffer
-    buffer.unlink()
-    buffer.close()
+def buffer(name: str) -> Buffer:
+    """An empty buffer of 8 blocks of 8 rows (2, 2, 3) float16, 3 of them open at a time."""
+    return Buffer.create(name, BLOCKS, BLOCK_ROWS, OPEN_BLOCKS, (L, D, "float16"))
 
 
 @pytest.fixture
@@ -166,7 +159,7 @@ def serve(
             command = ["uvicorn", "clt.server.app:app", "--port", "{port}", "--workers", str(config.server.workers)]
             command += ["--timeout-graceful-shutdown", "1"]
             if by == "uvicorn":
-                command += ["--http", "clt.server.protocol:Protocol"]
+                command += ["--http", "clt.server.protocol:Protocol", "--ws", "none"]
             environment["CLT_CONFIG"] = str(path / "config.yaml")
         servers.append(Server(command, environment, path / "store", path / "log"))
         return servers[-1]

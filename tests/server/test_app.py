@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,6 @@ import torch
 from clt.data.extract import extract
 from clt.data.store import DiscBuffer
 from clt.server.client import ActivationClient
-from clt.server.segment import Segment
 from tests.server.conftest import Server, eventually, pause_generator
 
 ROOT = Path(__file__).parents[2]
@@ -37,9 +37,10 @@ def strict(serve, tmp_path_factory) -> Server:
     """With a token and narrow limits, two workers, by uvicorn and the environment."""
     file = tmp_path_factory.mktemp("token") / "token"
     file.write_text(TOKEN + "\n")
-    limits = {"max_batch": 100, "max_json_batch": 3, "max_streams": 2, "wait_seconds": 1.5, "idle_seconds": 1}
+    file.chmod(0o600)
+    limits = {"max_batch": 100, "max_streams": 2, "wait_seconds": 1.5, "idle_seconds": 1}
     environment = {f"CLT_SERVER_{name.upper()}": str(value) for name, value in limits.items()}
-    environment |= {"CLT_SERVER_TOKEN_FILE": str(file), "CLT_SERVER_STREAM_SECONDS": "2", "CLT_SERVER_WORKERS": "7"}
+    environment |= {"CLT_SERVER_TOKEN_FILE": str(file), "CLT_SERVER_WORKERS": "7"}
     return serve("server.workers=2", by="uvicorn", **environment)
 
 
@@ -93,7 +94,8 @@ def test_streamed_rows_are_the_stores_and_come_once(server):
 
 def test_rows_come_in_no_order(server):
     batch = next(ActivationClient(server.url).stream_activations(100, 1))
-    assert np.abs(np.diff(batch.row)).mean() > 20
+    steps = np.diff(batch.row)
+    assert 20 < (steps > 0).sum() < 79, "as of a shuffled list"
 
 
 def test_a_tensor_says_its_shape_and_dtype(server):
@@ -132,24 +134,19 @@ def test_bfloat16_is_carried_exactly(serve, config):
     assert all(bits(row) in known for tensor in tensors for row in tensor)
 
 
-def test_a_second_request_on_a_connection_does_not_hide_that_the_client_has_gone(server):
-    """Sent before the first was answered: the stream must end with the connection all the same."""
+def test_a_second_request_before_the_first_answer_ends_the_connection_and_no_stream_goes_on(server):
     asked = b"".join(
         b"GET %s HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n" % path
         for path in (b"/activations/stream?batch_size=8", b"/stats")
     )
-    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
-        connection.sendall(asked)
-        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+    send(server, asked)
     eventually(lambda: json.loads(ask(server, "/stats")[2])["clients"] == 0)
-    eventually(lambda: json.loads(ask(server, "/stats")[2])["in_flight"] == 0)
     assert "Traceback" not in server.log.read_text()
 
 
-def test_plain_uvicorn_serves_and_says_what_is_missing(serve):
+def test_plain_uvicorn_serves(serve):
     server = serve(by="plain uvicorn")
     assert len({row for batch in ActivationClient(server.url).stream_activations(50, 4) for row in batch.row}) == 200
-    assert server.log.read_text().count("start uvicorn with --http clt.server.protocol:Protocol") == 1
 
 
 def test_workers_of_a_killed_server_end_and_it_can_be_started_again(serve):
@@ -188,21 +185,18 @@ def test_what_training_needs_besides(server):
 
 def test_the_counters_add_up(server):
     client = ActivationClient(server.url)
-
-    def idle() -> bool:
-        found = client.stats()
-        return found["valid"] == found["rows"] and found["in_flight"] == 0
-
-    eventually(idle)
+    eventually(lambda: client.stats()["fill"] == 1)
     before = client.stats()
     for _ in client.stream_activations(40, 10):
         pass
-    client.get_activations_tensor(30)
-    client.get_activations(5)
-    eventually(idle)
+    ask(server, "/activations/tensor?batch_size=30")
+    ask(server, "/activations?batch_size=5")
+    eventually(lambda: client.stats()["fill"] == 1)
     after = client.stats()
-    gone = {key: after[key] - before[key] for key in ("rows_generated", "rows_drawn", "rows_served", "rows_lost")}
-    assert gone == {"rows_generated": 435, "rows_drawn": 435, "rows_served": 435, "rows_lost": 0}
+    gone = {key: after[key] - before[key] for key in ("rows_drawn", "rows_served", "rows_lost")}
+    assert gone == {"rows_drawn": 435, "rows_served": 435, "rows_lost": 0}
+    names = ("valid", "open", "in_flight", "rows_drawn", "rows_dropped", "rows_lost")
+    assert after["rows_generated"] == sum(after[name] for name in names)
     assert after["bytes_served"] - before["bytes_served"] > 430 * 2 * 3 * 16 * 2
 
 
@@ -210,22 +204,22 @@ def test_refresh_makes_other_rows(server):
     client = ActivationClient(server.url)
     eventually(lambda: client.stats()["fill"] == 1)
     newest = client.stats()["rows_generated"]
-    assert client.refresh() == 512
+    assert client.refresh() > 256
     assert min(next(client.stream_activations(100, 1)).row) >= newest
-    assert client.stats()["rows_dropped"] >= 512
+    assert client.stats()["rows_dropped"] > 256
 
 
 @pytest.mark.parametrize(
     ("path", "status", "reason"),
     [
-        ("/activations/stream?batch_size=0", 422, "wanted 1 to 512"),
-        ("/activations/stream?batch_size=-5", 422, "wanted 1 to 512"),
-        ("/activations/stream?batch_size=513", 422, "wanted 1 to 512"),
-        ("/activations/stream?batch_size=" + "9" * 5000, 422, "wanted 1 to 512"),
+        ("/activations/stream?batch_size=0", 422, "wanted 1 to 8192"),
+        ("/activations/stream?batch_size=-5", 422, "wanted 1 to 8192"),
+        ("/activations/stream?batch_size=8193", 422, "wanted 1 to 8192"),
+        ("/activations/stream?batch_size=" + "9" * 5000, 422, "wanted 1 to 8192"),
         ("/activations/stream?batch_size=1e3", 400, "wanted a whole number"),
         ("/activations/stream?batch_size=", 400, "wanted a whole number"),
         ("/activations/stream?batch_size=%D9%A3", 400, "wanted a whole number"),
-        ("/activations/stream?batch_size=1&batch_size=1", 400, "given 2 times"),
+        ("/activations/stream?batch_size=1&batch_size=1", 400, "given more than once"),
         ("/activations/stream?max_batches=0", 422, "wanted 1 to"),
         ("/activations/stream?batchsize=1", 400, "unknown parameter 'batchsize'; known: batch_size, max_batches"),
         ("/activations?batch_size=65", 422, "wanted 1 to 64"),
@@ -262,12 +256,11 @@ def test_pages_of_other_sites_cannot_use_a_browser_on_this_machine(server):
     for site in ("cross-site", "same-site"):  # e.g. of an <img>, which has no origin
         assert ask(server, "/activations/stream", sec_fetch_site=site)[0] == 403
     assert ask(server, "/", sec_fetch_site="cross-site")[0] == 200, "a link to the page"
-    status, _, body = ask(server, "/stats", host="evil.example:8000", origin="http://evil.example:8000")
-    assert (status, b"'evil.example'" in body) == (403, True), "a name that stands for this machine's address"
+    assert ask(server, "/refresh", "POST", origin="http://localhost:1")[0] == 403, "another port is another site"
+    assert ask(server, "/stats", host="evil.example:8000")[0] == 400, "a name that stands for this machine's address"
     assert ask(server, "/stats", host=f"localhost:{server.port}")[0] == 200
-    for headers in ({"host": "["}, {"origin": "http://["}):
-        status, _, body = ask(server, "/stats", **headers)
-        assert (status, json.loads(body)["error"]) == (400, "the Host or the Origin header is no address")
+    assert ask(server, "/stats", host="[")[0] == 400
+    assert ask(server, "/stats", origin="http://[")[0] == 403
 
 
 def test_headers_have_a_limit_while_an_answer_is_under_way(server):
@@ -281,24 +274,17 @@ def test_headers_have_a_limit_while_an_answer_is_under_way(server):
                 assert time.monotonic() < end
 
 
-def test_broken_requests_get_a_reason(server):
+def test_bytes_that_are_no_request_end_the_connection(server):
     assert send(server, b"\x00\x01 nonsense\r\n\r\n").startswith(b"HTTP/1.1 400 ")
-    answer = send(server, b"GET / HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 4000 + b"\r\n")
-    assert answer.startswith(b"HTTP/1.1 431 ")
-    assert b'{"error": ' in answer
+    assert send(server, b"GET / HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 4000 + b"\r\n") == b""
     assert send(server, b"GET /stats HT", half_close=True) == b""
 
 
 def test_a_request_that_does_not_end_is_not_waited_for(server):
     drip = [b"GET /stats HTTP/1.1\r\n", *[b"a: b\r\n"] * 30]
-    answers: list[bytes] = []
-    threads = [threading.Thread(target=lambda: answers.append(send(server, *drip, pause=0.5)))]
-    threads.append(threading.Thread(target=lambda: answers.append(send(server))))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert sorted(answer[:13] for answer in answers) == [b"", b"HTTP/1.1 408 "]
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(send, server, *drip, pause=0.5), pool.submit(send, server)]
+        assert [answer.result(60) for answer in answers] == [b"", b""]
 
 
 def test_waiting_clients_hear_at_once_why_the_generator_died(server):
@@ -347,10 +333,10 @@ def test_limits_from_the_environment(strict):
         return status, json.loads(body)["error"]
 
     assert error("/activations/tensor?batch_size=101") == (422, "parameter batch_size is 101; wanted 1 to 100")
-    assert error("/activations?batch_size=4") == (422, "parameter batch_size is 4; wanted 1 to 3")
+    assert error("/activations?batch_size=65") == (422, "parameter batch_size is 65; wanted 1 to 64")
 
 
-def test_slow_readers_and_long_streams_are_ended(strict):
+def test_slow_readers_are_ended(strict):
     client = ActivationClient(strict.url, TOKEN)
     request = f"GET /activations/stream?batch_size=100 HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\n\r\n"
     with contextlib.ExitStack() as stack:
@@ -363,44 +349,17 @@ def test_slow_readers_and_long_streams_are_ended(strict):
         assert status == 503, "a third client of two"
         assert "server.max_streams" in json.loads(body)["error"]
         eventually(lambda: client.stats()["clients"] == 0, 30)  # they read nothing for idle_seconds
-    eventually(lambda: client.stats()["fill"] > 0.9)
-    began = time.monotonic()
-    assert send(strict, request.encode().replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")).endswith(b"0\r\n\r\n")
-    assert 1.5 < time.monotonic() - began < 30  # stream_seconds
-
-
-def unacknowledged(server: int, client: int) -> int:
-    """Bytes that the kernel has of what the server's end of a loopback connection sent."""
-    ends = f"0100007F:{server:04X}", f"0100007F:{client:04X}"
-    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
-    return next((int(line[4].split(":")[0], 16) for line in lines if (line[1], line[2]) == ends), 0)
 
 
 def test_answers_that_nobody_reads_are_ended_however_small(strict):
     """A connection that is to be closed waits for what is unsent: without a deadline, for ever."""
-    request = f"GET / HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\n\r\n".encode()
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", strict.port))
-
-        def ended() -> bool:
-            return connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
-
-        def queued() -> int:
-            return unacknowledged(strict.port, connection.getsockname()[1])
-
-        stuck = False
-        while not stuck:  # until the kernel takes no more of an answer: the rest is the server's
-            before, began = queued(), time.monotonic()
-            connection.sendall(request)
-            while queued() <= before and not stuck:
-                if time.monotonic() > began + 2:
-                    stuck = before > 0
-                    break
-                if ended():
-                    return
-                time.sleep(0.005)
-        eventually(ended, 30)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+                time.sleep(0.01)  # each is answered before the next comes
 
 
 def test_two_workers_give_each_row_once(strict):
@@ -427,13 +386,13 @@ def test_an_empty_buffer_is_waited_for_and_then_reported(strict):
         query = f"?batch_size=100&max_batches=100 HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\n\r\n"
         head, _, body = send(strict, f"GET /activations/stream{query}".encode()).partition(b"\r\n\r\n")
         assert len(body) < int(head.lower().partition(b"content-length: ")[2].split()[0]), "the connection is closed"
-        assert "a stream was ended: the buffer had no 100 rows for 1.5 seconds" in strict.log.read_text()
+        assert "a stream was ended: the buffer had no rows for 1.5 seconds" in strict.log.read_text()
         assert "ASGI callable" not in strict.log.read_text(), "uvicorn's error in one's own program"
         client.refresh()
         began = time.monotonic()
         status, headers, body = ask(strict, "/activations", authorization=f"Bearer {TOKEN}")
         assert (status, headers["retry-after"]) == (503, "1")
-        assert "had no 1 rows for 1.5 seconds" in json.loads(body)["error"]
+        assert "had no rows for 1.5 seconds" in json.loads(body)["error"]
         assert 1.4 < time.monotonic() - began < 20
     finally:
         os.kill(pid, signal.SIGCONT)
@@ -447,20 +406,13 @@ def test_other_machines_are_not_served_without_a_token(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_a_dead_supervisor_is_replaced_and_stopping_leaves_nothing(serve):
+def test_stopping_leaves_nothing(serve):
     name = f"test-{os.getpid()}-stop"
     server, file = serve(f"server.name={name}"), Path(f"/dev/shm/clt-{name}")
-    client = ActivationClient(server.url)
-    first = client.stats()["segment"]
-    segment = Segment.attach(name)
-    os.kill(segment.owner, signal.SIGKILL)
-    eventually(lambda: client.stats()["segment"] != first)
-    segment.close()
-    assert len(next(client.stream_activations(100, 1)).row) == 100
+    assert file.exists()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(b"GET /activations/stream HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
-        assert connection.recv(9) == b"HTTP/1.1 "
-        assert connection.recv(3) == b"200"
+        assert connection.recv(12) == b"HTTP/1.1 200"
         server.process.terminate()
         assert server.process.wait(60) == 0
-    eventually(lambda: not file.exists())
+    assert not file.exists()

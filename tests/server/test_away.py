@@ -50,6 +50,7 @@ def test_a_signal_while_the_server_is_away_stops_all_ranks_with_a_checkpoint(ser
 def come_back_as_another(server, tmp_path) -> None:
     """With a token that the run does not have: it will not help to wait."""
     (tmp_path / "token").write_text("quite-another-token")
+    (tmp_path / "token").chmod(0o600)
     server.process.kill()
     server.process.wait()
     server.start(f"server.token_file={tmp_path / 'token'}")
@@ -63,7 +64,7 @@ def test_a_server_that_comes_back_as_another_costs_no_step(serve, lm_overrides, 
         _, stderr = job.communicate(timeout=60)
     assert "exitcode  : 2" in stderr, stderr
     assert f"exitcode  : {PREEMPTED}" not in stderr, "the same command again will not help"
-    assert "/activations/stream answered 401: this server wants its token" in stderr
+    assert " answered 401: this server wants its token" in stderr
     (step,) = checkpoint.steps(run / "checkpoints")
     assert f"stopped after step {step} of 1000, with a checkpoint" in stderr
     assert step >= 5

@@ -81,16 +81,14 @@ ELSEWHERE = {
     "checkpoint.grace_seconds": "tests/distributed/test_faults.py",
     "text.subset": "tests/lm/test_documents.py",
     "text.split": "tests/lm/test_documents.py",
-    **{f"data.{name}": "tests/server/test_source.py" for name in ("source", "url", "token_file")},
+    **{f"data.{name}": "tests/server/test_remote.py" for name in ("source", "url", "token_file")},
     **{
-        f"server.{name}": "tests/server/test_generator.py"
-        for name in "name source rows min_fill device low statistics_tokens".split()
+        f"server.{name}": "tests/server/test_run.py"
+        for name in "name source rows open_share device statistics_tokens".split()
     },
     **{
         f"server.{name}": "tests/server/test_app.py"
-        for name in (
-            "host port workers token_file max_batch max_json_batch max_streams wait_seconds idle_seconds stream_seconds"
-        ).split()
+        for name in ("host port workers token_file max_batch max_streams wait_seconds idle_seconds").split()
     },
 }
 

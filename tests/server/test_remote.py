@@ -24,7 +24,7 @@ from clt.data.store import DiscBuffer
 from clt.errors import UserError
 from clt.parsing import to_yaml
 from clt.server.client import ActivationClient, ServerError, _Again, _Waiting
-from clt.server.source import ServerStore, fetch_heldout, open_server
+from clt.server.remote import ServerStore, fetch_heldout, open_server
 from clt.train.watch import PREEMPTED
 from tests.server.conftest import Server, eventually
 
@@ -41,6 +41,7 @@ def reader(server, lm_overrides, tmp_path, monkeypatch):
     """reader(*overrides): the config of a run that reads from the server."""
     monkeypatch.delenv("CLT_SERVER_TOKEN", raising=False)
     (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "token").chmod(0o600)
 
     def make(*overrides: str) -> Config:
         keys = ["data.source=server", f"data.url={server.url}", f"data.token_file={tmp_path / 'token'}"]
@@ -90,6 +91,7 @@ def test_another_config_is_refused(reader):
 
 def test_the_token_file_and_the_url_are_used(reader, tmp_path):
     (tmp_path / "other").write_text("another-token-0123456789")
+    (tmp_path / "other").chmod(0o600)
     with pytest.raises(ServerError, match="answered 401: the token is not this server's"):
         open_server(reader(f"data.token_file={tmp_path / 'other'}"))
     with pytest.raises(UserError, match="is not of the form"):
@@ -106,8 +108,8 @@ def test_a_server_that_is_killed_and_started_again_is_waited_out(serve):
     broken = threading.Event()
 
     def read() -> None:
-        for frame in itertools.takewhile(lambda _: len(got) < 4000, client.stream_frames(50)):
-            got.extend((frame.segment, row) for row in frame.batch.row.tolist())
+        for batch in itertools.takewhile(lambda _: len(got) < 4000, client.stream_activations(50)):
+            got.extend((batch.segment, row) for row in batch.row.tolist())
             if len(got) == 1000:
                 broken.wait(60)
 
@@ -191,7 +193,7 @@ def test_a_run_waits_out_a_server_that_is_killed_and_goes_on_after_a_signal(serv
     (checkpoint,) = (run / "checkpoints").iterdir()
     before = json.loads((checkpoint / "state.json").read_text())
     assert stood + 20 <= before["step"] < 600
-    assert len(before["rows_by_segment"]) == 2
+    assert len(before["rows_by_segment"]) == 1, "the buffer outlives a kill"
     assert sum(before["rows_by_segment"].values()) >= 1000 * before["step"]
     subprocess.run(command, cwd=root, check=True, timeout=120)
     rows = json.loads((run / "summary.json").read_text())["rows_by_segment"]
@@ -217,7 +219,6 @@ def test_a_server_that_was_started_again_with_a_smaller_limit_is_read_on(serve):
     server.start("server.max_batch=30")
     while len(store.consumed) == 1:  # the kernel still has megabytes of the first
         store.read(np.arange(400), out)
-    assert store.most == 30
 
 
 @pytest.mark.parametrize(
@@ -271,6 +272,4 @@ def test_another_kind_of_server_is_told():
             client.stats()
         with pytest.raises(ServerError, match="/index is not of this version's activation server"):
             client.index()
-        with pytest.raises(ServerError, match="/statistics: found no statistics"):
-            client.statistics()
         server.shutdown()

@@ -1,4 +1,4 @@
-"""Training from a server: what a run reads of a store, read from the network instead."""
+"""Training from a server: rows and all else that a run takes from a store, read from the network instead."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from clt.data.lock import locked
 from clt.data.shards import COLUMN_DTYPES
 from clt.data.writer import write_store
 from clt.errors import UserError
-from clt.server.client import ActivationClient, ServerError
-from clt.server.token import read_token
-from clt.server.wire import Frame, as_bytes
+from clt.server.client import ActivationClient, ServerError, read_token
+from clt.server.wire import Batch, Shape, as_bytes
 
 _PATIENCE = 600.0  # seconds that a run waits for a server that is away
 _OWN = ("format_version", "n_layers", "d_acts", "dtype", "rows", "shards")  # what write_store says itself
@@ -28,24 +27,22 @@ _FRAME_BYTES = 8 << 20  # small enough to be received while the last one is copi
 
 
 class ServerStore:
-    """What `clt.data.loader.Loader` and a run need of a store: index, statistics, and rows, in the server's order.
+    """What a run needs of a store: index, statistics, and rows, in the server's order.
 
     `read` gives the next rows of this process's own stream, whatever their numbers; it waits out a server that is away
-    for less than `patience` seconds.
+    for less than ten minutes.
     """
 
     threads = 1  # the rows come in the stream's order
 
     consumed: dict[str, int]
     """Rows read, by the buffer of the server (its `segment`) that they came from."""
-    most: int
-    """Rows that the server sends at once."""
 
     def __init__(self, client: ActivationClient, rows: int) -> None:
         self.client, self.path, self.consumed = client, client.url, {}
         self.index, self.statistics = dataclasses.replace(client.index(), rows=rows), client.statistics()
-        self.most = client.stats()["max_batch"]
-        self._frames: Iterator[Frame] | None = None
+        self._batches: Iterator[Batch] = iter(())
+        self.row_bytes = Shape(self.index.n_layers, self.index.d_acts, self.index.dtype).row_bytes
         self._rest = torch.empty(0)
 
     def __len__(self) -> int:
@@ -65,25 +62,18 @@ class ServerStore:
         return out
 
     def _next(self) -> Tensor:
-        if self._frames is None:
-            self._frames = self._stream()
         try:
-            frame = next(self._frames)
-        except ServerError as error:
-            if error.status != 422:
+            batch = next(self._batches)
+        except (ServerError, StopIteration) as error:  # the first call; or it was started again, with another limit
+            if isinstance(error, ServerError) and error.status != 422:
                 raise
-            self.most = self.client.stats()["max_batch"]  # it was started again, with another limit
-            self._frames = self._stream()
-            frame = next(self._frames)
-        if frame.segment not in self.consumed:
+            most = self.client.stats()["max_batch"]
+            self._batches = self.client.stream_activations(min(most, max(1, _FRAME_BYTES // self.row_bytes)))
+            batch = next(self._batches)
+        if batch.segment not in self.consumed:
             self._check_index()
-        tensor = frame.batch.activations
-        self.consumed[frame.segment] = self.consumed.get(frame.segment, 0) + len(tensor)
-        return tensor
-
-    def _stream(self) -> Iterator[Frame]:
-        row_bytes = 2 * self.index.n_layers * self.index.d_acts * getattr(torch, self.index.dtype).itemsize
-        return self.client.stream_frames(min(self.most, max(1, _FRAME_BYTES // row_bytes)))
+        self.consumed[batch.segment] = self.consumed.get(batch.segment, 0) + len(batch.row)
+        return batch.activations
 
     def _check_index(self) -> None:
         """A buffer that is new to this run may be that of a server that was started again with another config."""
@@ -120,28 +110,22 @@ def fetch_heldout(config: Config) -> None:
     """
     store, path = open_server(config), Path(config.data.store) / "heldout"
     index = dataclasses.asdict(store.index)
-    fields: dict[str, Any] = {key: index[key] for key in index if key not in _OWN}
-    fields["text"] = {**index["text"], "part": "heldout"}
+    fields = {key: index[key] for key in index if key not in _OWN} | {"text": {**index["text"], "part": "heldout"}}
     path.mkdir(parents=True, exist_ok=True)
     with locked(path, wait=True):  # many runs may start at once on one file system
-        _copy_heldout(store, path, config.data.heldout_tokens, fields)
+        if not (path / INDEX).exists():
+            _fetch(store, path, config.data.heldout_tokens, fields)
+        found = dataclasses.asdict(read_index(path))
+        odd = [f"{key}: found {found[key]!r}, wanted {fields[key]!r}" for key in fields if found[key] != fields[key]]
+        if odd:
+            raise UserError(
+                f"{path} does not hold the held-out rows of {store.path} ({'; '.join(odd)}): delete it, or set "
+                "data.store to another directory"
+            )
         if not (train := path.with_name("train") / STATISTICS).exists():  # `clt eval` wants them later
             train.parent.mkdir(exist_ok=True)
             store.statistics.save(train)
     check_store(read_index(path), config)
-
-
-def _copy_heldout(store: ServerStore, path: Path, rows: int, fields: dict[str, Any]) -> None:
-    if not (path / INDEX).exists():
-        _fetch(store, path, rows, fields)
-        return
-    found = dataclasses.asdict(read_index(path))
-    odd = [f"{key}: found {found[key]!r}, wanted {fields[key]!r}" for key in fields if found[key] != fields[key]]
-    if odd:
-        raise UserError(
-            f"{path} does not hold the held-out rows of {store.path} ({'; '.join(odd)}): delete it, or set "
-            "data.store to another directory"
-        )
 
 
 def _fetch(store: ServerStore, path: Path, rows: int, fields: dict[str, Any]) -> None:
@@ -149,7 +133,7 @@ def _fetch(store: ServerStore, path: Path, rows: int, fields: dict[str, Any]) ->
     shape = (rows, 2, store.index.n_layers, store.index.d_acts)
     tensor = torch.empty(shape, dtype=getattr(torch, store.index.dtype))
     columns, done = {name: np.zeros(rows, dtype) for name, dtype in COLUMN_DTYPES.items()}, 0
-    for batch in store.client.heldout(min(256, store.most)):
+    for batch in store.client.heldout(min(64, store.client.stats()["max_batch"])):
         end = done + len(batch.row)
         if end > rows:
             raise UserError(

@@ -1,0 +1,125 @@
+"""What an activation server lives on: rows without end, held-out rows, and what is to be known of them beforehand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from clt.config import Config
+from clt.data.extract import check_model, check_store, extract
+from clt.data.index import INDEX, STATISTICS, StoreIndex, read_index, write_index, write_json
+from clt.data.sampler import batch_rows
+from clt.data.statistics import Moments, Statistics
+from clt.data.store import DiscBuffer
+from clt.errors import UserError
+from clt.lm.forward import Rows, check_finite, forward_text
+
+if TYPE_CHECKING:
+    from clt.lm.load import LanguageModel
+
+_ASKED = "statistics.json"  # how many rows the statistics were asked of: a short text has fewer
+_STORE_BATCH = 4096  # rows of a store that come at once
+
+
+def from_model(
+    config: Config, lm: LanguageModel, epoch: int = 0, windows: int = 0
+) -> Iterator[tuple[tuple[int, int], Rows]]:
+    """((epoch, windows before it), rows) of every batch of the training text, over and over."""
+    while True:
+        for batch, rows in forward_text(config, "train", lm, windows):
+            check_finite(lm, batch, rows)
+            yield (epoch, windows), dataclasses.replace(rows, activations=rows.activations.cpu())
+            windows += len(batch)
+        epoch, windows = epoch + 1, 0
+
+
+@dataclass
+class StoredRows:
+    """Rows of a store whose activations have not been read yet: they go from its files straight to their places."""
+
+    store: DiscBuffer
+    number: np.ndarray
+    """(n,) int64"""
+    token: np.ndarray
+    """(n,) int32"""
+    position: np.ndarray
+    """(n,) int32"""
+    document: np.ndarray
+    """(n,) int64"""
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    def __getitem__(self, part: slice) -> StoredRows:
+        columns = (self.token[part], self.position[part], self.document[part])
+        return StoredRows(self.store, self.number[part], *columns)
+
+    def copy_into(self, views: list[memoryview]) -> None:
+        """The bytes of each row."""
+        self.store.read_into(self.number, views)
+
+
+def from_store(config: Config, epoch: int = 0, step: int = 0) -> Iterator[tuple[tuple[int, int], StoredRows]]:
+    """((epoch, step), rows) of every batch of the training store, its blocks in an order that `run.seed` determines."""
+    store = DiscBuffer(Path(config.data.store) / "train")
+    batch = min(_STORE_BATCH, len(store))
+    while True:
+        at = batch_rows(len(store), config.data.block_rows, batch, config.run.seed, step)
+        columns = (store.tokens(at), store.positions(at), store.documents(at))
+        yield (step * batch // len(store), step), StoredRows(store, at, *columns)
+        step += 1
+
+
+def describe_feed(
+    config: Config, directory: Path, load: Callable[[], LanguageModel], progress: bool = False
+) -> StoreIndex:
+    """The index of the rows to be served: a training store's, or (no rows, no shards) of those a model will give.
+
+    What is missing of held-out rows and, in `directory`, of statistics is made with the model that `load` gives. Raises
+    UserError as `extract` does, and for stores of another config.
+    """
+    heldout = Path(config.data.store) / "heldout"
+    lm = None if (heldout / INDEX).exists() else load()
+    found = extract(config, "heldout", lm, progress)
+    if config.server.source == "store":
+        index = read_index(directory)
+        check_store(index, config)
+        return index
+    index = dataclasses.replace(found, text={**found.text, "part": "train"}, rows=0, shards=[])
+    if not _has_statistics(config, directory, index):
+        lm = lm or load()
+        check_model(found, lm)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / INDEX).unlink(missing_ok=True)
+        _statistics(config, index, lm).save(directory / STATISTICS)
+        write_json(directory / _ASKED, config.server.statistics_tokens)
+        write_index(directory, index)
+    return index
+
+
+def _has_statistics(config: Config, directory: Path, index: StoreIndex) -> bool:
+    file = directory / _ASKED
+    if not (directory / INDEX).exists() or not file.exists():
+        return False
+    try:
+        asked = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); delete it to have the statistics made anew") from error
+    return read_index(directory) == index and asked == config.server.statistics_tokens
+
+
+def _statistics(config: Config, index: StoreIndex, lm: LanguageModel) -> Statistics:
+    """The statistics of the first `server.statistics_tokens` rows of the training text, or of all if it is shorter."""
+    moments = Moments.zero(index.n_layers, index.d_acts)
+    for batch, rows in forward_text(config, "train", lm):
+        check_finite(lm, batch, rows)
+        moments.add(rows.activations.cpu()[: config.server.statistics_tokens - moments.rows])
+        if moments.rows == config.server.statistics_tokens:
+            break
+    return moments.statistics()
