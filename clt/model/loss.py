@@ -39,8 +39,9 @@ def pre_activation(batch: Batch) -> Tensor:
 TERMS: dict[str, Callable[[Batch], Tensor]] = {"sparsity": sparsity, "pre_activation": pre_activation}
 """The terms beside the squared error; the field of this name in LossConfig is the coefficient.
 
-Each returns the mean over tokens (); on a feature shard, summed over its own features only. To add one, write the function here and
-the field there: the loss, the metrics, the check for numbers that are not finite and the sum over ranks follow.
+Each returns the mean over tokens (); on a feature shard, summed over its own features only. To add one, write
+the function here and the field there: the loss, the metrics, the check for numbers that are not finite and the sum over
+ranks follow.
 """
 
 

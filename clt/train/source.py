@@ -50,7 +50,7 @@ class StoreSource:
         return 0.0 if self.loader is None else self.loader.stalled
 
     def batches(self, step: int, watch: Watch) -> Iterator[Tensor]:
-        """(b, 2, L, D) in storage dtype, on the device, from step `step` on; each is valid until the next is asked for."""
+        """Batches (b, 2, L, D) in storage dtype, on the device, from `step` on; each is valid until the next."""
         yield from self._load(step)
 
     def zeros(self, rows: int) -> Tensor:
