@@ -65,11 +65,10 @@ def main(config: Config, prepare: bool) -> int:
 
     model = dist.data_parallel(objective, world.data)
     if state.step < steps:
-        # DDP orders its sums by the first backward pass. It is taken before the first step, so that a resumed run
-        # adds in the same order as one that was not interrupted.
+        # DDP fixes the order of its buckets in its first backward pass. It runs on zeros, so that a resumed run sums in
+        # the same order as one that was not interrupted.
         rows = -(-world.data.share(batch_tokens) // config.train.accumulate)
-        with autocast():
-            dist.settle_buckets(model, source.zeros(rows), coefficients(0, steps, config.loss))
+        dist.settle_buckets(model, source.zeros(rows), coefficients(0, steps, config.loss), autocast())
 
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every, world)
     logger = Logger(config, world.rank, state.step, state.wandb_id)
@@ -79,7 +78,7 @@ def main(config: Config, prepare: bool) -> int:
     results: Evaluation | None = None
 
     # The loop. Nothing in it waits for the device but logging, evaluation and checkpoints.
-    with logger, profiled(config.profile, run_dir, world.rank) as profile_step, checkpoints, watch:
+    with logger, source, profiled(config.profile, run_dir, world.rank) as profile_step, checkpoints, watch:
         (evaluated,) = dist.count(world, logger.evaluated)
         if 0 < state.step < steps and due(config.eval.every, state.step) and not evaluated:
             # The run was stopped between a checkpoint and its evaluation.
@@ -95,7 +94,7 @@ def main(config: Config, prepare: bool) -> int:
                 with dist.summed(model, part is parts[-1]):
                     with autocast():
                         losses = model(part, terms)
-                    # A loss that is not finite makes every gradient nan, on all ranks: they agree to skip the step.
+                    # A loss that is not finite makes all gradients nan, and their sum on all ranks: all skip the step.
                     (losses.total * (share * state.update.scale + 0 * losses.total.detach())).backward()
                 metrics.add(losses, share)
             state.step += 1
@@ -121,6 +120,7 @@ def main(config: Config, prepare: bool) -> int:
                 check_finite(state.update, lr, source.store.path)
                 state.busy_seconds = speed.busy_until(state.step)
                 state.save(checkpoints, identity | source.position())
+                speed.skip(state.step)
             if signals:  # on any rank: now all of them stop here
                 break
             if evaluate_now and state.step < steps:
@@ -141,11 +141,11 @@ def main(config: Config, prepare: bool) -> int:
             results = evaluate(transcoder, state.last_fired, state.step, watch.progress)
             if not evaluated or state.step > restored.get("step", 0):  # else a finished run is only reported again
                 logger.log_evaluation(state.step, results.numbers)
-        position = source.position()
+            position = source.position()
 
     if state.step < steps:
         if world.rank == 0:
-            kept = f"with a checkpoint in {run_dir}" if state.step else "before there was anything to keep"
+            kept = f"with a checkpoint in {run_dir}" if state.step else "before the first step, so nothing was saved"
             print(f"stopped after step {state.step} of {steps}, {kept}", file=sys.stderr)
         dist.cleanup()
         if source.failure is not None:
@@ -162,7 +162,7 @@ def main(config: Config, prepare: bool) -> int:
 
 
 def due(every: int, step: int) -> bool:
-    """Whether something that is done every so many steps, 0 for never, is done after this one."""
+    """Whether `step` is a multiple of `every`; 0 means never."""
     return every > 0 and step % every == 0
 
 

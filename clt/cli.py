@@ -134,7 +134,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     from clt.data.index import STATISTICS
     from clt.data.statistics import Statistics
     from clt.train import checkpoint
-    from clt.train.distributed import World
+    from clt.train.distributed import World, accumulate_in_float32
     from clt.train.optim import autocast_dtype
     from clt.train.results import Evaluator, conclude
     from clt.train.run import open_store
@@ -143,6 +143,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     step = arguments.step if arguments.step is not None else (steps or [None])[-1]
     if step not in steps:
         raise UserError(f"{run_dir} has no checkpoint of step {step}; found {steps or 'none'}")
+    accumulate_in_float32()  # as in training
     world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     path = run_dir / "checkpoints" / f"step_{step:08d}"
     transcoder = checkpoint.load_transcoder(path).to(world.device)

@@ -141,7 +141,7 @@ def test_a_real_run_ends_with_the_table_and_the_place(train_overrides, tmp_path)
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert "top-1 agreement with the original model" in result.stdout
-    assert result.stdout.strip().splitlines()[-1].startswith(f"The run lies in {tmp_path / 'run'}")
+    assert result.stdout.strip().splitlines()[-1].startswith(f"The results are in {tmp_path / 'run'}")
     bad = subprocess.run([*command, "clt.d_features=-1"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert bad.returncode == 2
     assert "clt.d_features in the command line is -1; wanted a positive number" in bad.stderr

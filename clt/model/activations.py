@@ -47,7 +47,7 @@ class Gated(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """pre (F, B) in the product's dtype, and the features again; three (F,), summed over tokens in at least float32."""
+    """To pre (F, B) in the product's dtype, and to three (F,), summed over tokens in at least float32; the features."""
 
     pre: Tensor
     bias: Tensor

@@ -16,7 +16,7 @@ from clt.model.transcoder import CrossLayerTranscoder
 
 
 class Batch(NamedTuple):
-    """What a term may be made of. Of a shard, everything is of its own features."""
+    """What a term may use. On a feature shard, it covers this shard's features only."""
 
     transcoder: CrossLayerTranscoder
     loss: LossConfig
@@ -39,8 +39,9 @@ def pre_activation(batch: Batch) -> Tensor:
 TERMS: dict[str, Callable[[Batch], Tensor]] = {"sparsity": sparsity, "pre_activation": pre_activation}
 """The terms beside the squared error; the field of this name in LossConfig is the coefficient.
 
-Each gives a mean over tokens (), of a shard its part of the sum over features. To add one, write the function here and
-the field there: the loss, the metrics, the check for numbers that are not finite and the sum over ranks follow.
+Each returns the mean over tokens (); on a feature shard, summed over its own features only. To add one, write
+the function here and the field there: the loss, the metrics, the check for numbers that are not finite and the sum over
+ranks follow.
 """
 
 

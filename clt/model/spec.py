@@ -19,7 +19,7 @@ class CLTConfig:
     cross_layer: bool = True
     """Let a feature write to its own and all later layers; false makes one transcoder per layer."""
     threshold: Annotated[float, NOT_NEGATIVE] = 0.03
-    """Initial JumpReLU threshold, in normalised pre-activation units."""
+    """Initial threshold of jumprelu, in normalised pre-activation units."""
     bandwidth: Annotated[float, POSITIVE] = 1.0
     """Width of the rectangle of JumpReLU's straight-through gradient."""
     straight_through_pre: bool = False
@@ -41,6 +41,6 @@ class LossConfig:
     pre_activation: Annotated[float, NOT_NEGATIVE] = 0.0
     """Coefficient of the pre-activation loss, which revives dead features; 0 leaves it out."""
     pre_activation_kind: Literal["negative", "below_threshold"] = "below_threshold"
-    """Penalise relu(-pre), or relu(threshold - pre)."""
+    """Penalise relu(-pre), or relu(threshold - pre); relu's threshold is 0, so that both are the same for it."""
     target_scale: Literal["layer", "none"] = "layer"
     """Measure the squared error in normalised target units (`layer`: every layer weighs the same) or in raw units."""

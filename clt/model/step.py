@@ -98,7 +98,7 @@ class Kernels(NamedTuple):
         process, and a resumed run would add up in another order. The options travel with each kernel, because settings
         of torch._inductor.config are per thread and the backward pass of CUDA compiles in autograd's own.
         """
-        # Inductor says so of every pass from a float16 store to bf16; in between, the pass computes in float32.
+        # Inductor warns of every kernel that reads float16 and writes bf16; in between, it computes in float32.
         warnings.filterwarnings("ignore", "bf16 and fp16 are mixed in the scheduler node")
         known = torch._inductor.list_options()  # type: ignore[attr-defined]
         pinned: dict[str, Any] = {name: value for name, value in _PINNED.items() if name in known}
@@ -121,7 +121,7 @@ class Step(NamedTuple):
     loss: LossConfig
     kernels: Kernels
     gradient_memory: Callable[[Tensor], Tensor | None]
-    """Memory for the gradient of a parameter, in its shape, that is its `.grad` already; None: autograd makes it."""
+    """Gives the memory to write a parameter's gradient into, which is its `.grad` already; or None, for autograd's."""
     decoders: Sequence[Tensor]
     """W_dec.{s} (F, T_s, D): row f is everything that feature f of layer s writes, to layers s .. s + T_s - 1."""
 
@@ -132,7 +132,7 @@ class Encode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, W_enc: Tensor, step: Step) -> tuple[Tensor, ...]:  # type: ignore[override]
         ctx.save_for_backward(x)
-        ctx.weight, ctx.step = W_enc, step  # itself: what is saved may come back as another tensor
+        ctx.weight, ctx.step = W_enc, step  # not what is saved, which may come back as another object
         layers = zip(W_enc.unbind(), x.unbind(1))
         return tuple(weight.to(x.dtype).t().contiguous() @ of_layer.t() for weight, of_layer in layers)
 
@@ -149,7 +149,7 @@ class Encode(torch.autograd.Function):
 
 
 class Write(torch.autograd.Function):
-    """The features of layer s fire; then all that is written to layer s is known, and so is y~[:, s].
+    """Fires the features of layer s, then computes y~[:, s]: every layer that writes to s has fired by now.
 
     product (F, B) of Encode; b_enc (F,); theta broadcasts against (F, B); W_dec (F, T, D) is step.decoders[s]. Features
     (B, L * F) and y~ (B, L, D) are filled in place, from the first layer to the last; y~ is of the products' dtype, or
@@ -202,7 +202,7 @@ class Write(torch.autograd.Function):
         )
         grad_W_dec = None
         if ctx.needs_input_grad[4]:  # else it is frozen
-            # A zero row's subgradient is 0; it must not come as 0 / tiny * a loss scale's overflow.
+            # A zero row's subgradient is 0; computed, it would be nan under a loss scale.
             through_norm = (c * grad.scale / norm).masked_fill_(norm < _NO_NORM, 0).view(-1, 1, 1)
             memory = step.gradient_memory(ctx.weight)
             grad_W_dec = torch.empty_like(W_dec) if memory is None else memory

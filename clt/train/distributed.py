@@ -139,15 +139,19 @@ def data_parallel(objective: nn.Module, data: Axis) -> nn.Module:
     return model
 
 
-def settle_buckets(model: nn.Module, batch: Tensor, coefficients: dict[str, float]) -> None:
-    """Have DDP order its buckets, which it does by the first backward pass, and leave no gradient."""
+def settle_buckets(
+    model: nn.Module, batch: Tensor, coefficients: dict[str, float], autocast: AbstractContextManager[object]
+) -> None:
+    """Run one backward pass, in which DDP fixes the order of its buckets, and clear the gradients."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        model(batch, coefficients).total.backward()
+        with autocast:
+            losses = model(batch, coefficients)
+        losses.total.backward()
         model.zero_grad()
 
 
 def summed(model: nn.Module, last: bool) -> AbstractContextManager[object]:
-    """Within, a backward pass sums the gradients over the ranks if it is the last micro-batch's, and else adds up."""
+    """The context of a micro-batch: DDP sums over the ranks after the last, and before it gradients add up locally."""
     return nullcontext() if last or not isinstance(model, nn.parallel.DistributedDataParallel) else model.no_sync()
 
 
@@ -159,9 +163,9 @@ def sum_bucket(group, bucket):
 
 
 class GradientMemory:
-    """The memory of each parameter's last gradient, for its next one: under DDP, its place in a bucket.
+    """Reuses the memory of each parameter's gradient: under DDP, its slice of a bucket.
 
-    A gradient that is written there is not copied into the bucket again.
+    A gradient that is written there is not copied into the bucket.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -169,11 +173,11 @@ class GradientMemory:
         self.kept: dict[Tensor, Tensor] = {}
 
     def __call__(self, parameter: Tensor) -> Tensor | None:
-        """The memory, which is the parameter's `.grad` from now on; None for the first gradient, and for a second one
-        in the same step, which autograd adds to the first."""
+        """The memory, already set as `.grad`. None in the first step, and when it was taken in this step before: return
+        the gradient to autograd then."""
         memory = self.kept.pop(parameter, None)
         if memory is not None:
-            # Autograd does not see this write. DDP sums a bucket after the work of the stream that made the parameter.
+            # Autograd does not know of the write, and DDP's sum waits for the parameter's stream alone.
             stream = torch.cuda.current_stream(memory.device) if memory.is_cuda else None
             assert stream is None or stream == torch.cuda.default_stream(memory.device), "backward on another stream"
             parameter.grad = memory

@@ -29,13 +29,13 @@ class Logger:
         self.status: dict[str, str] = {}
         if not self.active:
             return
+        if config.log.wandb:
+            self.wandb = _start_wandb(config, wandb_id)
+            self.wandb_id = self.wandb.id
         directory = Path(config.run.dir)
         self.files = {name: _open_at_step(directory / f"{name}.jsonl", start) for name in ("metrics", "speed")}
         self.evaluated = any("eval_fve" in line for line in read_metrics(directory) if line["step"] == start)
         self.bar = tqdm(total=config.train.steps, initial=start, unit="step", dynamic_ncols=True, mininterval=1.0)
-        if config.log.wandb:
-            self.wandb = _start_wandb(config, wandb_id)
-            self.wandb_id = self.wandb.id
 
     def step(self, step: int) -> None:
         """Move the progress bar to `step` finished steps."""

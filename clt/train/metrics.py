@@ -1,4 +1,4 @@
-"""What a step is measured by: sums on the device, which nothing waits for until they are read; and the run's speed."""
+"""A step's metrics, kept on the device until they are logged; and the run's speed."""
 
 from __future__ import annotations
 

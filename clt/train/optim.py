@@ -64,7 +64,7 @@ class Update:
     ) -> None:
         """sharded, replicated: the parameters of which each shard has a part, and those it has whole.
 
-        names: of the values that `__call__` is given, which a failure is told by.
+        names: of the values that `__call__` is given, for the error message.
         """
         self.names = (*names, "grad_norm")
         self.optimizer, self.sharded, self.replicated, self.sum_shards = optimizer, sharded, replicated, sum_shards

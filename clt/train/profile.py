@@ -13,7 +13,7 @@ from clt.config import ProfileConfig
 
 @contextmanager
 def profiled(config: ProfileConfig, run_dir: Path, rank: int) -> Iterator[Callable[[], None]]:
-    """Write the trace of a rank to `run_dir`/profile, if the config asks for it; gives what to call after each step."""
+    """Write a rank's trace to `run_dir`/profile, if the config asks for it; yields what to call after each step."""
     if not config.enabled:
         yield lambda: None
         return

@@ -1,4 +1,4 @@
-"""How good a transcoder is, and what a run leaves of it: train_ddp.py and `clt eval` end in the same way."""
+"""Evaluation and the final report, which train_ddp.py and `clt eval` share."""
 
 from __future__ import annotations
 
@@ -114,6 +114,7 @@ def summary(config: Config, state: TrainState, dtype: torch.dtype, wall_seconds:
 def conclude(run_dir: Path, evaluation: Evaluation, file: str, plots: str, more: dict[str, Any] | None = None) -> None:
     """Write the numbers, and `more`, to `run_dir`/`file`, the plots to `run_dir`/`plots`, and print the table."""
     numbers = evaluation.numbers | (more or {})
-    report.write_plots(run_dir, evaluation.tensors, plots)
+    (run_dir / file).parent.mkdir(exist_ok=True)
     write_json(run_dir / file, numbers)
-    print(f"\n{report.table(numbers)}\n\nThe results lie in {run_dir} ({file}, {plots}/).")
+    report.write_plots(run_dir, evaluation.tensors, plots)
+    print(f"\n{report.table(numbers)}\n\nThe results are in {run_dir}: {file}, {plots}/")

@@ -54,10 +54,10 @@ class StoreSource:
         return 0.0 if self.loader is None else self.loader.stalled
 
     def batches(self, step: int, watch: Watch) -> Iterator[Tensor]:
-        """(b, 2, L, D) in storage dtype, on the device, for the steps after `step` done ones; valid until the next."""
-        with self._load(step) as loader:
-            for _ in range(step, self.steps):
-                yield self._next(loader)
+        """Batches (b, 2, L, D) in storage dtype, on the device, from `step` on; each is valid until the next."""
+        loader = self._load(step)
+        for _ in range(step, self.steps):
+            yield self._next(loader)
 
     def zeros(self, rows: int) -> Tensor:
         """A batch of that many rows of zeros, as `batches` gives them."""
@@ -70,6 +70,14 @@ class StoreSource:
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from the position in a checkpoint's state."""
+
+    def __enter__(self) -> StoreSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the reading threads."""
+        if self.loader is not None:
+            self.loader.close()
 
     @property
     def _reads(self) -> bool:
@@ -86,28 +94,28 @@ class StoreSource:
 
 
 class ServerSource(StoreSource):
-    """The rows that an activation server streams to this rank, whatever their numbers: each comes to one rank, once."""
+    """The rows that an activation server streams to this rank. The server chooses them, and gives each row out once."""
 
     store: ServerStore
 
     def batches(self, step: int, watch: Watch) -> Iterator[Tensor]:
-        """As a store's, but a server may be away for long: all ranks take the next batch, or none does.
+        """As a store's, but a server may be away for minutes: before each batch the ranks agree that all have it.
 
         Ends early when a rank's server is lost, or when a rank is told to stop while one waits.
         """
-        with self._load(step) as loader:
-            for done in range(step, self.steps):
-                waiting = True
-                while waiting:
-                    ready = not self._reads or loader.ready(TICK)
-                    flags = (not ready, watch.stopping, loader.failure is not None)
-                    waiting, told, failed = dist.count(self.world, *flags)
-                    watch.progress(done)
-                    if failed:
-                        self.failure = loader.failure or SystemExit(2)  # the rank that lost its server says why
-                    if failed or (waiting and told):
-                        return
-                yield self._next(loader)
+        loader = self._load(step)
+        for done in range(step, self.steps):
+            waiting = True
+            while waiting:
+                ready = not self._reads or loader.ready(TICK)
+                flags = (not ready, watch.stopping, loader.failure is not None)
+                waiting, told, failed = dist.count(self.world, *flags)
+                watch.progress(done)
+                if failed:
+                    self.failure = loader.failure or SystemExit(2)  # the rank that lost its server says why
+                if failed or (waiting and told):
+                    return
+            yield self._next(loader)
 
     def position(self) -> dict[str, Any]:
         """Rows read so far, over all ranks, by the buffer of the server that they came from."""

@@ -53,7 +53,7 @@ def test_two_ranks_give_the_run_of_one(train, train_overrides, tmp_path):
     assert summary["world_size"] == 2
     assert summary["config_hash"] == alone.summary["config_hash"]
     assert "fraction of variance explained" in result.stdout
-    assert f"The run lies in {tmp_path}" in result.stdout.strip().splitlines()[-1]
+    assert f"The results are in {tmp_path}" in result.stdout.strip().splitlines()[-1]
 
 
 def test_a_sharded_run_is_evaluated_by_one_process(train, train_overrides, tmp_path):

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.overrides import TorchFunctionMode
 
 from clt.errors import UserError
 from clt.model.loss import Objective
@@ -156,32 +155,6 @@ def test_the_weights_may_change_while_they_are_written(tmp_path):
         assert checkpoint.steps(tmp_path) == [], "without a name until it is whole"
         checkpoints.finish()
     assert equal(load_file(tmp_path / "step_00000003" / "model.safetensors"), before)
-
-
-class AsIfOnAGpu(TorchFunctionMode):
-    """CPU tensors say that they lie on a GPU; `asked` notes what would be asked of CUDA."""
-
-    def __init__(self):
-        self.asked = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func == torch.Tensor.is_cuda.__get__:
-            return True
-        if func is torch.empty:
-            self.asked.append("pinned" if kwargs.pop("pin_memory", False) else "pageable")
-        if func in (torch.Tensor.copy_, torch.Tensor.to, torch.Tensor.cpu):
-            self.asked.append("at once" if kwargs.get("non_blocking") else "waits")
-        return func(*args, **kwargs)
-
-
-def test_a_snapshot_of_a_gpu_goes_to_pinned_memory_and_waits_for_nothing():
-    transcoder, optimizer, _ = trained()
-    for file in checkpoint.parts(transcoder, optimizer, counters(), (0, 2)).values():
-        with AsIfOnAGpu() as seen:
-            copies = tensorfile.snapshot(file)
-        assert seen.asked == ["pinned", "at once"] * sum(part.writes for part in file.values())
-        assert all(torch.equal(copies[name].tensor, file[name].tensor) for name in file if file[name].writes)
 
 
 def test_nothing_is_written_before_the_gpu_has_copied_it(tmp_path, monkeypatch):

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clt.config import LossConfig, OptimConfig
-from clt.train.metrics import coefficients
+from clt.config import OptimConfig
 from clt.train.optim import NEVER, Update, autocast_dtype, learning_rate
 
 
@@ -19,16 +18,6 @@ def test_learning_rate():
     assert rates[99] == pytest.approx(0.1)
     assert [learning_rate(step, 100, OptimConfig(lr=2.0)) for step in (0, 50, 99)] == [2.0] * 3
     assert max(learning_rate(step, 10, OptimConfig(lr=2.0, warmup=1.0, decay=1.0)) for step in range(10)) < 2.0
-
-
-def test_the_coefficient_of_sparsity_rises_over_its_ramp_and_the_others_stay():
-    config = LossConfig(sparsity=3.0, sparsity_ramp=0.5, pre_activation=0.2)
-    assert {coefficients(step, 100, config)["pre_activation"] for step in range(100)} == {0.2}
-    values = [coefficients(step, 100, config)["sparsity"] for step in range(100)]
-    assert values[0] == 0
-    assert values[25] == pytest.approx(1.5)
-    assert values[50:] == [3.0] * 50
-    assert coefficients(0, 100, LossConfig(sparsity=3.0, sparsity_ramp=0.0))["sparsity"] == 3.0
 
 
 def test_auto_precision_is_what_the_hardware_multiplies():

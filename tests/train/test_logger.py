@@ -1,0 +1,137 @@
+"""What a run's log leaves on the disk, after crashes too, and what it tells Weights & Biases."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from clt.config import load_config
+from clt.errors import UserError
+from clt.train.logger import Logger, read_metrics
+
+
+@pytest.fixture
+def config(tmp_path):
+    return load_config(None, [f"run.dir={tmp_path}", "train.steps=20"])
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_each_call_is_one_line_that_is_there_at_once(config, tmp_path, capfd):
+    with Logger(config, 0, 0, None) as logger:
+        logger.log(5, {"train_loss": 0.5, "L0": 12.0})
+        logger.log(5, {"tokens_per_second": 1234.5}, "speed")
+        assert lines(tmp_path / "metrics.jsonl") == [{"step": 5, "train_loss": 0.5, "L0": 12.0}]
+        assert lines(tmp_path / "speed.jsonl") == [{"step": 5, "tokens_per_second": 1234.5}]
+        logger.log(10, {"train_loss": 0.25})
+        logger.step(10)
+    assert read_metrics(tmp_path) == lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in read_metrics(tmp_path)] == [5, 10]
+    shown = capfd.readouterr().err
+    assert "10/20" in shown
+    assert "train_loss=0.25" in shown
+
+
+def test_an_evaluation_is_one_line_with_a_name_for_each_layer(config, tmp_path):
+    with Logger(config, 0, 0, None) as logger:
+        logger.log_evaluation(7, {"fve": 0.5, "fve_per_layer": [0.25, 0.75], "top1_agreement": 0.625})
+        logger.log_evaluation(8, {"fve": 0.5})
+    assert read_metrics(tmp_path) == [
+        {
+            "step": 7, "eval_fve": 0.5, "eval_fve/layer_0": 0.25, "eval_fve/layer_1": 0.75,
+            "eval_top1_agreement": 0.625, "replacement_model_accuracy": 0.625,
+        },
+        {"step": 8, "eval_fve": 0.5},
+    ]  # fmt: skip
+
+
+def test_other_ranks_write_and_show_nothing(config, tmp_path, capfd):
+    with Logger(config, 1, 0, None) as logger:
+        logger.step(3)
+        logger.log(3, {"train_loss": 0.5})
+        logger.log_evaluation(3, {"fve": 0.5})
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr().err == ""
+    assert not logger.evaluated
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 15, "train_lo', '{"step": 3', "\0\0\0"])
+def test_a_resumed_run_goes_on_behind_its_step(config, tmp_path, torn):
+    before = [json.dumps({"step": step, "train_loss": float("nan")}) for step in (5, 10, 15)]
+    for name in ("metrics", "speed"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(before) + "\n" + torn)
+    with Logger(config, 0, 10, None) as logger:
+        assert not logger.evaluated
+        logger.log(11, {"train_loss": 1.0})
+        logger.log(11, {"tokens_per_second": 1.0}, "speed")
+    for name in ("metrics", "speed"):
+        assert [line["step"] for line in lines(tmp_path / f"{name}.jsonl")] == [5, 10, 11]
+        assert (tmp_path / f"{name}.jsonl").read_text().splitlines()[:2] == before[:2]
+    assert {file.name for file in tmp_path.iterdir()} == {"metrics.jsonl", "speed.jsonl"}
+
+
+def test_a_torn_line_of_the_steps_before_is_dropped(config, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5}\n{"step": 10, "train')
+    with Logger(config, 0, 10, None) as logger:
+        logger.log(11, {})
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 5}, {"step": 11}]
+
+
+@pytest.mark.parametrize(("start", "evaluated"), [(5, False), (10, True), (11, False)])
+def test_whether_the_step_was_evaluated(config, tmp_path, start, evaluated):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5}\n{"step": 10}\n{"step": 10, "eval_fve": 0.5}\n{"step": 11}\n')
+    with Logger(config, 0, start, None) as logger:
+        assert logger.evaluated == evaluated
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A package of that name that notes what it is asked for."""
+    logged, ended = [], []
+    run = SimpleNamespace(
+        id="new",
+        define_metric=lambda *_, **__: None,
+        log=logged.append,
+        finish=lambda exit_code: ended.append(exit_code),
+    )
+    fake = SimpleNamespace(logged=logged, ended=ended, asked=[], run=run)
+
+    def init(**options):
+        fake.asked.append(options)
+        run.id = options["id"] or "new"
+        return run
+
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "new"), ("old", "old")])
+def test_wandb_is_told_the_same_as_the_files(config, tmp_path, wandb, given, used):
+    config.log.wandb = True
+    with Logger(config, 0, 0, given) as logger:
+        assert logger.wandb_id == used
+        logger.log(5, {"train_loss": 0.5})
+        logger.log(5, {"tokens_per_second": 9.0}, "speed")
+    assert wandb.logged == lines(tmp_path / "metrics.jsonl") + lines(tmp_path / "speed.jsonl")
+    assert wandb.ended == [0]
+    with Logger(config, 1, 0, "old") as other:
+        assert other.wandb_id == "old"
+    assert len(wandb.asked) == 1
+
+
+def test_wandb_hears_of_a_failure(config, wandb):
+    config.log.wandb = True
+    with pytest.raises(ZeroDivisionError), Logger(config, 0, 0, None):
+        raise ZeroDivisionError
+    assert wandb.ended == [1]
+
+
+def test_wandb_that_is_missing_is_named(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config.log.wandb = True
+    with pytest.raises(UserError, match=r"wandb is not installed: pip install 'clt-trainer\[wandb\]'"):
+        Logger(config, 0, 0, None)
