@@ -76,6 +76,7 @@ def main(config: Config, prepare: bool) -> int:
     watch = Watch(world, config.parallel.timeout_seconds, config.checkpoint.grace_seconds)
     flags, lr = dist.Flags(world, 2), 0.0
     results: Evaluation | None = None
+    position: dict[str, object] = {}
 
     # The loop. Nothing in it waits for the device but logging, evaluation and checkpoints.
     with logger, source, profiled(config.profile, run_dir, world.rank) as profile_step, checkpoints, watch:

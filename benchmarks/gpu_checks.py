@@ -182,8 +182,7 @@ def hook(rehearsal: bool) -> Found:
     memory = inner.gradient_memory = GradientMemory(inner.parameters())
     model = data_parallel(inner, Axis(size=2, group=dist.group.WORLD))  # of size 1 it would leave DDP out
     terms, different = coefficients(1, 1, inner.loss), []
-    with torch.autocast(device.type, torch.bfloat16):
-        settle_buckets(model, batch, terms)
+    settle_buckets(model, batch, terms, torch.autocast(device.type, torch.bfloat16))
     for number in range(20):
         batch = torch.randn(B, 2, L, D, device=device)
         for objective in (alone, model):
