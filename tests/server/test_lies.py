@@ -95,8 +95,10 @@ def test_the_honest_one_is_believed():
 @pytest.mark.parametrize(
     "change",
     [
-        {"n_layers": -1}, {"n_layers": 10**12}, {"n_layers": True}, {"n_layers": 3.0}, {"n_layers": "3"}, {"n_layers": 2},
-        {"d_acts": 0}, {"d_acts": None}, {"dtype": "float64"}, {"dtype": "load"}, {"dtype": ["float16"]}, {"dtype": None},
+        {"n_layers": -1}, {"n_layers": 10**12}, {"n_layers": True}, {"n_layers": 3.0}, {"n_layers": "3"},
+        {"n_layers": 2},
+        {"d_acts": 0}, {"d_acts": None}, {"dtype": "float64"}, {"dtype": "load"}, {"dtype": ["float16"]},
+        {"dtype": None},
         {"layers": [0, 1, "2"]}, {"layers": 3}, {"layers": None}, {"input_sites": "abc"}, {"text": []}, {"text": {}},
         {"format_version": 99}, {"shards": [{"file": "x"}]}, {"model": None}, {"rows": "many"}, {"unknown": 1},
         {"seed": None}, {"context": float("nan")}, {"lm_layers": "x"},
@@ -178,7 +180,8 @@ def test_heldout_rows_out_of_order():
 @pytest.mark.parametrize(
     "send",
     [
-        answer(b"{}", length=10**15), answer(b"{}", length=-5), answer(b"x", "500 Oops"), answer(b"[" * 99_999, "503 No"),
+        answer(b"{}", length=10**15), answer(b"{}", length=-5), answer(b"x", "500 Oops"),
+        answer(b"[" * 99_999, "503 No"),
         answer(b'{"error": {"a": 1}}', "403 No"), answer(b"", "503 No", more="retry-after: 99999999999999\r\n"),
         answer(b"", "503 No", more="retry-after: \xb2\r\n"), answer(b"", "302 Found", more="location: /\r\n"),
         answer(b"", "999 What"), answer(b"x", "abc"), trickle(b"HTTP/1.1 200 OK\r\na: "), trickle(b""),
