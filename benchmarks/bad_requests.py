@@ -34,6 +34,9 @@ VALUES = ["0", "-1", "1e9", "9" * 30, "9" * 5000, "NaN", "inf", "", " 1", "1 ", 
 
 HOSTS = ["x", "[", "[::1", "]", "", "127.0.0.1:x", "127.0.0.1:99999", "evil.example:8000", "a b", "é", "//", "@"]
 
+PLAIN = (b"Invalid host header", b"Invalid HTTP request received.")
+"""Reasons that starlette and uvicorn give themselves."""
+
 
 class Request(NamedTuple):
     """What goes over the wire, in parts with a pause (seconds) between them, and how the sending ends."""
@@ -133,7 +136,7 @@ def _verdict(answer: bytes, request: Request) -> str:
         return "fine"
     if not (400 <= status < 500 or status == 503):
         return f"status {status}"
-    if request.parts[0].startswith(b"HEAD"):
+    if request.parts[0].startswith(b"HEAD") or (status == 400 and body in PLAIN):
         return "fine"
     try:
         return "fine" if json.loads(body)["error"] else "no reason"

@@ -1,10 +1,11 @@
 """The activation server under load: throughput, training from it, killed clients, bad requests. Exits 1 below a bar.
 
-    python benchmarks/serving.py --json benchmarks/results/serving.json [--seconds 600]
+    python benchmarks/serving.py --json benchmarks/results/serving.json [--seconds 600] [--against CHECKOUT]
 
 Servers are `clt serve` with two uvicorn workers. The rows are of GPT-2 small's size, (2, 12, 768) float16 or 36,864
 bytes, from a store in which every row can be recomputed from its document number; the generator refills the buffer all
 the while. --seconds is how long the memory is watched; the other parts take their share (killed clients: a fifth).
+--against measures the throughput of another checkout's server and client, too, by turns with this one's.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import yaml  # noqa: E402
 
 from benchmarks.bad_requests import send_all  # noqa: E402
 from benchmarks.machine import where  # noqa: E402
@@ -49,6 +51,8 @@ FORK = multiprocessing.get_context("fork")
 BARS: dict[str, Callable[[float], bool]] = {
     "stream_share_of_loopback": lambda v: v >= 0.6,
     "clients16_share": lambda v: v >= 0.6,
+    "stream_against": lambda v: v >= 0.9,
+    "clients16_against": lambda v: v >= 0.9,
     "training_share_of_store": lambda v: v >= 0.9,
     "fve_difference": lambda v: v <= 0.01,
     "rows_twice": lambda v: v == 0,
@@ -85,8 +89,16 @@ def make_store(path: Path, rows: int) -> Config:
 class Server:
     """`clt serve` with a config, started by a command like nice, and what can be seen of its processes from outside."""
 
-    def __init__(self, config: Config, directory: Path, by: Sequence[str] = ()) -> None:
-        (directory / "config.yaml").write_text(to_yaml(config))
+    def __init__(self, config: Config, directory: Path, by: Sequence[str] = (), root: Path = ROOT) -> None:
+        """`root` is the checkout whose server it is; an older one knows other fields, and gets those that it has."""
+        tree = yaml.safe_load(to_yaml(config))
+        if root != ROOT:
+            tree = {"data": {key: tree["data"][key] for key in ("store", "train_tokens", "heldout_tokens")},
+                    "server": {key: tree["server"][key] for key in ("source", "rows", "workers", "max_streams")}
+                    | {"name": tree["server"]["name"]},
+                    "lm": {"context": tree["lm"]["context"]}}  # fmt: skip
+        (directory / "config.yaml").write_text(yaml.safe_dump(tree))
+        self.root = root
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         self.segment = Path(f"/dev/shm/clt-{buffer_name(config)}")
@@ -94,7 +106,7 @@ class Server:
         command = [*by, sys.executable, "-m", "clt.cli", "serve", str(directory / "config.yaml")]
         command.append(f"server.port={self.port}")
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, cwd=root, env=environment(root), stdout=log, stderr=log)
         self.client = ActivationClient(self.url, patience=120)
 
     def __enter__(self) -> Server:
@@ -112,7 +124,7 @@ class Server:
         self.process.send_signal(signal.SIGINT)
         self.process.wait(60)
         end = time.monotonic() + 30
-        while self.segment.exists():  # the supervisor ends after the last worker
+        while self.root == ROOT and self.segment.exists():
             assert time.monotonic() < end, f"{self.segment} was left behind"
             time.sleep(0.1)
 
@@ -127,6 +139,11 @@ class Server:
             Path(f"/proc/{pid}/status").read_text() for pid in [self.process.pid, *_descendants(self.process.pid)]
         ]
         return sum(int(text.split("RssAnon:")[1].split()[0]) for text in status) / 1024
+
+
+def environment(root: Path) -> dict[str, str]:
+    """For a process that imports a checkout's modules."""
+    return os.environ | {"PYTHONPATH": str(root)}
 
 
 def _descendants(pid: int) -> list[int]:
@@ -165,26 +182,46 @@ def read_bare(port: int, seconds: float, size: int) -> float:
         return total / (time.perf_counter() - began) / 1e9
 
 
-def read_stream(url: str, begin: float, end: float, answer: Any = None) -> float:
-    """GB/s that one ActivationClient reads between two times, checksums verified; also put into the queue `answer`."""
-    total = 0
-    for batch in ActivationClient(url).stream_activations(BATCH):
-        now = time.monotonic()
-        if now > end:
-            break
-        total += batch.activations.nbytes if now > begin else 0
-    rate = total / (end - begin) / 1e9
-    if answer is not None:
-        answer.put(rate)
-    return rate
+READ = """
+import sys, time
+from clt.server.client import ActivationClient
+batches = ActivationClient(sys.argv[1], patience=300).stream_activations(int(sys.argv[2]))
+next(batches)
+print("ready", flush=True)
+begin, end = map(float, sys.stdin.readline().split())
+total = 0
+for batch in batches:
+    now = time.monotonic()
+    if now > end:
+        break
+    total += batch.activations.nbytes if now > begin else 0
+print(total / (end - begin) / 1e9)
+"""
+"""A client, checksums verified: is told two times, and prints the GB/s that it read between them."""
 
 
-def throughput(server: Server, rounds: int) -> dict[str, float]:
-    """Rounds of a second each: a bare server, the same with reno as ours, one client, sixteen; medians over the rounds.
+def read_streams(server: Server, count: int, seconds: float) -> float:
+    """GB/s that so many clients of the server's own checkout read together for some seconds."""
+    command = [sys.executable, "-c", READ, server.url, str(BATCH)]
+    own = environment(server.root) | {"OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    clients = [subprocess.Popen(command, cwd=server.root, env=own, **pipes) for _ in range(count)]
+    for client in clients:
+        client.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
+    begin = time.monotonic() + 0.5
+    for client in clients:
+        client.stdin.write(f"{begin} {begin + seconds}\n")  # pyright: ignore[reportOptionalMemberAccess]
+        client.stdin.flush()  # pyright: ignore[reportOptionalMemberAccess]
+    return sum(float(client.communicate()[0]) for client in clients)
 
-    A share is the median of its shares within the rounds: a shared machine changes its speed from one to the next.
+
+def throughput(server: Server, rounds: int, against: Server | None = None) -> dict[str, float]:
+    """Rounds of a bare server, the same with reno as ours, one client, sixteen (`against` another server's, by turns).
+
+    Medians over the rounds. A share is the median of its shares within the rounds: a shared machine changes its speed
+    from one to the next.
     """
-    rates: dict[str, list[float]] = {"loopback": [], "loopback_reno": [], "one": [], "sixteen": []}
+    rates: dict[str, list[float]] = {}
     bare, rows = {}, expected(np.arange(ROWS)).tobytes()  # as much memory as ours reads: less would stay in the caches
     for name, congestion in (("loopback", None), ("loopback_reno", "reno")):
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -195,23 +232,18 @@ def throughput(server: Server, rounds: int) -> dict[str, float]:
     time.sleep(1)
     for _ in range(rounds):
         for name, (_, port) in bare.items():
-            rates[name].append(read_bare(port, 1.0, BATCH * WIDTH * 2))
+            rates.setdefault(name, []).append(read_bare(port, 1.0, BATCH * WIDTH * 2))
         for name, count in (("one", 1), ("sixteen", 16)):
-            answer, begin = FORK.SimpleQueue(), time.monotonic() + 1
-            arguments = (server.url, begin, begin + 1, answer)
-            clients = [FORK.Process(target=read_stream, args=arguments) for _ in range(count)]
-            for client in clients:
-                client.start()
-            rates[name].append(sum(answer.get() for _ in clients))
-            for client in clients:
-                client.join()
+            rates.setdefault(name, []).append(read_streams(server, count, 2.0))
+            if against is not None:
+                rates.setdefault(f"{name}_other", []).append(read_streams(against, count, 2.0))
     for process, _ in bare.values():
         process.kill()
 
-    def share(ours: str, bare: str) -> float:
-        return statistics.median(mine / theirs for mine, theirs in zip(rates[ours], rates[bare]))
+    def share(ours: str, other: str) -> float:
+        return statistics.median(mine / theirs for mine, theirs in zip(rates[ours], rates[other]))
 
-    return {
+    result = {
         "loopback_gb_per_s": statistics.median(rates["loopback"]),
         "loopback_reno_gb_per_s": statistics.median(rates["loopback_reno"]),
         "stream_gb_per_s": statistics.median(rates["one"]),
@@ -220,19 +252,29 @@ def throughput(server: Server, rounds: int) -> dict[str, float]:
         "clients16_gb_per_s": statistics.median(rates["sixteen"]),
         "clients16_share": share("sixteen", "loopback"),
     }
+    if against is not None:
+        for name, key in (("one", "stream"), ("sixteen", "clients16")):
+            result[f"{key}_other_gb_per_s"] = statistics.median(rates[f"{name}_other"])
+            result[f"{key}_against"] = share(name, f"{name}_other")
+    return result
 
 
 def memory(server: Server, seconds: float) -> dict[str, float]:
     """Growth of the serving processes' memory while one client streams: last quarter against the second."""
-    now = time.monotonic()
-    client = FORK.Process(target=read_stream, args=(server.url, now, now + seconds + 5), daemon=True)
-    client.start()
+    command = [sys.executable, "-c", READ, server.url, str(BATCH)]
+    client = subprocess.Popen(
+        command, cwd=ROOT, env=environment(ROOT), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    assert client.stdin is not None
+    client.stdin.write(f"0 {time.monotonic() + seconds + 60}\n".encode())
+    client.stdin.flush()
     samples = []
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         samples.append(server.rss_mb())
         time.sleep(min(1.0, seconds / 40))
     client.kill()
+    client.wait()
     quarter = len(samples) // 4
     return {"rss_growth_mb": statistics.mean(samples[-quarter:]) - statistics.mean(samples[quarter : 2 * quarter])}
 
@@ -279,7 +321,7 @@ def faults(server: Server, seconds: float, directory: Path) -> dict[str, float]:
     failed = sum(client.exitcode != 0 for client in clients if client not in victims)
     records = np.concatenate([np.fromfile(file, np.int64).reshape(-1, 3) for file in files if file.exists()])
     end = time.monotonic() + 60
-    while (stats := server.client.stats())["clients"] or stats["in_flight"] or stats["fill"] < 1:
+    while (stats := server.client.stats())["clients"] or stats["fill"] < 1:
         assert time.monotonic() < end, f"clients or rows did not come back: {stats}"
         time.sleep(0.1)
     drawn, served = (stats[key] - before[key] for key in ("rows_drawn", "rows_served"))
@@ -327,14 +369,22 @@ def training(seconds: float, directory: Path) -> dict[str, float]:
     }
 
 
-def measure(seconds: float, requests: int) -> dict[str, float]:
+def measure(seconds: float, requests: int, against: Path | None) -> dict[str, float]:
     """Everything, one after the other, on one server (and one for the training)."""
     result: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="clt-serving-") as name:
         directory = Path(name)
-        with Server(make_store(directory / "store", 8192), directory) as server:
+        config = make_store(directory / "store", 8192)
+        rounds = max(1, min(9, round(seconds / 12)))
+        with Server(config, directory) as server, contextlib.ExitStack() as stack:
+            other = None
+            if against is not None:
+                (directory / "other").mkdir()
+                theirs = dataclasses.replace(config, server=dataclasses.replace(config.server, name="serving-other"))
+                other = stack.enter_context(Server(theirs, directory / "other", root=against.resolve()))
             for part in (
-                lambda: throughput(server, max(1, min(15, round(seconds / 10)))),
+                lambda: throughput(server, rounds, other),
+                lambda: stack.close() or {},
                 lambda: faults(server, seconds / 5, directory),
                 lambda: memory(server, seconds),
                 lambda: bad(server, requests),
@@ -362,9 +412,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where to write the figures")
     parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--against", type=Path, help="a checkout of another commit, to compare the throughput with")
     arguments = parser.parse_args()
     requests = 5000 if arguments.seconds >= 60 else max(100, round(5000 * arguments.seconds / 60))
-    result = measure(arguments.seconds, requests)
+    result = measure(arguments.seconds, requests, arguments.against)
     missed = [name for name, holds in BARS.items() if name in result and not holds(result[name])]
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps({**where(), **result, "missed": missed}, indent=2) + "\n")

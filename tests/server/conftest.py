@@ -112,9 +112,9 @@ class Server:
         """Start the process, again if it has ended, and wait until it serves. `overrides` are for `clt serve`."""
         root = Path(__file__).parents[2]
         with open(self.log, "a") as file:
-            self.process = subprocess.Popen(
-                [*self._command, *overrides], env=self._environment, cwd=root, stdout=file, stderr=file
-            )
+            limit = ["prlimit", f"--nofile={os.environ['CLT_TEST_NOFILE']}"] if "CLT_TEST_NOFILE" in os.environ else []
+            command = [*limit, *self._command, *overrides]
+            self.process = subprocess.Popen(command, env=self._environment, cwd=root, stdout=file, stderr=file)
         try:
             eventually(self._answers, 120)
         except AssertionError:

@@ -1,20 +1,25 @@
 """Training data from a server: what the loader gets, and what happens when the server goes away."""
 
+import contextlib
 import dataclasses
 import http.server
 import itertools
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from clt.config import Config, load_config
 from clt.data.describe import verify
@@ -25,6 +30,7 @@ from clt.errors import UserError
 from clt.parsing import to_yaml
 from clt.server.client import ActivationClient, ServerError, _Again, _Waiting
 from clt.server.remote import ServerStore, fetch_heldout, open_server
+from clt.server.wire import Shape, body_of, frame, frame_bytes
 from clt.train.watch import PREEMPTED
 from tests.server.conftest import Server, eventually
 
@@ -273,3 +279,78 @@ def test_another_kind_of_server_is_told():
         with pytest.raises(ServerError, match="/index is not of this version's activation server"):
             client.index()
         server.shutdown()
+
+
+class _Replay(http.server.BaseHTTPRequestHandler):
+    """A server that gives the rows of a store in order: every batch of 60 to one stream, or half of it to each of two."""
+
+    store: DiscBuffer
+    streams = 1
+    given = 0
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path, store = self.path.partition("?")[0], self.store
+        shape = Shape(store.index.n_layers, store.index.d_acts, store.index.dtype)
+        if path == "/activations/stream":
+            own, kind = type(self).given % self.streams, type(self)
+            kind.given += 1
+            n, per = 60 // self.streams, len(store) // 60
+            batch = int(self.path.partition("batch_size=")[2].partition("&")[0])
+            assert batch == n, "see max_batch"
+            self._head(frame_bytes(n, shape, "replay") << 20)
+            with contextlib.suppress(ConnectionError):
+                for sequence in itertools.count():
+                    rows = np.arange(n) + sequence % per * 60 + own * n
+                    columns = {"document": rows, "row": rows, "token": rows, "position": rows}
+                    self.wfile.write(b"".join(frame([body_of(store.read(rows), columns)], sequence, shape, "replay")))
+            return
+        answers = {
+            "/index": json.dumps({**dataclasses.asdict(store.index), "rows": 0, "shards": []}).encode(),
+            "/stats": json.dumps({"max_batch": 60 // self.streams}).encode(),
+            "/statistics": (store.path / "stats.safetensors").read_bytes(),
+        }
+        self._head(len(answers[path]))
+        self.wfile.write(answers[path])
+
+    def _head(self, size: int) -> None:
+        self.send_response(200)
+        self.send_header("content-length", str(size))
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("processes", "feature_shards"), [(2, 2), (4, 2)])
+def test_every_layout_learns_the_same_from_the_same_rows(
+    processes, feature_shards, stores, train, train_overrides, tmp_path
+):
+    """Feature shards, too: one rank of a feature group reads and broadcasts. Against one process reading the same."""
+
+    def run(streams: int, directory: Path, start: Callable[[str, list[str]], object]) -> None:
+        handler = type("Replay", (_Replay,), {"store": DiscBuffer(stores / "train"), "streams": streams})
+        shutil.copytree(stores / "heldout", directory / "heldout")
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            start(f"http://127.0.0.1:{server.server_port}", [f"data.store={directory}", "data.source=server"])
+            assert handler.given == streams
+            server.shutdown()
+
+    found = []
+    run(1, tmp_path / "one", lambda url, keys: found.append(train(*keys, f"data.url={url}")))
+
+    def torchrun(url: str, keys: list[str]) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        keys += [f"data.url={url}", f"run.dir={tmp_path / 'run'}", f"parallel.feature_shards={feature_shards}"]
+        root, env = Path(__file__).parents[2], os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, "train_ddp.py", *train_overrides, *keys], cwd=root, env=env, check=True, timeout=200)
+
+    run(processes // feature_shards, tmp_path / "many", torchrun)
+    (path,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    weights = load_file(path / "model.safetensors")
+    for name, wanted in found[0].weights.items():
+        torch.testing.assert_close(weights[name], wanted, rtol=1e-4, atol=1e-6)
+    state = json.loads((path / "state.json").read_text())
+    assert state["rows_by_segment"]["replay"] >= 600
