@@ -280,7 +280,7 @@ def test_another_kind_of_server_is_told():
 
 
 class _Replay(http.server.BaseHTTPRequestHandler):
-    """A server that gives the rows of a store in order: every batch of 60 to one stream, or half of it to each of two."""
+    """A server that gives the rows of a store in order: a batch of 60 to one stream, or half of it to each of two."""
 
     store: DiscBuffer
     streams = 1
