@@ -245,6 +245,12 @@ class Buffer:
             self.own = None
         return not self.members()
 
+    def remove(self) -> None:
+        """Give up the name, unless it stands for another by now; the memory goes when the last process ends."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path, follow_symlinks=False), os.fstat(self._fd)):
+                self.path.unlink()
+
     def members(self) -> list[int]:
         """The lines of the other serving processes that live."""
         return [number for number in range(_WORKERS) if number != self.own and self.held(_LINES + number)]

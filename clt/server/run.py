@@ -90,7 +90,7 @@ def close_buffer(config: Config, buffer: Buffer) -> None:
         with _alone(own_folder(config), _CLOSE_SECONDS):
             if buffer.leave():
                 record(config, buffer)
-                buffer.path.unlink(missing_ok=True)
+                buffer.remove()
     except (UserError, OSError) as error:  # e.g. the folder has gone
         print(f"{buffer.path} is left behind: {error}", file=sys.stderr, flush=True)
 
@@ -129,7 +129,7 @@ def _attach(config: Config) -> Buffer | None:
             "one another server.name"
         )
     record(config, buffer)
-    buffer.path.unlink()
+    buffer.remove()
     return None
 
 

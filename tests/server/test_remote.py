@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import load_file
 
 from clt.config import Config, load_config
-from clt.data.describe import verify
 from clt.data.loader import Loader
 from clt.data.statistics import Statistics
 from clt.data.store import DiscBuffer
@@ -77,7 +76,7 @@ def test_heldout_rows_become_a_store(server, reader):
     here, there = DiscBuffer(f"{config.data.store}/heldout"), DiscBuffer(server.store / "heldout")
     assert torch.equal(here[:], there[:])
     assert np.array_equal(here.documents(slice(None)), there.documents(slice(None)))
-    verify(here.path)
+    here.verify()
     fetch_heldout(config)  # is content with it
 
 
@@ -86,7 +85,7 @@ def test_runs_that_start_at_once_share_one_copy(server, reader):
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(fetch_heldout, config) for _ in range(4)]:
             done.result()
-    verify(f"{config.data.store}/heldout")
+    DiscBuffer(f"{config.data.store}/heldout").verify()
     assert Statistics.load(f"{config.data.store}/train/stats.safetensors").rows > 0
 
 
@@ -149,7 +148,6 @@ def test_patience_counts_from_the_first_failure():
         waiting.after(_Again("cut off"))
 
 
-@pytest.mark.usefixtures("no_gpu_for_several_ranks")
 def test_two_ranks_train_from_the_server_and_their_run_is_evaluated_again(server, reader, tmp_path):
     """Each rank has its own stream, no row is read twice, and the rows of both are counted."""
     config = tmp_path / "config.yaml"
@@ -282,7 +280,7 @@ def test_another_kind_of_server_is_told():
 
 
 class _Replay(http.server.BaseHTTPRequestHandler):
-    """Gives the rows of a store in order: every batch of 60 to one stream, or half of it to each of two."""
+    """A server that gives the rows of a store in order: a batch of 60 to one stream, or half of it to each of two."""
 
     store: DiscBuffer
     streams = 1
