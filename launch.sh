@@ -57,6 +57,9 @@ fi
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
 
+# An evaluation takes other sizes of memory than a step: segments that grow leave no holes between them.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+
 # Restarted ranks would find the addresses of the dead ones in the store that torchrun shares with them.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # SLURM announces the end by SIGUSR1: torchrun hands it to the ranks, and waits while they write a checkpoint.

@@ -11,313 +11,159 @@ on from it.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from clt.cli import exit_on_user_error, run_arguments
-from clt.config import Config, config_hash
-from clt.errors import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
+from clt.config import Config
 
 
 def main(config: Config, prepare: bool) -> int:
     # Heavy imports wait until the command line and the config are known to be right.
     import torch
-    from torch import nn
 
-    from clt.data.extract import check_model
-    from clt.data.index import content_hash, write_json
-    from clt.data.loader import Loader
-    from clt.data.sampler import DistributedSampler
-    from clt.data.store import DiscBuffer
-    from clt.lm.load import load_language_model
     from clt.memory import keep_freed_memory
-    from clt.model.transcoder import feature_dim
-    from clt.train import checkpoint, report
     from clt.train import distributed as dist
-    from clt.train.evaluation import dead_features
+    from clt.train.checkpoint import Checkpoints
     from clt.train.logger import Logger
-    from clt.train.optim import NEVER, TERMS, Update, autocast_dtype, learning_rate, sparsity_coefficient
-    from clt.train.run import build, check_run_dir, claim_run_dir, evaluate, heldout_windows, make_stores, open_stores
-    from clt.train.watch import PREEMPTED, TICK, Watch
+    from clt.train.metrics import Metrics, Speed, coefficients
+    from clt.train.optim import autocast_dtype, check_finite, learning_rate
+    from clt.train.profile import profiled
+    from clt.train.results import Evaluation, Evaluator, conclude, summary
+    from clt.train.run import build, check_run_dir, claim_run_dir, make_stores, open_source, run_identity
+    from clt.train.state import TrainState
+    from clt.train.watch import PREEMPTED, Watch
 
     began = time.perf_counter()
     # The watch names a rank that hangs; should it fail, the collectives themselves time out a little later.
     world = dist.setup(config.parallel.feature_shards, config.parallel.timeout_seconds + 60)
-    rank_zero, device, data, feature = world.rank == 0, world.device, world.data, world.feature
-    dtype = autocast_dtype(config.train.precision, device)
-    run_dir = Path(config.run.dir)
+    device, dtype = world.device, autocast_dtype(config.train.precision, world.device)
+    run_dir, steps, batch_tokens = Path(config.run.dir), config.train.steps, config.train.batch_tokens
     check_run_dir(config)
     keep_freed_memory()
 
-    # Data: one process extracts, with all cores; the others wait and find the stores whole.
-    def prepare_stores() -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(max(threads, len(os.sched_getaffinity(0))))
-        make_stores(config, progress=rank_zero)
-        torch.set_num_threads(threads)
-
-    dist.on_rank_zero(world, prepare_stores)
-    store, heldout = open_stores(config)
-    steps, batch_tokens = config.train.steps, config.train.batch_tokens
-    order = (len(store), config.data.block_rows, batch_tokens, config.run.seed, data.rank, data.size)
-    DistributedSampler(*order)  # refuses a batch that cannot be made
-    if batch_tokens // data.size < config.train.accumulate:
-        raise UserError(
-            f"train.accumulate={config.train.accumulate} micro-batches cannot be made of a rank's share of "
-            f"train.batch_tokens={batch_tokens}, {batch_tokens // data.size} rows: lower the one or raise the other"
-        )
-    lm, windows = None, []
-    if config.eval.replacement_tokens:
-        lm = load_language_model(config.lm, device)
-        check_model(store.index, lm)
-        windows = heldout_windows(config, lm)
+    # Data: one process extracts activations, while the others wait; held-out text to compare the replaced model on.
+    dist.on_rank_zero(world, partial(make_stores, config, progress=world.rank == 0))
+    source, heldout = open_source(config, world)
+    evaluate = Evaluator(config, heldout, source.statistics.target_mean, world, dtype)
     if prepare:
         return 0
 
     # Model, objective, optimizer. Weights are drawn on the CPU: the same on every device and in every layout.
-    objective = build(config, store, (feature.rank, feature.size), feature.sum).to(device)
-    transcoder = objective.transcoder
-    named = {name: p for name, p in transcoder.named_parameters() if p.requires_grad}
-    beta1, beta2 = config.optim.betas
-    optimizer = torch.optim.Adam(named.values(), config.optim.lr, (beta1, beta2), config.optim.eps, fused=True)
-    update = Update(
-        optimizer,
-        sharded=[p for name, p in named.items() if feature_dim(name) is not None],
-        replicated=[p for name, p in named.items() if feature_dim(name) is None],
-        sum_shards=feature.sum,
-        clip_norm=config.optim.clip_norm,
-        fp16=dtype == torch.float16,
-        stop=config.train.nonfinite == "stop",
-    )
-    last_fired = torch.zeros(transcoder.n_layers, transcoder.d_features, dtype=torch.int64, device=device)
+    objective = build(config, source.index, source.statistics, world.feature).to(device)
+    transcoder, state = objective.transcoder, TrainState(config, objective, world, dtype)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     # Resume.
-    start, saved, busy, wandb_id = 0, 0, 0.0, None
-    checkpoints = checkpoint.Checkpoints(
-        run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every, world
-    )
-    identity = {"config_hash": config_hash(config), "data_hash": content_hash(store.index)}
-    identity |= {"precision": str(dtype), "device": device.type, **checkpoint.versions()}
-    newest = max(checkpoint.steps(checkpoints.directory), default=-1)
-    if dist.same_everywhere(world, newest, "newest checkpoint") >= 0:
-        tensors = update.tensors() | {"last_fired": last_fired}
-        path = checkpoints.directory / f"step_{newest:08d}"
-        state = checkpoint.restore(path, transcoder, optimizer, tensors, identity)
-        start = saved = state["step"]
-        busy, wandb_id = state["busy_seconds"], state["wandb_id"]
-        if not isinstance(store, DiscBuffer) and rank_zero:
-            store.consumed |= state["rows_by_segment"]
-    dist.on_rank_zero(world, lambda: claim_run_dir(config))
+    identity = run_identity(config, source.index, device, dtype)
+    restored = state.resume(run_dir / "checkpoints", identity)
+    if restored:
+        source.resume(restored)
+    dist.on_rank_zero(world, partial(claim_run_dir, config))
 
-    model: nn.Module = objective
-    if data.size > 1:
-        DDP = nn.parallel.DistributedDataParallel
-        # The statistics are the same everywhere: do not broadcast them each step (the public switch's name varies).
-        DDP._set_params_and_buffers_to_ignore_for_model(model, [name for name, _ in model.named_buffers()])
-        model = DDP(model, process_group=data.group, gradient_as_bucket_view=True)
-        model.register_comm_hook(data.group, dist.sum_bucket)
-
-    logger = Logger(config, world.rank, start, wandb_id)
-
-    def evaluation_due() -> bool:
-        return step == steps or (config.eval.every > 0 and step % config.eval.every == 0)
-
-    def evaluation():  # of the weights as they are, over all ranks
-        share = {"rank": data.rank, "world": data.size, "all_sum": data.sum, "progress": lambda: watch.progress(step)}
-        mean_output = store.statistics.target_mean
-        numbers, tensors = evaluate(transcoder, heldout, mean_output, lm, windows, autocast=dtype, **share)
-        dead = dead_features(data.max(last_fired.clone()), step, batch_tokens, config.eval.dead_window)
-        numbers["dead_fraction"] = feature.sum(dead.double().mean()).item() / feature.size
-        return numbers, tensors
-
-    def check_finite() -> None:  # before anything is saved
-        first = (-dist.all_max(-update.failed_at)).tolist()
-        if min(first) != NEVER and config.train.nonfinite == "stop":
-            raise UserError(
-                f"{TERMS[first.index(min(first))]} was not finite at step {min(first)}; no weights changed since. Look "
-                f"for bad rows with `clt inspect --verify {store.path}`, lower optim.lr (now {lr:.3g}), use "
-                "train.precision=fp32, or leave such steps out with train.nonfinite=skip"
-            )
-
-    def begin_checkpoint() -> None:
-        nonlocal saved
-        saved = step
-        tensors = update.tensors() | {"last_fired": data.max(last_fired.clone())}
-        parts = checkpoint.parts(transcoder, optimizer, tensors, (data.rank, data.size))
-        state = {"step": step, "busy_seconds": busy, "wandb_id": logger.wandb_id, "world_size": world.size}
-        if not isinstance(store, DiscBuffer):
-            state |= {"rows_by_segment": dist.sum_counts(world, store.consumed)}
-        checkpoints.begin(parts, transcoder.config, state | identity)
-
-    def batches() -> Iterator[Tensor]:
-        """The loader's. A server may be away for long: all ranks take its next batch, or end here to be saved."""
-        nonlocal lost
-        if isinstance(store, DiscBuffer):
-            yield from loader
-            return
-        while step < steps:
-            ready = loader.ready(TICK)
-            waiting, told, failed = dist.count(world, not ready, watch.stopping, loader.failure is not None)
-            watch.progress(step)
-            lost = failed > 0
-            if lost or (waiting and told):
-                return
-            if not waiting:
-                yield next(loader)
-
-    def forward_backward(batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the mean over the global batch; this rank's addends of the metrics, and what fired."""
-        metrics = torch.zeros(len(names), device=device)
-        fired = torch.zeros_like(last_fired, dtype=torch.bool)
-        parts = batch.tensor_split(config.train.accumulate)
-        for part in parts:
-            share = len(part) / batch_tokens  # ranks and micro-batches may differ by a row
-            with nullcontext() if part is parts[-1] or data.size == 1 else model.no_sync():  # type: ignore[operator]
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    terms = model(part, sparsity)
-                # A loss that is not finite makes every gradient nan, on all ranks, so that they agree to leave the step
-                # out.
-                factor = share * update.scale + 0 * terms.loss.detach()
-                (terms.loss * factor).backward()
-            fired |= terms.fired
-            # Every shard has the whole error, and its own part of everything else.
-            own = torch.stack([terms.mse / feature.size, terms.sparsity, terms.pre_activation])
-            metrics += share * torch.cat([own, terms.mse_per_layer / feature.size, terms.l0_per_layer])
-        return metrics, fired
-
-    profiler = nullcontext()
-    if config.profile.enabled:
-        profiler = torch.profiler.profile(
-            schedule=torch.profiler.schedule(
-                wait=config.profile.start - 1, warmup=1, active=config.profile.steps, repeat=1
-            ),
-            on_trace_ready=torch.profiler.tensorboard_trace_handler(str(run_dir / "profile"), f"rank{world.rank}"),
-        )
-
-    # The loop. Nothing in it waits for the device but logging, evaluation and checkpoints.
-    L, step, sparsity = transcoder.n_layers, start, 0.0
-    names = [*TERMS[:3], *(f"mse/layer_{l}" for l in range(L)), *(f"L0/layer_{l}" for l in range(L))]
-    sampler = DistributedSampler(*order, start, steps)
-    if data.size > 1 and start < steps:
+    model = dist.data_parallel(objective, world.data)
+    if state.step < steps:
         # DDP orders its sums by the first backward pass. It is taken before the first step, so that a resumed run
         # adds in the same order as one that was not interrupted.
-        index = store.index
-        shape = (len(sampler.rows_at(start)), 2, index.n_layers, index.d_acts)
-        forward_backward(torch.zeros(shape, dtype=getattr(torch, index.dtype), device=device))
-        optimizer.zero_grad()  # and not clear_gradients: DDP makes its buckets anew, in that order
-    loader = Loader(store, sampler, device, config.data.prefetch)
-    watch = Watch(world, config.parallel.timeout_seconds, config.checkpoint.grace_seconds)
-    votes, stopped, lost = dist.Votes(world, 2), False, False  # lost: the rows of a rank, with its server
-    results = None
-    with logger, loader, profiler, checkpoints, watch:
-        # A run that was stopped between a checkpoint and its evaluation makes up for that.
-        evaluated = dist.all_max(torch.tensor(float(logger.evaluated), device=device)).item()
-        if start and evaluation_due() and not evaluated:
-            results = evaluation()
-            logger.log_evaluation(step, results[0])
-        clock, logged, stalled = time.perf_counter(), start, loader.stalled
-        for batch in batches():  # (b, 2, L, D): this rank's rows of the global batch
-            lr = learning_rate(step, steps, config.optim)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            sparsity = sparsity_coefficient(step, steps, config.loss)
-            metrics, fired = forward_backward(batch)
-            step += 1
-            grad_norm = update(step, metrics[:3])
-            transcoder.clear_gradients()
-            last_fired.masked_fill_(fired, step)
-            logger.step(step)
-            watch.progress(step)
-            if config.profile.enabled:
-                profiler.step()  # type: ignore[union-attr]
+        rows = -(-world.data.share(batch_tokens) // config.train.accumulate)
+        with autocast():
+            dist.settle_buckets(model, source.zeros(rows), coefficients(0, steps, config.loss))
 
-            signals, written = votes.counted()
-            stopped = signals > 0 and step < steps  # signals on any rank: now all of them stop here
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every, world)
+    logger = Logger(config, world.rank, state.step, state.wandb_id)
+    state.wandb_id = logger.wandb_id
+    watch = Watch(world, config.parallel.timeout_seconds, config.checkpoint.grace_seconds)
+    flags, lr = dist.Flags(world, 2), 0.0
+    results: Evaluation | None = None
+
+    # The loop. Nothing in it waits for the device but logging, evaluation and checkpoints.
+    with logger, profiled(config.profile, run_dir, world.rank) as profile_step, checkpoints, watch:
+        (evaluated,) = dist.count(world, logger.evaluated)
+        if 0 < state.step < steps and due(config.eval.every, state.step) and not evaluated:
+            # The run was stopped between a checkpoint and its evaluation.
+            results = evaluate(transcoder, state.last_fired, state.step, watch.progress)
+            logger.log_evaluation(state.step, results.numbers)
+        speed = Speed(state.step, state.busy_seconds, batch_tokens, source)
+        for batch in source.batches(state.step, watch):  # (b, 2, L, D): this rank's rows of the global batch
+            lr, terms = learning_rate(state.step, steps, config.optim), coefficients(state.step, steps, config.loss)
+            metrics = Metrics(world, transcoder.n_layers, transcoder.d_features)
+            parts = batch.tensor_split(config.train.accumulate)
+            for part in parts:
+                share = len(part) / batch_tokens  # ranks and micro-batches may differ by a row
+                with dist.summed(model, part is parts[-1]):
+                    with autocast():
+                        losses = model(part, terms)
+                    # A loss that is not finite makes every gradient nan, on all ranks: they agree to skip the step.
+                    (losses.total * (share * state.update.scale + 0 * losses.total.detach())).backward()
+                metrics.add(losses, share)
+            state.step += 1
+            grad_norm = state.update(state.step, lr, metrics.values)
+            state.gradients.clear()
+            state.last_fired.masked_fill_(metrics.fired, state.step)
+            logger.step(state.step)
+            watch.progress(state.step)
+            profile_step()
+
+            signals, written = flags.counts()  # of the step before
             if written == world.size:
                 checkpoints.publish()
-            due_evaluation = evaluation_due()
-            due_checkpoint = (config.checkpoint.every and step % config.checkpoint.every == 0) or step == steps
-            due_checkpoint = due_checkpoint or stopped
-            if step % config.log.every == 0 or due_evaluation or due_checkpoint:
-                values = dict(zip(names, dist.all_sum(metrics).tolist()))
-                check_finite()
-                loss = values["train_mse"] + sparsity * values["train_sparsity"]
-                loss += config.loss.pre_activation * values["train_pre_activation"]
-                values = {"train_loss": loss, **values, "L0": sum(values[f"L0/layer_{l}"] for l in range(L))}
-                values |= {"grad_norm": grad_norm.item(), "skipped_steps": update.skipped.item()}
-                values |= {"learning_rate": lr, "sparsity_coefficient": sparsity}
-                now = time.perf_counter()
-                speed = {
-                    "tokens_per_second": (step - logged) * batch_tokens / (now - clock),
-                    "data_wait_share": (loader.stalled - stalled) / (now - clock),
-                }
-                busy, clock, logged, stalled = busy + now - clock, now, step, loader.stalled
-                if step % config.log.every == 0 or due_evaluation:
-                    logger.log(step, values)
-                    logger.log(step, speed, "speed")
-
-            if due_evaluation or due_checkpoint:
-                if due_checkpoint:
-                    begin_checkpoint()
-                if due_evaluation and not stopped:  # it is made up for, and the checkpoint is in a hurry
-                    checkpoints.finish()  # an evaluation that fails must not cost the steps before it
-                    results = evaluation()
-                    logger.log_evaluation(step, results[0])
-                clock, logged = time.perf_counter(), step
-            if stopped:
-                watch.stopping = True  # whichever rank was told
+            evaluate_now = due(config.eval.every, state.step)
+            if due(config.log.every, state.step) or evaluate_now or state.step == steps:
+                values = metrics.read(terms)
+                check_finite(state.update, lr, source.store.path)
+                values |= {"grad_norm": grad_norm.item(), "skipped_steps": state.update.skipped.item()}
+                values |= {"learning_rate": lr, "sparsity_coefficient": terms["sparsity"]}
+                logger.log(state.step, values)
+                logger.log(state.step, speed.read(state.step), "speed")
+            if due(config.checkpoint.every, state.step):
+                check_finite(state.update, lr, source.store.path)
+                state.busy_seconds = speed.busy_until(state.step)
+                state.save(checkpoints, identity | source.position())
+            if signals:  # on any rank: now all of them stop here
                 break
-            votes.cast(watch.stopping, checkpoints.written)
-        if step < steps and not stopped:  # the server's rows did not come
-            stopped, watch.stopping, busy = True, True, busy + time.perf_counter() - clock
-            if saved < step:
-                check_finite()
-                begin_checkpoint()
+            if evaluate_now and state.step < steps:
+                checkpoints.finish()  # an evaluation that fails must not cost the steps before it
+                results = evaluate(transcoder, state.last_fired, state.step, watch.progress)
+                logger.log_evaluation(state.step, results.numbers)
+                speed.skip(state.step)
+            flags.send(watch.stopping, checkpoints.written)
+
+        # The last step, a signal and a lost server leave the loop in the same way: with a checkpoint.
+        watch.stopping |= state.step < steps
+        if state.saved < state.step:
+            check_finite(state.update, lr, source.store.path)
+            state.busy_seconds = speed.busy_until(state.step)
+            state.save(checkpoints, identity | source.position())
         checkpoints.finish()
-        failure = loader.failure
+        if state.step == steps:
+            results = evaluate(transcoder, state.last_fired, state.step, watch.progress)
+            if not evaluated or state.step > restored.get("step", 0):  # else a finished run is only reported again
+                logger.log_evaluation(state.step, results.numbers)
+        position = source.position()
 
-    if stopped:
-        if rank_zero:
-            kept = f"with a checkpoint in {run_dir}" if step else "before there was anything to keep"
-            print(f"stopped after step {step} of {steps}, {kept}", file=sys.stderr)
+    if state.step < steps:
+        if world.rank == 0:
+            kept = f"with a checkpoint in {run_dir}" if state.step else "before there was anything to keep"
+            print(f"stopped after step {state.step} of {steps}, {kept}", file=sys.stderr)
         dist.cleanup()
-        if failure is not None:
-            raise failure
-        return 2 if lost else PREEMPTED  # another rank says why
+        if source.failure is not None:
+            raise source.failure
+        return PREEMPTED
 
-    # The end: report and tear down. A run that was already finished is evaluated again, and only reported.
-    numbers, tensors = results or evaluation()
-    consumed = {} if isinstance(store, DiscBuffer) else dist.sum_counts(world, store.consumed)
-    if rank_zero:
-        summary = {
-            **numbers,
-            "dead_window_tokens": min(config.eval.dead_window, steps * batch_tokens),
-            "tokens_per_second": steps * batch_tokens / busy,
-            "wall_seconds": time.perf_counter() - began,
-            "steps": steps,
-            "train_tokens": steps * batch_tokens,
-            "world_size": world.size,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "precision": str(dtype).removeprefix("torch."),
-            "torch_version": torch.__version__,
-            "config_hash": config_hash(config),
-        }
-        if not isinstance(store, DiscBuffer):
-            summary |= {"server": store.path, "rows_by_segment": consumed}
-        write_json(run_dir / "summary.json", summary)
-        report.write_plots(run_dir, tensors)
-        print(f"\n{report.table(summary)}\n\nThe run lies in {run_dir} (summary.json, report/, checkpoints/).")
+    # The end: report.
+    if world.rank == 0:
+        assert results is not None
+        more = summary(config, state, dtype, time.perf_counter() - began) | position
+        conclude(run_dir, results, "summary.json", "report", more)
     dist.cleanup()
     return 0
+
+
+def due(every: int, step: int) -> bool:
+    """Whether something that is done every so many steps, 0 for never, is done after this one."""
+    return every > 0 and step % every == 0
 
 
 if __name__ == "__main__":

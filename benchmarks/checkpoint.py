@@ -16,12 +16,66 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.machine import where
+from benchmarks import machine
 
-STEPS_IN_A_ROUND, ROUNDS = 12, 5
+KINDS = ("none", "waited for", "under way")
+
+
+def cost(
+    shape: tuple[int, int, int, int], device: Any, rounds: int, steps: int, directory: Path | None = None
+) -> dict[str, Any]:
+    """Seconds of rounds of `steps` steps of a shape (L, D, F, B), in float32, and what a checkpoint adds to them.
+
+    begin_seconds: how long the loop stands still in each `begin`; the first takes its memory from the system.
+    """
+    import torch
+
+    from benchmarks import step
+    from clt.train import checkpoint
+    from clt.train.distributed import World
+    from clt.train.metrics import coefficients
+
+    L, D, F, B = shape
+    batch = torch.randn(B, 2, L, D, device=device)
+    objective = step.objective(F, batch, "train.compile=false")
+    transcoder, terms = objective.transcoder, coefficients(1, 1, objective.loss)
+    optimizer = torch.optim.Adam(objective.parameters(), fused=True)
+    begin_seconds: list[float] = []
+
+    def round_of_steps(checkpoints: checkpoint.Checkpoints, kind: str, number: int) -> float:
+        machine.wait(device)
+        began = time.perf_counter()
+        if kind != "none":
+            parts = checkpoint.parts(transcoder, optimizer, {})
+            checkpoints.begin(parts, transcoder.config, {"step": number})
+            begin_seconds.append(time.perf_counter() - began)
+        if kind == "waited for":
+            checkpoints.finish()
+        for _ in range(steps):
+            objective(batch, terms).total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        machine.wait(device)
+        checkpoints.finish()
+        return time.perf_counter() - began
+
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        with checkpoint.Checkpoints(Path(folder), 1, 0, World(0, 1, device)) as checkpoints:
+            round_of_steps(checkpoints, "none", 0)  # warms up
+            for number in range(1, rounds + 1):
+                for i, kind in enumerate(KINDS):
+                    seconds[kind].append(round_of_steps(checkpoints, kind, 3 * number + i))
+        file = next(Path(folder).glob("step_*"))
+        size = sum(path.stat().st_size for path in file.iterdir())
+    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
+    costs = {kind: medians[kind] - medians["none"] for kind in KINDS[1:]}
+    found = {"checkpoint_gb": size / 1e9, "round_seconds": medians, "begin_seconds": begin_seconds}
+    return found | {"cost_seconds": costs, "cost_ratio": costs["under way"] / costs["waited for"]}
 
 
 def main() -> None:
@@ -31,45 +85,8 @@ def main() -> None:
     arguments = parser.parse_args()
     import torch
 
-    from clt.model.loss import Objective
-    from clt.model.transcoder import CrossLayerTranscoder
-    from clt.train import checkpoint
-    from clt.train.distributed import World
-
-    objective = Objective(CrossLayerTranscoder(4, 128, 4096))
-    transcoder = objective.transcoder
-    optimizer = torch.optim.Adam(objective.parameters(), fused=True)
-    batch, sparsity = torch.randn(512, 2, 4, 128), 1e-3
-
-    def round_of_steps(checkpoints: checkpoint.Checkpoints, kind: str, number: int) -> float:
-        began = time.perf_counter()
-        if kind != "none":
-            parts = checkpoint.parts(transcoder, optimizer, {})
-            checkpoints.begin(parts, transcoder.config, {"step": number})
-        if kind == "waited for":
-            checkpoints.finish()
-        for _ in range(STEPS_IN_A_ROUND):
-            objective(batch, sparsity).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        checkpoints.finish()
-        return time.perf_counter() - began
-
-    seconds: dict[str, list[float]] = {"none": [], "waited for": [], "under way": []}
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
-        world = World(0, 1, torch.device("cpu"))
-        with checkpoint.Checkpoints(Path(folder), 1, 0, world) as checkpoints:
-            round_of_steps(checkpoints, "none", 0)  # warms up
-            for number in range(1, ROUNDS + 1):
-                for i, kind in enumerate(seconds):
-                    seconds[kind].append(round_of_steps(checkpoints, kind, 3 * number + i))
-        file = next(Path(folder).glob("step_*"))
-        size = sum(path.stat().st_size for path in file.iterdir())
-    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
-    cost = {kind: medians[kind] - medians["none"] for kind in ("waited for", "under way")}
-    report = {"checkpoint_gb": size / 1e9, "round_seconds": medians, "cost_seconds": cost}
-    report["cost_ratio"] = cost["under way"] / cost["waited for"]
-    arguments.json.write_text(json.dumps(report | where(), indent=1) + "\n")
+    report = cost((4, 128, 4096, 512), torch.device("cpu"), rounds=5, steps=12, directory=arguments.directory)
+    arguments.json.write_text(json.dumps(report | machine.where(), indent=1) + "\n")
     print(json.dumps(report, indent=1))
 
 

@@ -105,11 +105,14 @@ def state_bytes(feature: int) -> int:
     import torch
 
     from clt.model.loss import Objective
+    from clt.model.spec import CLTConfig, LossConfig
     from clt.model.transcoder import CrossLayerTranscoder
 
-    objective = Objective(CrossLayerTranscoder(4, 128, FEATURES, shard=(0, feature)))
+    objective = Objective(
+        CrossLayerTranscoder(4, 128, CLTConfig(d_features=FEATURES), shard=(0, feature)), LossConfig()
+    )
     optimizer = torch.optim.Adam(objective.parameters(), fused=True)
-    objective(torch.randn(8, 2, 4, 128), 0.1).loss.backward()
+    objective(torch.randn(8, 2, 4, 128), {"sparsity": 0.1, "pre_activation": 0.0}).total.backward()
     optimizer.step()
     tensors = [t for p in objective.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
     return sum(t.nbytes for t in [*tensors, *objective.buffers()] if t is not None)

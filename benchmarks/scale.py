@@ -76,22 +76,21 @@ def backward_bytes(job: Job) -> int:
     Either in the forward pass at the last layer: all features, what was saved, and beside them that layer's features
     again and all decoders to it, or (B, F) in float32 four times, for the pass over the features. Or at the squared
     error: three float32 tensors of (L, B, D) beside what was saved. Or in the backward pass at some layer, from the
-    last to the first: what it and the earlier layers saved, the inputs, the gradient of y~ and the encoder gradients of
-    the later layers, and beside them either (B, F) in float32 eight times, or the layer's own gradients. Or at the
-    end, where the layers' encoder gradients become one tensor.
+    last to the first: the earlier layers' products and the gradients of the later layers' pre-activations, the inputs
+    and the gradient of y~, and beside them either (B, F) in float32 eight times, or the layer's own gradients.
     """
     L, D, F, B = job.local
-    saved, matrix, pair = saved_bytes(job), B * F, 2 * job.width * L * B * D
+    saved, matrix = saved_bytes(job), B * F
+    pair = (job.width + (FLOAT if job.feature > 1 else job.width)) * L * B * D  # x~, and the gradient of y~
     wide = FLOAT if job.width < FLOAT else 0  # what is narrow is widened beside it
     decode = max(matrix * job.width + L * F * D * job.width, 4 * FLOAT * matrix + (wide and job.width * matrix))
     peaks = [saved + 3 * FLOAT * L * B * D, saved + L * matrix * job.width + decode]
     for s in range(L):
-        held = (s + 1) * matrix * job.width + pair + (L - 1 - s) * FLOAT * D * F
+        held = L * matrix * job.width + pair
         decoder = F * (L - s) * D
         gating = matrix * (job.width + 8 * FLOAT + (wide and 2 * job.width))
         own = 3 * matrix * job.width + decoder * (job.width + wide)
         peaks.append(held + max(gating, own))
-    peaks.append(2 * FLOAT * L * D * F + pair)
     return max(peaks)
 
 

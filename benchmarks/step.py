@@ -19,7 +19,10 @@ from clt.config import load_config
 from clt.data.store import DiscBuffer
 from clt.data.writer import write_store
 from clt.memory import keep_freed_memory
-from clt.model.decode import whole
+from clt.model.decode import unsharded
+from clt.model.loss import Objective, value_names
+from clt.train.distributed import ALONE, Axis, GradientMemory, accumulate_in_float32
+from clt.train.metrics import coefficients
 from clt.train.optim import Update, autocast_dtype
 from clt.train.run import build
 
@@ -44,12 +47,14 @@ def formula_memory(job: Job) -> int:
     return scale.state_bytes(job) + scale.backward_bytes(job) + 2 * B * L * D * 4
 
 
-def measure(case: dict[str, Any], copy_gb_per_s: float, timed_steps: int, device: torch.device) -> dict[str, Any]:
+def measure(
+    case: dict[str, Any], copy_gb_per_s: float, timed_steps: int, device: torch.device, budget: float = 2.0
+) -> dict[str, Any]:
     """Run the step of `case` {L, D, F, B, precision, variant} and return the case with what came out.
 
     The time is the median of `timed_steps` steps, after two; shares are of the median of the peaks measured between
-    them, the best of three products each, because machines change their speed. Variants: `ours` and `textbook`, each
-    also with `_compiled`. Memory is what building and running takes.
+    them, the best of three products each, because machines change their speed (`budget` is that of `matmul_peak`).
+    Variants: `ours` and `textbook`, each also with `_compiled`. Memory is what building and running takes.
     """
     L, D, F, B = (case[key] for key in "LDFB")
     dtype = autocast_dtype(case["precision"], device)
@@ -60,7 +65,7 @@ def measure(case: dict[str, Any], copy_gb_per_s: float, timed_steps: int, device
     for _ in range(WARMUP):
         step(batch)
     used = machine.peak(device) - before
-    product = machine.matmul(machine.matmul_peak(dtype, device, budget=2.0)[1], dtype, device)
+    product = machine.matmul(machine.matmul_peak(dtype, device, budget)[1], dtype, device)
     turns = [(machine.seconds(lambda: step(batch), device), product(3)) for _ in range(timed_steps)]
     job = Job(L, D, F, B, width=dtype.itemsize)
     took, limit = (statistics.median(values) for values in zip(*turns))
@@ -83,6 +88,18 @@ def measure(case: dict[str, Any], copy_gb_per_s: float, timed_steps: int, device
     }
 
 
+def objective(F: int, batch: Tensor, *overrides: str, feature: Axis = ALONE) -> Objective:
+    """What training builds of a config, with F features a layer, on the device of `batch` (B, 2, L, D).
+
+    Activations are normalised by the statistics of the first rows of `batch`; weights are the same each time.
+    """
+    config = load_config(None, [f"clt.d_features={F}", *overrides])
+    with tempfile.TemporaryDirectory() as directory:
+        write_store(directory, batch[:64].float().cpu())
+        store = DiscBuffer(directory)
+        return build(config, store.index, store.statistics, feature).to(batch.device)
+
+
 def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
     """A step of batches (B, 2, L, D) like `batch`, whose statistics normalise them.
 
@@ -90,33 +107,31 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
     """
     device, textbook = batch.device, "textbook" in case["variant"]
     compiled = "compiled" in case["variant"]
-    config = load_config(None, [f"clt.d_features={case['F']}", f"train.compile={compiled and not textbook}"])
-    dtype = autocast_dtype(case["precision"], device)
-    with tempfile.TemporaryDirectory() as directory:
-        write_store(directory, batch[:64].float().cpu())
-        objective = build(config, DiscBuffer(directory)).to(device)
-    model: nn.Module = Textbook(objective) if textbook else objective
-    clear = model.zero_grad if textbook else objective.transcoder.clear_gradients
-    del objective
+    config, dtype = load_config(), autocast_dtype(case["precision"], device)
+    accumulate_in_float32()
+    ours = objective(case["F"], batch, f"train.compile={compiled and not textbook}")
+    model: nn.Module = Textbook(ours) if textbook else ours
+    memory = ours.gradient_memory = GradientMemory(ours.parameters())
+    del ours
     weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     beta1, beta2 = config.optim.betas
     optimizer = torch.optim.Adam(weights, config.optim.lr, (beta1, beta2), config.optim.eps, fused=True)
-    sparsity = config.loss.sparsity
+    terms, sparsity = coefficients(1, 1, config.loss), config.loss.sparsity
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     if not textbook:
         update = Update(
-            optimizer, sharded=weights, replicated=[], sum_shards=whole, clip_norm=config.optim.clip_norm,
-            fp16=dtype == torch.float16, stop=True,
+            optimizer, sharded=weights, replicated=[], names=value_names(), sum_shards=unsharded,
+            clip_norm=config.optim.clip_norm, fp16=dtype == torch.float16, stop=True,
         )  # fmt: skip
 
-        def ours(batch: Tensor) -> None:
+        def step(batch: Tensor) -> None:
             with autocast():
-                terms = model(batch, sparsity)
-            (terms.loss * update.scale).backward()
-            update(1, torch.stack([terms.mse, terms.sparsity, terms.pre_activation]))
-            clear()
+                losses = model(batch, terms)
+            (losses.total * update.scale).backward()
+            update(1, config.optim.lr, torch.stack([*losses.values.values()]))
+            memory.clear()
 
-        return ours
+        return step
 
     called = torch.compile(model) if compiled else model
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -129,6 +144,6 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
         nn.utils.clip_grad_norm_(weights, config.optim.clip_norm or math.inf)
         scaler.step(optimizer)
         scaler.update()
-        clear()
+        model.zero_grad()
 
     return theirs

@@ -36,10 +36,10 @@ class Textbook(nn.Module):
     def __init__(self, objective: Objective) -> None:
         super().__init__()
         clt = objective.transcoder
-        assert clt.activation == "jumprelu"
-        assert not clt.straight_through_pre
-        assert not objective.pre_activation
-        self.bandwidth, self.scale = clt.bandwidth, objective.sparsity_scale
+        assert clt.spec.activation == "jumprelu"
+        assert not clt.spec.straight_through_pre
+        assert not objective.loss.pre_activation
+        self.bandwidth, self.scale = clt.spec.bandwidth, objective.loss.sparsity_scale
         self.W_enc, self.b_enc, self.threshold, self.b_dec = (
             nn.Parameter(weight.detach().clone()) for weight in (clt.W_enc, clt.b_enc, clt.threshold, clt.b_dec)
         )

@@ -9,11 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from clt.config import Config, load_config
+from clt.config import DEFAULT_CONFIG, Config, load_config
 from clt.errors import UserError
 from clt.parsing import to_yaml
-
-DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
 def exit_on_user_error(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -133,22 +131,21 @@ def _eval(arguments: argparse.Namespace) -> None:
     config = load_config(run_dir / "config.yaml")
     import torch
 
-    from clt.data.extract import check_model
-    from clt.data.index import STATISTICS, write_json
+    from clt.data.index import STATISTICS
     from clt.data.statistics import Statistics
-    from clt.lm.load import load_language_model
     from clt.train import checkpoint
-    from clt.train.evaluation import dead_features
+    from clt.train.distributed import World
     from clt.train.optim import autocast_dtype
-    from clt.train.report import table, write_plots
-    from clt.train.run import evaluate, heldout_windows, open_store
+    from clt.train.results import Evaluator, conclude
+    from clt.train.run import open_store
 
     steps = checkpoint.steps(run_dir / "checkpoints")
     step = arguments.step if arguments.step is not None else (steps or [None])[-1]
     if step not in steps:
         raise UserError(f"{run_dir} has no checkpoint of step {step}; found {steps or 'none'}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    transcoder = checkpoint.load_transcoder(run_dir / "checkpoints" / f"step_{step:08d}").to(device)
+    world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    path = run_dir / "checkpoints" / f"step_{step:08d}"
+    transcoder = checkpoint.load_transcoder(path).to(world.device)
     heldout = open_store(config, "heldout")
     found, wanted = (heldout.index.n_layers, heldout.index.d_acts), (transcoder.n_layers, transcoder.d_acts)
     if found != wanted:
@@ -158,27 +155,16 @@ def _eval(arguments: argparse.Namespace) -> None:
         )
     # Of the training set only its mean outputs are wanted; its shards may be gone.
     mean_output = Statistics.load(Path(config.data.store) / "train" / STATISTICS).target_mean
-    lm, windows = None, []
-    if config.eval.replacement_tokens:
-        lm = load_language_model(config.lm, device)
-        check_model(heldout.index, lm)
-        windows = heldout_windows(config, lm)
-    replace = None
-    if arguments.nnsight and lm is not None:
+    evaluate = Evaluator(config, heldout, mean_output, world, autocast_dtype(config.train.precision, world.device))
+    run = None
+    if arguments.nnsight and evaluate.lm is not None:
         from clt.lm.replacement import ReplacementModel
 
-        model = ReplacementModel(lm, transcoder)
-        replace = lambda lm, transcoder, tokens, keep: model.logits(tokens, keep)  # noqa: E731
-
-    dtype = autocast_dtype(config.train.precision, device)
-    numbers, tensors = evaluate(transcoder, heldout, mean_output, lm, windows, autocast=dtype, run=replace)
-    last_fired = checkpoint.read_tensor(run_dir / "checkpoints" / f"step_{step:08d}", "last_fired")
-    dead = dead_features(last_fired, step, config.train.batch_tokens, config.eval.dead_window)
-    numbers["dead_fraction"] = dead.double().mean().item()
+        model = ReplacementModel(evaluate.lm, transcoder)
+        run = lambda lm, transcoder, tokens, keep: model.logits(tokens, keep)  # noqa: E731
+    last_fired = checkpoint.read_tensor(path, "last_fired").to(world.device)
     report = f"report_step_{step:08d}"
-    write_plots(run_dir, tensors, report)
-    write_json(run_dir / report / "evaluation.json", numbers)
-    print(f"{table(numbers)}\n\nwritten to {run_dir / report}")
+    conclude(run_dir, evaluate(transcoder, last_fired, step, run=run), f"{report}/evaluation.json", report)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from clt.errors import UserError
+from clt.model.spec import CLTConfig, LossConfig
 from clt.parsing import merge, names, override
+from clt.ranges import (
+    ASCENDING,
+    DECAY_RATES,
+    FREE,
+    NAME,
+    NOT_NEGATIVE,
+    PORT,
+    POSITIVE,
+    POSITIVE_OR_NULL,
+    SEED,
+    SHARE_OF_BUFFER,
+    SHARE_OF_STEPS,
+    SITE,
+    marks,
+    out_of_range,
+)
 
 StorageDtype = Literal["float16", "bfloat16", "float32"]
 
@@ -24,9 +40,9 @@ StorageDtype = Literal["float16", "bfloat16", "float32"]
 class RunConfig:
     """Where the run lies, and the seed of everything random in it."""
 
-    dir: str = "runs/default"
+    dir: Annotated[str, FREE] = "runs/default"
     """Directory that receives the resolved config, metrics, checkpoints, summary and report."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the initial weights and of the order in which rows are read."""
 
 
@@ -40,15 +56,15 @@ class LMConfig:
     """Hub revision (branch, tag or commit); null takes the default branch."""
     dtype: StorageDtype = "float32"
     """Dtype the language model computes in."""
-    layers: list[int] | None = None
+    layers: Annotated[list[int] | None, ASCENDING] = None
     """Layers to explain, in ascending order; null takes all of them."""
-    input_site: str | None = None
+    input_site: Annotated[str | None, SITE] = None
     """Module whose *input* is the residual before the MLP, e.g. `transformer.h.{layer}.ln_2`; null detects it."""
-    output_site: str | None = None
+    output_site: Annotated[str | None, SITE] = None
     """Module whose *output* is added to the residual, e.g. `transformer.h.{layer}.mlp`; null detects it."""
-    context: int = 1024
+    context: Annotated[int, POSITIVE] = 1024
     """Tokens per window of text, the special token at its start included."""
-    batch_windows: int = 8
+    batch_windows: Annotated[int, POSITIVE] = 8
     """Windows per forward pass of the language model."""
 
 
@@ -66,7 +82,7 @@ class TextConfig:
     """Field of a .jsonl record or dataset row that holds the text."""
     heldout: str | None = None
     """Held-out text: a path, or another split of the hub dataset; null takes the source's first documents."""
-    heldout_documents: int = 1000
+    heldout_documents: Annotated[int, POSITIVE] = 1000
     """How many of the source's first documents are held out (and skipped in training) when `heldout` is null."""
 
 
@@ -76,84 +92,46 @@ class DataConfig:
 
     source: Literal["store", "server"] = "store"
     """Read a store of one's own, or what an activation server streams."""
-    url: str | None = None
+    url: Annotated[str | None, FREE] = None
     """The server of `source: server`, e.g. http://127.0.0.1:8000."""
-    token_file: str | None = None
+    token_file: Annotated[str | None, FREE] = None
     """File with the bearer token that the server asks for; null takes CLT_SERVER_TOKEN, or sends none."""
 
-    store: str = "stores/default"
+    store: Annotated[str, FREE] = "stores/default"
     """Directory of the activation stores: `train/` and `heldout/` below it."""
-    train_tokens: int = 10_000_000
+    train_tokens: Annotated[int, POSITIVE] = 10_000_000
     """Rows (tokens) to extract for training."""
-    heldout_tokens: int = 100_000
+    heldout_tokens: Annotated[int, POSITIVE] = 100_000
     """Rows (tokens) to extract from held-out text."""
     dtype: StorageDtype = "float16"
     """Dtype of the stored activations."""
-    shard_rows: int = 32_768
+    shard_rows: Annotated[int, POSITIVE] = 32_768
     """Rows in a shard file."""
-    open_shards: int = 8
+    open_shards: Annotated[int, POSITIVE] = 8
     """Shards filled at once: rows are shuffled over them, and an interrupted extraction repeats at most these."""
-    block_rows: int = 64
+    block_rows: Annotated[int, POSITIVE] = 64
     """Contiguous rows read at once; a batch is made of blocks from random places of the store."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the shuffle that the store is written in."""
-    prefetch: int = 4
+    prefetch: Annotated[int, POSITIVE, FREE] = 4
     """Batches that the background reader keeps ready."""
-
-
-@dataclass
-class CLTConfig:
-    """The cross-layer transcoder."""
-
-    d_features: int = 6144
-    """Features per layer (F)."""
-    activation: Literal["jumprelu", "relu"] = "jumprelu"
-    """The features' activation function."""
-    cross_layer: bool = True
-    """Let a feature write to its own and all later layers; false makes one transcoder per layer."""
-    threshold: float = 0.03
-    """Initial JumpReLU threshold, in normalised pre-activation units."""
-    bandwidth: float = 1.0
-    """Width of the rectangle of JumpReLU's straight-through gradient."""
-    straight_through_pre: bool = False
-    """Send the straight-through gradient to the pre-activation as well (Anthropic, January 2025)."""
-    normalization: Literal["layer", "dim", "token", "none"] = "layer"
-    """Statistics that inputs and targets are normalised by; `token` is by each input vector's own mean and sd."""
-
-
-@dataclass
-class LossConfig:
-    """The objective: MSE + sparsity + pre-activation loss."""
-
-    sparsity: float = 2e-4
-    """Coefficient lambda of the tanh sparsity penalty, at the end of its ramp."""
-    sparsity_ramp: float = 1.0
-    """Share of the run's steps over which lambda rises linearly from 0."""
-    sparsity_scale: float = 0.1
-    """c in tanh(c * decoder norm * activation)."""
-    pre_activation: float = 0.0
-    """Coefficient of the pre-activation loss, which revives dead features; 0 leaves it out."""
-    pre_activation_kind: Literal["negative", "below_threshold"] = "below_threshold"
-    """Penalise relu(-pre), or relu(threshold - pre)."""
-    target_scale: Literal["layer", "none"] = "layer"
-    """Measure the squared error in normalised target units (`layer`: every layer weighs the same) or in raw units."""
 
 
 @dataclass
 class OptimConfig:
     """Adam and its schedule."""
 
-    lr: float = 1e-3
+    lr: Annotated[float, POSITIVE] = 1e-3
     """Peak learning rate."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: Annotated[list[float], DECAY_RATES] = field(default_factory=lambda: [0.9, 0.999])
     """Adam's two moment decay rates."""
-    eps: float = 1e-8
+    eps: Annotated[float, NOT_NEGATIVE] = 1e-8
     """Adam's epsilon."""
-    warmup: float = 0.0
+    warmup: Annotated[float, SHARE_OF_STEPS] = 0.0
     """Share of the run's steps over which the learning rate rises linearly from 0."""
-    decay: float = 0.0
+    decay: Annotated[float, SHARE_OF_STEPS] = 0.0
     """Share of the run's steps, at its end, over which the learning rate falls linearly to 0."""
-    clip_norm: float | None = 1.0
+    clip_norm: Annotated[float | None, POSITIVE_OR_NULL] = 1.0
     """Clip the gradient's global norm to this; null does not clip."""
 
 
@@ -161,11 +139,11 @@ class OptimConfig:
 class TrainConfig:
     """The training loop."""
 
-    steps: int = 2000
+    steps: Annotated[int, POSITIVE] = 2000
     """Optimizer steps."""
-    batch_tokens: int = 4000
+    batch_tokens: Annotated[int, POSITIVE] = 4000
     """Tokens per optimizer step over all ranks."""
-    accumulate: int = 1
+    accumulate: Annotated[int, POSITIVE] = 1
     """Micro-batches that a rank splits its share of a batch into."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Autocast dtype; `auto` is bf16 where the hardware multiplies bf16 matrices natively, else fp32."""
@@ -179,11 +157,11 @@ class TrainConfig:
 class EvalConfig:
     """Evaluation during and after training."""
 
-    every: int = 1000
+    every: Annotated[int, NOT_NEGATIVE] = 1000
     """Steps between evaluations; 0 evaluates only at the end."""
-    replacement_tokens: int = 32_768
+    replacement_tokens: Annotated[int, NOT_NEGATIVE] = 32_768
     """Held-out tokens on which the replacement model is compared with the original; 0 leaves it out."""
-    dead_window: int = 1_000_000
+    dead_window: Annotated[int, POSITIVE] = 1_000_000
     """A feature is dead when it fired on none of this many most recent training tokens."""
 
 
@@ -191,9 +169,9 @@ class EvalConfig:
 class ParallelConfig:
     """How the ranks share the work. Not part of what a run computes: a run may go on in another layout."""
 
-    feature_shards: int = 1
+    feature_shards: Annotated[int, POSITIVE] = 1
     """Ranks that the features of one transcoder are split over; the other factor of the ranks splits the batch."""
-    timeout_seconds: float = 1800.0
+    timeout_seconds: Annotated[float, POSITIVE] = 1800.0
     """A rank that makes no progress for this long ends the job, with a message that names it."""
 
 
@@ -201,15 +179,15 @@ class ParallelConfig:
 class CheckpointConfig:
     """Checkpoints and resumption."""
 
-    every: int = 1000
+    every: Annotated[int, NOT_NEGATIVE] = 1000
     """Steps between checkpoints; 0 writes only the last."""
-    keep: int = 2
+    keep: Annotated[int, POSITIVE] = 2
     """Newest checkpoints that are kept; older ones are deleted."""
-    keep_every: int = 0
+    keep_every: Annotated[int, NOT_NEGATIVE] = 0
     """Checkpoints whose step is a multiple of this are kept for good; 0 keeps none."""
     resume: bool = True
     """Continue from the newest checkpoint of the run directory; false refuses to start in one that holds a run."""
-    grace_seconds: float = 240.0
+    grace_seconds: Annotated[float, POSITIVE] = 240.0
     """Time to write a checkpoint after SIGTERM or SIGUSR1; launch.sh gives its ranks 300 s, torchrun alone 30 s."""
 
 
@@ -217,7 +195,7 @@ class CheckpointConfig:
 class LogConfig:
     """Metrics."""
 
-    every: int = 10
+    every: Annotated[int, POSITIVE] = 10
     """Steps between metric lines. The loop waits for the device there, at evaluations and at checkpoints alone."""
     wandb: bool = False
     """Also log to Weights & Biases."""
@@ -235,9 +213,9 @@ class ProfileConfig:
 
     enabled: bool = False
     """Record a trace of a few steps into `<run>/profile`."""
-    start: int = 10
+    start: Annotated[int, POSITIVE] = 10
     """First step recorded, counted from 0 at the start of this process."""
-    steps: int = 3
+    steps: Annotated[int, POSITIVE] = 3
     """Steps recorded."""
 
 
@@ -245,39 +223,39 @@ class ProfileConfig:
 class ServerConfig:
     """Activations over the network: the shared buffer, the generator that fills it, and the limits of its clients."""
 
-    name: str | None = None
+    name: Annotated[str | None, NAME] = None
     """Name of the buffer in shared memory; null derives it from `data.store`."""
     source: Literal["model", "store"] = "model"
     """Fill the buffer by running the language model over the training text, or from the training store, endlessly."""
-    rows: int = 32_768
+    rows: Annotated[int, POSITIVE] = 32_768
     """Rows (tokens) that the shared buffer holds."""
-    min_fill: float = 0.5
+    min_fill: Annotated[float, SHARE_OF_BUFFER] = 0.5
     """Share of the buffer that must be filled before rows are drawn from it: the larger, the better they are mixed."""
     device: Literal["cpu", "gpu", "auto-low"] = "auto-low"
     """Where the language model runs; `auto-low` takes the GPU when the buffer is low, and leaves it when it is full."""
-    low: float = 0.5
+    low: Annotated[float, SHARE_OF_BUFFER] = 0.5
     """Share of the buffer below which `auto-low` takes the GPU."""
-    statistics_tokens: int = 100_000
+    statistics_tokens: Annotated[int, POSITIVE] = 100_000
     """Rows (tokens) that the statistics of `source: model` are computed from, once."""
     host: str = "127.0.0.1"
     """Address to listen on; anything but the loopback should have a `token_file`."""
-    port: int = 8000
+    port: Annotated[int, PORT] = 8000
     """Port to listen on."""
-    workers: int = 1
+    workers: Annotated[int, POSITIVE] = 1
     """Serving processes."""
     token_file: str | None = None
     """File with the bearer token that clients must send; null asks for none (or takes CLT_SERVER_TOKEN)."""
-    max_batch: int = 8192
+    max_batch: Annotated[int, POSITIVE] = 8192
     """Rows in a batch at most."""
-    max_json_batch: int = 64
+    max_json_batch: Annotated[int, POSITIVE] = 64
     """Rows in a batch of JSON at most."""
-    max_streams: int = 64
+    max_streams: Annotated[int, POSITIVE] = 64
     """Streams served at once, over all workers."""
-    wait_seconds: float = 30.0
+    wait_seconds: Annotated[float, POSITIVE] = 30.0
     """How long a request waits for rows before it is told to come again."""
-    idle_seconds: float = 60.0
+    idle_seconds: Annotated[float, POSITIVE] = 60.0
     """How long a client may take to read what it was sent before it is dropped."""
-    stream_seconds: float = 86_400.0
+    stream_seconds: Annotated[float, POSITIVE] = 86_400.0
     """How long a stream lasts at most; its client opens the next. Any answer is cut off `idle_seconds` after that."""
 
 
@@ -301,17 +279,17 @@ class Config:
     """Optimizer and schedule."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Training loop."""
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: Annotated[EvalConfig, FREE] = field(default_factory=EvalConfig)
     """Evaluation."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: Annotated[ParallelConfig, FREE] = field(default_factory=ParallelConfig)
     """Ranks."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint: Annotated[CheckpointConfig, FREE] = field(default_factory=CheckpointConfig)
     """Checkpoints."""
-    log: LogConfig = field(default_factory=LogConfig)
+    log: Annotated[LogConfig, FREE] = field(default_factory=LogConfig)
     """Metrics."""
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    profile: Annotated[ProfileConfig, FREE] = field(default_factory=ProfileConfig)
     """Profiler."""
-    server: ServerConfig = field(default_factory=ServerConfig)
+    server: Annotated[ServerConfig, FREE] = field(default_factory=ServerConfig)
     """Activation server."""
 
 
@@ -339,55 +317,23 @@ def load_config(
     places = (("the environment", environment), ("the command line", overrides))
     given = {override(config, text, place): place for place, texts in places for text in texts}
     files = " and ".join(str(name) for name in (path, preset) if name is not None)
-    _validate(config, lambda key: given.get(key, files or "the defaults"))
+    _check(config, lambda key: given.get(key, files or "the defaults"))
     return config
 
 
-PRESETS = {
-    name: Path(__file__).parent / "server" / "presets" / f"{name}.yaml"
-    for name in ("test", "production", "large-scale")
-}
+_PACKAGE = Path(__file__).parent
+_CONFIGS = _PACKAGE / "configs"  # where a wheel has them; in a checkout they lie beside the package
+DEFAULT_CONFIG = (_CONFIGS if _CONFIGS.is_dir() else _PACKAGE.parent / "configs") / "quickstart.yaml"
+PRESETS = {name: _PACKAGE / "server" / "presets" / f"{name}.yaml" for name in ("test", "production", "large-scale")}
 """Sizes of the activation server, by name."""
 
 
-POSITIVE = (
-    "lm.context lm.batch_windows data.train_tokens data.heldout_tokens data.shard_rows data.open_shards "
-    "data.block_rows data.prefetch clt.d_features clt.bandwidth optim.lr train.steps train.batch_tokens "
-    "train.accumulate checkpoint.keep log.every profile.start profile.steps text.heldout_documents loss.sparsity_scale "
-    "eval.dead_window parallel.feature_shards parallel.timeout_seconds checkpoint.grace_seconds "
-    "server.rows server.statistics_tokens server.workers server.max_batch server.max_json_batch "
-    "server.max_streams server.wait_seconds server.idle_seconds server.stream_seconds"
-).split()
-NOT_NEGATIVE = (
-    "loss.sparsity loss.pre_activation eval.every eval.replacement_tokens checkpoint.every "
-    "checkpoint.keep_every clt.threshold optim.eps"
-).split()
-SHARES = "loss.sparsity_ramp optim.warmup optim.decay".split()
-
-
-def _validate(config: Config, where: typing.Callable[[str], str]) -> None:
-    """Check ranges; `where` says which file or command line a key's value came from."""
-
-    def check(keys: typing.Sequence[str], holds: typing.Callable[[Any], bool], wanted: str) -> None:
-        for key in keys:
-            section, name = key.split(".")
-            value = getattr(getattr(config, section), name)
-            if not holds(value):
-                raise UserError(f"{key} in {where(key)} is {value!r}; wanted {wanted}")
-
-    check(POSITIVE, lambda v: v > 0, "a positive number")
-    check(NOT_NEGATIVE, lambda v: v >= 0, "zero or a positive number")
-    check(SHARES, lambda v: 0 <= v <= 1, "a share of the run's steps between 0 and 1")
-    check(["server.min_fill", "server.low"], lambda v: 0 <= v <= 1, "a share of the buffer between 0 and 1")
-    check(["run.seed", "data.seed"], lambda v: 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1")
-    check(["server.port"], lambda v: 0 < v < 65536, "a port number, 1 to 65535")
-    named = re.compile(r"[\w.-]{1,64}")
-    check(["server.name"], lambda v: v is None or bool(named.fullmatch(v)), "letters, digits, dots and dashes, or null")
-    check(["optim.betas"], lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
-    check(["optim.clip_norm"], lambda v: v is None or v > 0, "a positive number or null")
-    check(["lm.layers"], lambda v: v is None or (v and v == sorted(set(v)) and v[0] >= 0), "ascending layer numbers")
-    sites = ["lm.input_site", "lm.output_site"]
-    check(sites, lambda v: v is None or "{layer}" in v, "a path with {layer}, e.g. transformer.h.{layer}.mlp")
+def _check(config: Config, where: typing.Callable[[str], str]) -> None:
+    """Check every field's range, and what two fields must agree on; `where` says where a key's value came from."""
+    for section in names(config):
+        for name, found, wanted in out_of_range(getattr(config, section)):
+            key = f"{section}.{name}"
+            raise UserError(f"{key} in {where(key)} is {found!r}; wanted {wanted}")
     if config.data.source == "server" and config.data.url is None:
         raise UserError("data.source=server but data.url is null: set it to the server's, e.g. http://127.0.0.1:8000")
     if (config.lm.input_site is None) != (config.lm.output_site is None):
@@ -399,19 +345,15 @@ def _validate(config: Config, where: typing.Callable[[str], str]) -> None:
         )
 
 
-# What may differ when a run goes on: none of these changes the numbers that the run computes.
-_FREE = {"run.dir", "log", "profile", "parallel", "checkpoint", "eval", "server"}
-_FREE |= {"data.prefetch", "data.store", "data.url", "data.token_file"}
-
-
 def identity(config: Config) -> dict[str, Any]:
-    """The flat {key: value} of every field that determines the trained weights."""
-    flat = {
+    """The flat {key: value} of every field that determines the trained weights: of all that are not marked FREE."""
+    return {
         f"{section}.{name}": getattr(getattr(config, section), name)
-        for section in names(config)
-        for name in names(getattr(config, section))
+        for section, of_section in marks(Config).items()
+        if FREE not in of_section
+        for name, of_field in marks(type(getattr(config, section))).items()
+        if FREE not in of_field
     }
-    return {key: value for key, value in flat.items() if key not in _FREE and key.split(".")[0] not in _FREE}
 
 
 def config_hash(config: Config) -> str:

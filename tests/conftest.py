@@ -1,6 +1,7 @@
 """A small language model of random weights with text for it, and activation stores extracted from it."""
 
 import json
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread() -> None:
     """Threads of models this small only wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_gpu_for_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide this machine's GPUs, from child processes too, when they are fewer than the four ranks that tests start."""
+    if torch.cuda.device_count() < 4:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+OPTIONAL = "nnsight wandb starlette uvicorn httptools uvloop datasets gguf accelerate xdist"
+HIDING = f"""
+from importlib.machinery import PathFinder
+find, hidden = PathFinder.find_spec, set({OPTIONAL.split()})
+absent = lambda name: name.partition(".")[0] in hidden
+PathFinder.find_spec = classmethod(lambda _, name, *rest: None if absent(name) else find(name, *rest))
+"""
+
+
+@pytest.fixture(scope="session")
+def bare_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of Python processes in which the optional packages are not installed."""
+    folder = tmp_path_factory.mktemp("bare")
+    (folder / "sitecustomize.py").write_text(HIDING)
+    root = Path(__file__).parent.parent
+    return os.environ | {"PYTHONPATH": f"{folder}:{root}", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")

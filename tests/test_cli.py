@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def test_help_and_config_errors_do_not_wait_for_torch():
     assert time.perf_counter() - began < 20  # a hang, not a speed: the light imports are tested in test_house.py
 
 
+@pytest.mark.skipif(find_spec("starlette") is None, reason="starlette is not installed")
 def test_serve_says_what_is_wrong_before_it_makes_anything():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -88,7 +90,10 @@ def test_a_model_that_cannot_be_loaded(tmp_path):
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize("flag", [(), ("--nnsight",)])
+NO_NNSIGHT = pytest.mark.skipif(find_spec("nnsight") is None, reason="nnsight is not installed")
+
+
+@pytest.mark.parametrize("flag", [(), pytest.param(("--nnsight",), marks=NO_NNSIGHT)])
 def test_eval_repeats_the_summary_from_the_checkpoint(train, stores, tmp_path, flag):
     """Of the stores it needs the held-out one, and the training one's statistics."""
     shutil.copytree(stores / "heldout", tmp_path / "heldout")

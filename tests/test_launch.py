@@ -26,7 +26,8 @@ def recorded(tmp_path):
     binaries.mkdir(parents=True)
     for name in ("python", "torchrun", "scontrol"):
         script = binaries / name
-        answer = "echo node7; echo node8" if name == "scontrol" else f'echo "{name} omp=$OMP_NUM_THREADS $*"'
+        shown = "omp=$OMP_NUM_THREADS alloc=$PYTORCH_CUDA_ALLOC_CONF"
+        answer = "echo node7; echo node8" if name == "scontrol" else f'echo "{name} {shown} $*"'
         script.write_text(f"#!/bin/sh\n{answer}\n")
         script.chmod(script.stat().st_mode | stat.S_IEXEC)
 
@@ -50,6 +51,11 @@ def test_one_node(recorded):
 
 def test_the_default_is_two_processes_and_the_default_config(recorded):
     assert recorded()[1].endswith("--standalone --nproc_per_node=2 --max-restarts=0 train_ddp.py")
+
+
+def test_gpu_memory_is_taken_in_segments_that_grow(recorded):
+    assert " alloc=expandable_segments:True " in recorded(PYTORCH_CUDA_ALLOC_CONF="")[1]
+    assert " alloc=backend:native " in recorded(PYTORCH_CUDA_ALLOC_CONF="backend:native")[1], "what is set, stays"
 
 
 def test_several_nodes(recorded):
@@ -127,6 +133,7 @@ def test_the_environment_is_installed_once(recorded, tmp_path):
     assert len(marker.splitlines()) == 1
 
 
+@pytest.mark.usefixtures("no_gpu_for_several_ranks")
 @pytest.mark.skipif(not Path(sys.prefix, "installed").exists(), reason="the tests' environment is not launch.sh's own")
 def test_a_real_run_ends_with_the_table_and_the_place(train_overrides, tmp_path):
     command = ["bash", "launch.sh", *train_overrides, f"run.dir={tmp_path / 'run'}", f"data.store={tmp_path / 'store'}"]

@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import scale
 from benchmarks.scale import Job
 from clt.model.loss import Objective
+from clt.model.spec import CLTConfig, LossConfig
 from clt.model.transcoder import CrossLayerTranscoder
-from clt.train.distributed import Axis
+from clt.train.distributed import Axis, GradientMemory
 
 ROOT = Path(__file__).parent.parent
 SIZES = [Job(4, 16, 128, 1024), Job(4, 64, 128, 256), Job(6, 64, 256, 8)]  # most memory: features, errors, weights
@@ -25,10 +26,11 @@ PRECISIONS = {4: torch.float32, 2: torch.bfloat16}
 
 def objective(job: Job) -> Objective:
     """Of one rank, as train_ddp.py builds it, but for its sum over the other shards."""
-    shapes = job.n_layers, job.d_acts, job.d_features
-    return Objective(
-        CrossLayerTranscoder(*shapes, normalization="layer", shard=(0, job.feature), sum_shards=Axis().sum)
-    )
+    spec, shard = CLTConfig(d_features=job.d_features), (0, job.feature)
+    transcoder = CrossLayerTranscoder(job.n_layers, job.d_acts, spec, shard=shard, sum_shards=Axis().sum)
+    objective = Objective(transcoder, LossConfig())
+    objective.gradient_memory = GradientMemory(transcoder.parameters())
+    return objective
 
 
 def draw(job: Job) -> torch.Tensor:
@@ -38,7 +40,7 @@ def draw(job: Job) -> torch.Tensor:
 def loss(model: Objective, job: Job, batch: torch.Tensor | None = None) -> torch.Tensor:
     batch = draw(job) if batch is None else batch
     with torch.autocast("cpu", torch.bfloat16, enabled=job.width == 2):
-        return model(batch, 1e-3).loss
+        return model(batch, {"sparsity": 1e-3, "pre_activation": 0.0}).total
 
 
 @pytest.mark.parametrize("job", SIZES)
@@ -83,7 +85,7 @@ def test_the_most_memory_of_a_step(job, width, shards):
     job = Job(job.n_layers, job.d_acts, job.d_features, job.batch_tokens, feature=shards, width=width)
     model, batch = objective(job), draw(job)
     loss(model, job).backward()
-    model.transcoder.clear_gradients()
+    model.gradient_memory.clear()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         loss(model, job, batch).backward()
     changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]

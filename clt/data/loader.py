@@ -73,7 +73,10 @@ class Loader:
         self._work: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(
-                target=_read, args=(buffer, self._stream is not None, self._work), daemon=True, name="clt-reader"
+                target=_read,
+                args=(buffer, self._stream and self._stream.device, self._work),
+                daemon=True,
+                name="clt-reader",
             )
             for _ in range(min(buffer.threads, prefetch))
         ]
@@ -181,15 +184,17 @@ def _stop(work: queue.SimpleQueue[_Slot | None], threads: int) -> None:
         work.put(None)
 
 
-def _read(buffer: Readable, pinned: bool, work: queue.SimpleQueue[_Slot | None]) -> None:
-    """A thread: reads the rows of slot after slot, until it finds None."""
+def _read(buffer: Readable, gpu: torch.device | None, work: queue.SimpleQueue[_Slot | None]) -> None:
+    """A thread: reads the rows of slot after slot, into memory that is pinned for `gpu`, until it finds None."""
+    if gpu is not None:
+        torch.cuda.set_device(gpu)  # a thread starts on GPU 0, and to pin memory there would open a context on it
     shape, dtype = (2, buffer.index.n_layers, buffer.index.d_acts), getattr(torch, buffer.index.dtype)
     while (slot := work.get()) is not None:
         try:
             if slot.copied is not None:
                 slot.copied.synchronize()
             if len(slot.buffer) < len(slot.rows):
-                slot.buffer = torch.empty(len(slot.rows), *shape, dtype=dtype, pin_memory=pinned)
+                slot.buffer = torch.empty(len(slot.rows), *shape, dtype=dtype, pin_memory=gpu is not None)
             buffer.read(slot.rows, out=slot.buffer[: len(slot.rows)])
             slot.done.put(None)
         except BaseException as error:  # noqa: BLE001 - raised again by the consumer, in its own thread

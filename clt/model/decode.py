@@ -47,6 +47,6 @@ class SumOverShards(torch.autograd.Function):
         return grad, None
 
 
-def whole(partial: Tensor) -> Tensor:
-    """The sum over shards of a transcoder that is not sharded."""
-    return partial
+def unsharded(y: Tensor) -> Tensor:
+    """The sum over shards of a transcoder that has one shard."""
+    return y

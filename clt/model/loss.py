@@ -1,109 +1,108 @@
-"""The objective: squared error, sparsity and pre-activation loss, each a mean over tokens."""
+"""The objective: squared error and the named terms, each a mean over tokens."""
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from clt.model.activations import Rule
+from clt.model.activations import thresholds
 from clt.model.decode import SumOverShards
-from clt.model.error import ErrorKernels, SquaredError, Target
-from clt.model.normalization import Normalization
-from clt.model.source import Kernels, SourceLayer
+from clt.model.spec import LossConfig
+from clt.model.step import Encode, Kernels, SquaredError, Step, Target, Write
 from clt.model.transcoder import CrossLayerTranscoder
 
 
-class Terms(NamedTuple):
+class Batch(NamedTuple):
+    """What a term may be made of. Of a shard, everything is of its own features."""
+
+    transcoder: CrossLayerTranscoder
+    loss: LossConfig
+    tokens: int
+    products: tuple[Tensor, ...]  # L of (F, B): pre-activations without their bias; gradients flow
+    sparsity: Tensor  # (L,): of tanh(c * ||W_dec|| * a), summed over features and tokens; gradients flow
+    pre_activation: Tensor  # (L,): of relu(floor - pre), likewise
+
+
+def sparsity(batch: Batch) -> Tensor:
+    """sum_{l,f} tanh(c * ||W_dec,(l,f)|| * a), the norm that of the whole write vector (Anthropic, 2025)."""
+    return batch.sparsity.sum() / batch.tokens
+
+
+def pre_activation(batch: Batch) -> Tensor:
+    """sum_{l,f} relu(theta - pre), or relu(-pre) with `pre_activation_kind="negative"`."""
+    return batch.pre_activation.sum() / batch.tokens
+
+
+TERMS: dict[str, Callable[[Batch], Tensor]] = {"sparsity": sparsity, "pre_activation": pre_activation}
+"""The terms beside the squared error; the field of this name in LossConfig is the coefficient.
+
+Each gives a mean over tokens (), of a shard its part of the sum over features. To add one, write the function here and
+the field there: the loss, the metrics, the check for numbers that are not finite and the sum over ranks follow.
+"""
+
+
+def value_names() -> list[str]:
+    """The names of `Losses.values`."""
+    return ["mse", *TERMS]
+
+
+class Losses(NamedTuple):
     """What one batch costs. All are means over its tokens; scalars unless a shape is given."""
 
-    loss: Tensor
-    mse: Tensor
-    sparsity: Tensor
-    pre_activation: Tensor
+    total: Tensor
+    values: dict[str, Tensor]
+    """The squared error as `mse`, and each of TERMS, without their coefficients."""
     mse_per_layer: Tensor  # (L,)
     l0_per_layer: Tensor  # (L,)
-    fired: Tensor  # (L, F) bool: features that were on at least once
+    fired: Tensor  # (L, F) bool: features that fired at least once
+
+
+def no_memory(parameter: Tensor) -> None:
+    """Let autograd make the memory of a gradient."""
 
 
 class Objective(nn.Module):
-    """loss = MSE + lambda * sum_{l,f} tanh(c * ||W_dec,(l,f)|| * a) + lambda_P * sum_{l,f} relu(theta - pre)
+    """loss = MSE + the sum over TERMS of coefficient * value.
 
     MSE is over tokens, layers and dimensions, in normalised target units (`target_scale="layer"`) or in the model's
-    (`"none"`). The tanh penalty on the norm of the whole write vector is that of Anthropic's "Circuit Tracing" (2025);
-    the pre-activation loss is relu(-pre) with `pre_activation_kind="negative"`.
-
-    `compile` compiles what works element by element; matrix products are libraries' calls either way.
+    (`"none"`). `compile` compiles what works element by element; matrix products are libraries' calls either way.
     """
 
-    def __init__(
-        self,
-        transcoder: CrossLayerTranscoder,
-        *,
-        sparsity_scale: float = 0.1,
-        pre_activation: float = 0.0,
-        pre_activation_kind: str = "below_threshold",
-        target_scale: str = "layer",
-        compile: bool = False,
-    ) -> None:
+    def __init__(self, transcoder: CrossLayerTranscoder, loss: LossConfig, *, compile: bool = False) -> None:
         super().__init__()
-        self.transcoder = transcoder
-        self.sparsity_scale = sparsity_scale
-        self.pre_activation = pre_activation
-        self.target_scale = target_scale
-        floor = "threshold" if pre_activation_kind == "below_threshold" else "zero"
-        self.rule = Rule(
-            transcoder.activation,
-            transcoder.bandwidth,
-            transcoder.straight_through_pre,
-            floor if pre_activation else "none",
-        )
-        self.kernels, self.error_kernels, self.normalized = Kernels(), ErrorKernels(), normalized
-        if compile:
-            # It says so of every pass from a float16 store to bf16; in between, the pass computes in float32.
-            warnings.filterwarnings("ignore", "bf16 and fp16 are mixed in the scheduler node")
-            self.kernels, self.error_kernels = self.kernels.compiled(), self.error_kernels.compiled()
-            self.normalized = torch.compile(normalized, dynamic=False)
+        self.transcoder, self.loss = transcoder, loss
+        self.kernels = Kernels().compiled() if compile else Kernels()
+        self.gradient_memory: Callable[[Tensor], Tensor | None] = no_memory
 
-    def forward(self, activations: Tensor, sparsity: float) -> Terms:
-        """activations (B, 2, L, D) of any float dtype; sparsity: lambda."""
+    def forward(self, activations: Tensor, coefficients: dict[str, float]) -> Losses:
+        """activations (B, 2, L, D) of any float dtype; coefficients: of each of TERMS in this step."""
         clt, norm, device = self.transcoder, self.transcoder.normalization, activations.device.type
         (B, _, L, D), exact = activations.shape, clt.b_dec.dtype
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else exact
-        penalties, lows, actives = [], [], []
         with torch.autocast(device, enabled=False):
-            x = self.normalized(norm, activations, dtype)
-            y, features = x.new_empty(B, L, D), x.new_empty(B, L * clt.d_features)
-            thresholds = clt.threshold[0].unbind()
-            weights = zip(x.unbind(1), clt.W_enc.unbind(), clt.b_enc.unbind(), thresholds, clt.W_dec, clt.homes)
+            x = self.kernels.normalized(norm, activations, dtype)
+            features = x.new_empty(B, L * clt.d_features)
+            step = Step(clt.spec, self.loss, self.kernels, self.gradient_memory, list(clt.W_dec))
+            products = Encode.apply(x, clt.W_enc, step)
+            theta = thresholds(clt.spec, clt.threshold[0].unsqueeze(2))  # (L, F, 1)
+            y, sums = x.new_empty(B, L, D, dtype=exact if clt.shards > 1 else dtype), []
+            weights = zip(products, clt.b_enc.unbind(), theta.unbind(), clt.W_dec)  # type: ignore[arg-type]
             for s, of_layer in enumerate(weights):
-                y, penalty, low, active = SourceLayer.apply(  # type: ignore[misc]
-                    y, *of_layer, features, clt.W_dec, s, self.sparsity_scale, self.rule, self.kernels
-                )
-                penalties.append(penalty)
-                lows.append(low)
-                actives.append(active)
+                y, *sums_of_layer = Write.apply(y, *of_layer, features, s, step)  # type: ignore[misc]
+                sums.append(sums_of_layer)
             del features
             if clt.shards > 1:
-                y = SumOverShards.apply(y.to(exact), clt.sum_shards)
-            unit = norm.target_sd if self.target_scale == "none" else None
+                y = SumOverShards.apply(y, clt.sum_shards)
+            unit = norm.target_sd if self.loss.target_scale == "none" else None
             target = Target(activations, norm.target_mean, norm.target_sd, unit)
-            mse_per_layer = SquaredError.apply(y, clt.b_dec, target, self.error_kernels)  # type: ignore[misc]
-        mse, active = mse_per_layer.mean(), torch.stack(actives)
-        penalty, pre_activation = torch.stack(penalties).sum() / B, torch.stack(lows).sum() / B
-        return Terms(
-            loss=mse + sparsity * penalty + self.pre_activation * pre_activation,
-            mse=mse.detach(),
-            sparsity=penalty.detach(),
-            pre_activation=pre_activation.detach(),
-            mse_per_layer=mse_per_layer.detach(),
-            l0_per_layer=active.sum(1) / B,
-            fired=active > 0,
-        )
-
-
-def normalized(norm: Normalization, activations: Tensor, dtype: torch.dtype) -> Tensor:
-    """x~ (B, L, D) of activations (B, 2, L, D)."""
-    return norm.input(activations[:, 0]).to(dtype)
+            mse_per_layer = SquaredError.apply(y, clt.b_dec, target, self.kernels)  # type: ignore[misc]
+        penalties, lows, active = (torch.stack(of_layers) for of_layers in zip(*sums))
+        mse, batch = mse_per_layer.mean(), Batch(clt, self.loss, B, products, penalties, lows)  # type: ignore[arg-type]
+        total, values = mse, {"mse": mse.detach()}
+        for name, term in TERMS.items():
+            value = term(batch)
+            total, values[name] = total + coefficients[name] * value, value.detach()
+        return Losses(total, values, mse_per_layer.detach(), active.sum(1) / B, active > 0)

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clt.model.activations import is_on
-from clt.model.decode import SumShards, decode, whole
+from clt.model.activations import fire, thresholds
+from clt.model.decode import SumShards, decode, unsharded
 from clt.model.normalization import Normalization
+from clt.model.spec import CLTConfig
+from clt.ranges import out_of_range
 
-ACTIVATIONS = ("jumprelu", "relu")
 FEATURE_DIM = {"W_enc": 2, "b_enc": 1, "threshold": 2, "W_dec": 0}  # every other tensor is whole in each shard
 
 
@@ -32,7 +34,7 @@ class CrossLayerTranscoder(nn.Module):
     """Reads the residual stream before every MLP, writes the MLP outputs of its own and all later layers.
 
         pre[b, l] = x~[b, l] @ W_enc[l] + b_enc[l]                  W_enc (L, D, F), b_enc (L, F)
-        a = phi(pre)                                                threshold (1, L, F)
+        a = fire(pre, theta)                                        threshold (1, L, F)
         y~[b, t] = sum_{s <= t} a[b, s] @ W_dec[s -> t] + b_dec[t]  W_dec.{s} (F, L - s, D), b_dec (L, D)
 
     With `cross_layer=False` W_dec.{s} is (F, 1, D): one independent transcoder per layer.
@@ -41,75 +43,50 @@ class CrossLayerTranscoder(nn.Module):
     `sum_shards` must add up a partial reconstruction over all shards, in place. Its initial weights are that part of
     the whole transcoder's.
 
-    Raises ValueError for an unknown activation or normalisation, and when n does not divide the features.
+    Raises ValueError for a value of `spec` that is out of its range, and when n does not divide the features.
     """
 
     def __init__(
         self,
         n_layers: int,
         d_acts: int,
-        d_features: int,
+        spec: CLTConfig,
         *,
-        activation: str = "jumprelu",
-        cross_layer: bool = True,
-        threshold: float = 0.03,
-        bandwidth: float = 1.0,
-        straight_through_pre: bool = False,
-        normalization: str = "none",
         shard: tuple[int, int] = (0, 1),
-        sum_shards: SumShards = whole,
+        sum_shards: SumShards = unsharded,
     ) -> None:
         super().__init__()
-        part, parts = shard
+        for name, found, wanted in out_of_range(spec):
+            raise ValueError(f"{name} is {found!r}; wanted {wanted}")
+        (part, parts), d_features = shard, spec.d_features
         if d_features % parts:
             raise ValueError(f"{d_features} features cannot be split into {parts} equal shards; wanted a divisor")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation {activation!r} is unknown; wanted one of {', '.join(ACTIVATIONS)}")
-        self.config: dict[str, Any] = {
-            "n_layers": n_layers,
-            "d_acts": d_acts,
-            "d_features": d_features,
-            "activation": activation,
-            "cross_layer": cross_layer,
-            "threshold": threshold,
-            "bandwidth": bandwidth,
-            "straight_through_pre": straight_through_pre,
-            "normalization": normalization,
-        }
+        self.spec = spec
+        self.config: dict[str, Any] = {"n_layers": n_layers, "d_acts": d_acts, **asdict(spec)}
         L, D, F = n_layers, d_acts, d_features // parts
         self.n_layers, self.d_acts, self.d_features = L, D, F
         self.features = slice(part * F, (part + 1) * F)
         self.shards, self.sum_shards = parts, sum_shards
-        self.activation, self.bandwidth, self.straight_through_pre = activation, bandwidth, straight_through_pre
         # The whole of each tensor is drawn and this shard's part kept: the same weights however they are sharded.
         bound_enc, bound_dec = d_features**-0.5, (L * D) ** -0.5
         self.W_enc = nn.Parameter(uniform(bound_enc, L, D, d_features)[:, :, self.features].clone())
         self.b_enc = nn.Parameter(torch.zeros(L, F))
-        self.threshold = nn.Parameter(torch.full((1, L, F), threshold), requires_grad=activation == "jumprelu")
+        self.threshold = nn.Parameter(
+            torch.full((1, L, F), spec.threshold), requires_grad=spec.activation == "jumprelu"
+        )
         self.W_dec = nn.ParameterList(
-            uniform(bound_dec, d_features, L - s if cross_layer else 1, D)[self.features].clone() for s in range(L)
+            uniform(bound_dec, d_features, L - s if spec.cross_layer else 1, D)[self.features].clone() for s in range(L)
         )
         self.b_dec = nn.Parameter(torch.zeros(L, D))
-        self.homes: list[Tensor | None] = [None] * L  # where the next gradient of each W_dec.{s} is to be written
-        self.normalization = Normalization(L, D, normalization)
-
-    def clear_gradients(self) -> None:
-        """`zero_grad`, after which the gradients of W_dec go to the memory that they were in: under DDP, its buckets.
-
-        That memory stays taken. `torch.autograd.grad` gives None for them from then on.
-        """
-        self.homes = [weight.grad for weight in self.W_dec]
-        self.zero_grad()
+        self.normalization = Normalization(L, D, spec.normalization)
 
     def preactivations(self, normalized: Tensor) -> Tensor:
         """x~ (B, L, D) -> pre (L, B, F)."""
         return torch.baddbmm(self.b_enc.unsqueeze(1), normalized.transpose(0, 1), self.W_enc)
 
     def activate(self, pre: Tensor) -> Tensor:
-        """phi: pre (L, B, F) -> features (L, B, F)."""
-        if self.activation == "relu":
-            return pre.relu()
-        return pre * is_on(pre, self.threshold.view(-1, 1, self.d_features))
+        """pre (L, B, F) -> features (L, B, F)."""
+        return fire(pre, thresholds(self.spec, self.threshold.view(-1, 1, self.d_features))).features
 
     def reconstruct(self, features: Tensor) -> Tensor:
         """features (L, B, F) -> y~ (B, L, D) in normalised target units."""
@@ -130,9 +107,7 @@ class CrossLayerTranscoder(nn.Module):
     def encode_layer(self, x: Tensor, layer: int) -> Tensor:
         """Residual stream x (N, D) of one layer -> its features (N, F)."""
         pre = self.normalization.input_layer(x, layer) @ self.W_enc[layer] + self.b_enc[layer]
-        if self.activation == "relu":
-            return pre.relu()
-        return pre * is_on(pre, self.threshold[0, layer])
+        return fire(pre, thresholds(self.spec, self.threshold[0, layer])).features
 
     def decode_layer(self, features: Sequence[Tensor], layer: int) -> Tensor:
         """features[s] (N, F) for s = 0 .. layer -> MLP output yhat (N, D) of `layer`, in model units."""
@@ -158,7 +133,9 @@ class CrossLayerTranscoder(nn.Module):
         norm = self.normalization
         if norm.kind == "token":
             raise ValueError("normalization 'token' is not affine and cannot be folded; train with 'layer' or 'dim'")
-        folded = CrossLayerTranscoder(**{**self.config, "normalization": "none"}).to(self.b_dec.device)
+        folded = CrossLayerTranscoder(self.n_layers, self.d_acts, replace(self.spec, normalization="none")).to(
+            self.b_dec.device
+        )
         mean_in, sd_in = norm.input_mean.double(), norm.input_sd.double()
         mean_out, sd_out = norm.target_mean.double(), norm.target_sd.double()
         W_enc = self.W_enc.double() / sd_in.expand_as(mean_in).unsqueeze(-1)
@@ -190,9 +167,10 @@ class CrossLayerTranscoder(nn.Module):
             if not (directory / name).is_file():
                 raise ValueError(f"{directory} has no {name}; wanted a directory written by save_pretrained")
         try:
-            model = cls(**json.loads((directory / "config.json").read_text()))
+            config = json.loads((directory / "config.json").read_text())
+            model = cls(config.pop("n_layers"), config.pop("d_acts"), CLTConfig(**config))
             model.load_state_dict(load_file(directory / "model.safetensors"))
-        except (SafetensorError, RuntimeError, TypeError, json.JSONDecodeError) as error:
+        except (SafetensorError, RuntimeError, TypeError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{directory} is damaged, or its files do not belong together: {error}") from error
         return model
 

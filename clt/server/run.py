@@ -11,8 +11,7 @@ from typing import Any
 
 import uvicorn
 
-from clt.cli import DEFAULT_CONFIG
-from clt.config import PRESETS, Config, ServerConfig, load_config
+from clt.config import DEFAULT_CONFIG, PRESETS, Config, ServerConfig, load_config
 from clt.data.index import write_whole
 from clt.errors import UserError
 from clt.parsing import names, to_yaml

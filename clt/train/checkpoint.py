@@ -88,7 +88,8 @@ class Checkpoints:
         self.error: BaseException | None = None
 
     def begin(self, parts: Parts, config: dict[str, Any], state: dict[str, Any]) -> None:
-        """Start to write a checkpoint of `state["step"]`; the tensors may change as soon as this returns.
+        """Start to write a checkpoint of `state["step"]`; the tensors may change as soon as this returns
+        (on a GPU: by what comes later in the current stream).
 
         parts: what `parts` returned; config: the transcoder's; state: goes into state.json. Raises UserError, leaving
         the earlier checkpoints as they are, when the disk has no room.
@@ -98,7 +99,10 @@ class Checkpoints:
         self.partial = self.final.with_suffix(".tmp")
         dist.on_rank_zero(self.world, lambda: self._create(parts, config, state))
         copies = {name: tensorfile.snapshot(file) for name, file in parts.items()}
-        self.thread = threading.Thread(target=self._write, args=(copies,), name="clt-checkpoint")
+        # Not in a stream of their own: the next update has to come after them, and a step is short beside them.
+        cuda = self.world.device.type == "cuda"
+        copied = torch.cuda.current_stream(self.world.device).record_event() if cuda else None
+        self.thread = threading.Thread(target=self._write, args=(copies, copied), name="clt-checkpoint")
         self.thread.start()
 
     def _create(self, parts: Parts, config: dict[str, Any], state: dict[str, Any]) -> None:
@@ -120,8 +124,11 @@ class Checkpoints:
         except OSError as error:
             raise self._failure(error) from error
 
-    def _write(self, copies: Parts) -> None:
+    def _write(self, copies: Parts, copied: torch.cuda.Event | None) -> None:
         try:
+            if copied is not None:
+                torch.cuda.set_device(self.world.device)  # a thread starts on GPU 0
+                copied.synchronize()
             for name, file in copies.items():
                 tensorfile.write(self.partial / name, file)
         except BaseException as error:  # noqa: BLE001 - raised again in the main thread, by `written`

@@ -11,13 +11,14 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist  # noqa: TID251
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.device_mesh import init_device_mesh  # noqa: TID251
 
@@ -30,6 +31,10 @@ class Axis(NamedTuple):
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+
+    def share(self, rows: int) -> int:
+        """How many of the rows of a global batch this rank takes."""
+        return rows * (self.rank + 1) // self.size - rows * self.rank // self.size
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over the axis, in place."""
@@ -44,14 +49,18 @@ class Axis(NamedTuple):
         return tensor
 
 
+ALONE = Axis()
+"""An axis of one rank."""
+
+
 class World(NamedTuple):
     """This process among the others."""
 
     rank: int
     size: int
     device: torch.device
-    data: Axis = Axis()
-    feature: Axis = Axis()
+    data: Axis = ALONE
+    feature: Axis = ALONE
     control: dist.ProcessGroup | None = None
     """A gloo group of all ranks for small messages between their CPUs, in no order with the training's collectives."""
 
@@ -60,7 +69,7 @@ def setup(feature_shards: int, timeout_seconds: float) -> World:
     """Join the process group that torchrun's environment describes: NCCL with one GPU a rank, or gloo on the CPU.
 
     A collective that a rank does not join within `timeout_seconds` is an error on the others. Raises UserError when
-    the ranks cannot be split into feature_shards.
+    the ranks cannot be split into feature_shards, and when a node has fewer GPUs than ranks.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size % feature_shards:
@@ -68,14 +77,8 @@ def setup(feature_shards: int, timeout_seconds: float) -> World:
             f"parallel.feature_shards={feature_shards} does not divide {size} processes: start a multiple of it with "
             "--nproc_per_node (or NPROC), or set parallel.feature_shards=1"
         )
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        # One product adds up as many features as write to a layer: all of it in float32, as the CPU does.
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    else:
-        device = torch.device("cpu")
+    device = _own_gpu() if torch.cuda.is_available() else torch.device("cpu")
+    accumulate_in_float32()
     if size == 1:
         return World(rank, size, device)
     timeout = timedelta(seconds=timeout_seconds)
@@ -88,6 +91,27 @@ def setup(feature_shards: int, timeout_seconds: float) -> World:
     return World(rank, size, device, data, feature, control)
 
 
+def _own_gpu() -> torch.device:
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= count:
+        raise UserError(
+            f"local rank {local} has no GPU of its own: found {count} GPU{'s' * (count > 1)}, wanted one a rank. "
+            f"Start at most {count} with --nproc_per_node (or NPROC), or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device
+
+
+def accumulate_in_float32() -> None:
+    """Have CUDA's products of bf16 and fp16 matrices add up in float32 throughout, as the CPU's do.
+
+    One product adds up as many features as write to a layer.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def shared_store(world: World) -> PrefixStore | None:
     """A connection of its own to the key-value store that all ranks reach; None for a single process."""
     if world.size == 1:
@@ -97,11 +121,63 @@ def shared_store(world: World) -> PrefixStore | None:
     return PrefixStore(f"clt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
+def data_parallel(objective: nn.Module, data: Axis) -> nn.Module:
+    """The objective in DDP, which sums gradients over the data axis; itself where that has one rank."""
+    if data.size == 1:
+        return objective
+    DDP = nn.parallel.DistributedDataParallel
+    # The statistics are the same everywhere: do not broadcast them each step (the public switch's name varies).
+    DDP._set_params_and_buffers_to_ignore_for_model(objective, [name for name, _ in objective.named_buffers()])
+    model = DDP(objective, process_group=data.group, gradient_as_bucket_view=True)
+    model.register_comm_hook(data.group, sum_bucket)
+    return model
+
+
+def settle_buckets(model: nn.Module, batch: Tensor, coefficients: dict[str, float]) -> None:
+    """Have DDP order its buckets, which it does by the first backward pass, and leave no gradient."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model(batch, coefficients).total.backward()
+        model.zero_grad()
+
+
+def summed(model: nn.Module, last: bool) -> AbstractContextManager[object]:
+    """Within, a backward pass sums the gradients over the ranks if it is the last micro-batch's, and else adds up."""
+    return nullcontext() if last or not isinstance(model, nn.parallel.DistributedDataParallel) else model.no_sync()
+
+
 def sum_bucket(group, bucket):
     """What DDP does with a bucket of gradients: add it up over the ranks, without its own pass that divides by them."""
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     assert work is not None  # this process belongs to the group
     return work.get_future().then(lambda done: done.value()[0])
+
+
+class GradientMemory:
+    """The memory of each parameter's last gradient, for its next one: under DDP, its place in a bucket.
+
+    A gradient that is written there is not copied into the bucket again.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.kept: dict[Tensor, Tensor] = {}
+
+    def __call__(self, parameter: Tensor) -> Tensor | None:
+        """The memory, which is the parameter's `.grad` from now on; None for the first gradient, and for a second one
+        in the same step, which autograd adds to the first."""
+        memory = self.kept.pop(parameter, None)
+        if memory is not None:
+            # Autograd does not see this write. DDP sums a bucket after the work of the stream that made the parameter.
+            stream = torch.cuda.current_stream(memory.device) if memory.is_cuda else None
+            assert stream is None or stream == torch.cuda.default_stream(memory.device), "backward on another stream"
+            parameter.grad = memory
+        return memory
+
+    def clear(self) -> None:
+        """Clear the gradients, as `zero_grad` does, and keep their memory."""
+        self.kept = {parameter: parameter.grad for parameter in self.parameters if parameter.grad is not None}
+        for parameter in self.parameters:
+            parameter.grad = None
 
 
 def cleanup() -> None:
@@ -193,20 +269,20 @@ def count(world: World, *flags: bool) -> list[int]:
     return sums.tolist()
 
 
-class Votes:
+class Flags:
     """How many ranks raised each of a few flags. It is added up during the next step, so that nobody waits."""
 
     def __init__(self, world: World, flags: int) -> None:
         self.world, self.sums, self.pending = world, torch.zeros(flags, dtype=torch.int64), None
 
-    def cast(self, *flags: bool) -> None:
+    def send(self, *flags: bool) -> None:
         """Start to add up this step's flags."""
         self.sums = torch.tensor(flags, dtype=torch.int64)
         if self.world.size > 1:
             self.pending = dist.all_reduce(self.sums, group=self.world.control, async_op=True)
 
-    def counted(self) -> list[int]:
-        """The sums of the flags cast last, the same on every rank; zeros before the first."""
+    def counts(self) -> list[int]:
+        """The sums of the flags sent last, the same on every rank; zeros before the first."""
         if self.pending is not None:
             self.pending.wait()
         return self.sums.tolist()

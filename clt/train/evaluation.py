@@ -1,12 +1,14 @@
 """How good a transcoder is: on held-out activations, and in the language model's place on held-out text.
 
-Both functions work on this rank's share of the rows and combine sums through `all_sum`, so every rank returns the
-global figures. `rank` of `world`, and `all_sum`, are those of the ranks that hold the same shard of the transcoder.
+Both functions work on this rank's share of the rows and add up over `data`, the ranks that hold the same shard of the
+transcoder, so every rank returns the global figures. `progress` is called after each part: a whole evaluation may take
+longer than a process may go without a sign of life.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,27 +17,17 @@ from torch import Tensor
 
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
+from clt.lm.replacement import ablated_logits, replaced_logits
 from clt.model.transcoder import CrossLayerTranscoder
+from clt.train.distributed import ALONE, Axis
 
 if TYPE_CHECKING:
     from clt.lm.load import LanguageModel
     from clt.lm.text import Window
 
-Reduce = Callable[[Tensor], Tensor]
+Replace = Callable[["LanguageModel", CrossLayerTranscoder, Tensor, Tensor], Tensor]
+"""Logits (N, T, V) with every chosen MLP replaced: of a language model, a transcoder, token ids and `keep` (N, T)."""
 _LOGITS = 1 << 26  # that a model gives at once, or those of one window: several float32 tensors are made of them
-
-
-Progress = Callable[[], None]
-"""Called whenever a part is done: a whole evaluation may take longer than a process may go without a sign of life."""
-
-
-def alone(tensor: Tensor) -> Tensor:
-    """The reduction of a process that has no others."""
-    return tensor
-
-
-def silent() -> None:
-    """The progress that nobody follows."""
 
 
 @torch.no_grad()
@@ -44,13 +36,11 @@ def evaluate_activations(
     buffer: DiscBuffer,
     *,
     autocast: torch.dtype = torch.float32,
-    rank: int = 0,
-    world: int = 1,
-    all_sum: Reduce = alone,
-    progress: Progress = silent,
-    batch: int = 2048,
+    data: Axis = ALONE,
+    progress: Callable[[], None] = lambda: None,
+    batch: int = 1024,
 ) -> dict[str, Tensor]:
-    """Reconstruction and sparsity on the rows of a held-out store.
+    """Reconstruction and sparsity on the rows of a held-out store, `batch` at a time.
 
     With y the targets and yhat the reconstruction, both in the model's units:
 
@@ -67,19 +57,17 @@ def evaluate_activations(
     sse, square = (torch.zeros(L, dtype=torch.float64, device=device) for _ in range(2))
     total = torch.zeros(L, D, dtype=torch.float64, device=device)
     fired = torch.zeros(L, transcoder.config["d_features"], dtype=torch.float64, device=device)
-    for start in range(rank * batch, len(buffer), world * batch):
+    for start in range(data.rank * batch, len(buffer), data.size * batch):
         rows = buffer[start : start + batch].to(device)
         with torch.autocast(device.type, autocast, enabled=autocast != torch.float32):
-            features = transcoder.activate(transcoder.preactivations(norm.input(rows[:, 0])))  # (L, B, F)
-            reconstruction = transcoder.reconstruct(features)
+            reconstruction = _reconstruct(transcoder, rows[:, 0], fired[:, transcoder.features])
         # Sums of squares about the training mean, which is near this one: nothing cancels in SST.
         target = rows[:, 1].double() - norm.target_mean
-        sse += (rows[:, 1].double() - norm.output(reconstruction)).square().sum((0, 2))
+        sse += (rows[:, 1].double() - reconstruction).square().sum((0, 2))
         square += target.square().sum((0, 2))
         total += target.sum(0)
-        fired[:, transcoder.features] += (features > 0).sum(1)
         progress()
-    sums = all_sum(torch.cat([sse, square, total.flatten(), fired.flatten()]))
+    sums = data.sum(torch.cat([sse, square, total.flatten(), fired.flatten()]))
     if not sums.isfinite().all():
         raise UserError(
             f"an activation in {buffer.path}, or its reconstruction, is nan or inf; look for bad rows with "
@@ -102,6 +90,19 @@ def evaluate_activations(
     }
 
 
+def _reconstruct(transcoder: CrossLayerTranscoder, x: Tensor, fired: Tensor) -> Tensor:
+    """x (B, L, D) -> yhat (B, L, D), both in model units; adds to `fired` (L, F) how often each feature fires.
+
+    One layer's features (B, F) are there at a time: a wide transcoder's of all layers would take gigabytes.
+    """
+    y = torch.zeros(x.shape, dtype=transcoder.b_dec.dtype, device=x.device)
+    for s, weight in enumerate(transcoder.W_dec):  # (F, T, D)
+        features = transcoder.encode_layer(x[:, s], s)
+        fired[s] += (features > 0).sum(0)
+        y[:, s : s + weight.shape[1]] += (features @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+    return transcoder.normalization.output(transcoder.sum_shards(y) + transcoder.b_dec)
+
+
 @torch.no_grad()
 def evaluate_replacement(
     lm: LanguageModel,
@@ -109,54 +110,29 @@ def evaluate_replacement(
     mean_output: Tensor,
     windows: Sequence[Window],
     *,
-    run: Callable[[LanguageModel, CrossLayerTranscoder, Tensor, Tensor], Tensor] | None = None,
-    rank: int = 0,
-    world: int = 1,
-    all_sum: Reduce = alone,
-    progress: Progress = silent,
+    run: Replace | None = None,
+    data: Axis = ALONE,
+    progress: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """The language model with every chosen MLP replaced at once by the transcoder, attention live, on held-out text.
 
     Counted are the predictions made at a kept position for a kept next token: position 0, special tokens and padding
     are masked (and keep their original MLP outputs). mean_output (L, D) is what mean ablation writes in their place.
-    `run` computes the replaced logits (default: forward hooks; pass ReplacementModel's to go through nnsight).
+    `run` computes the replaced logits (default: forward hooks; pass ReplacementModel's to go through nnsight). The
+    language model is on the transcoder's device meanwhile, and goes back to its own.
 
     top1_agreement: share of predictions whose most likely token is the original's; kl: KL(original || replaced) in
     nats; ce_*: next-token cross-entropies in nats; ce_recovered = (ablated - replaced) / (ablated - original).
     """
-    from clt.lm.replacement import ablated_logits, replaced_logits
-
     run = run or replaced_logits
-    sums = torch.zeros(6, dtype=torch.float64, device=lm.device)
+    sums = torch.zeros(6, dtype=torch.float64, device=transcoder.b_dec.device)
     vocabulary = lm.model.config.get_text_config().vocab_size
     batch = max(1, min(8, _LOGITS // (len(windows[0].tokens) * vocabulary)))
-    for start in range(rank * batch, len(windows), world * batch):
-        chunk = windows[start : start + batch]
-        tokens = torch.from_numpy(np.stack([w.tokens for w in chunk])).long().to(lm.device)
-        keep = torch.from_numpy(np.stack([w.keep for w in chunk])).to(lm.device)
-        counted = (keep[:, :-1] & keep[:, 1:]).flatten()
-        targets = tokens[:, 1:].flatten()[counted]
-
-        def log_probabilities(logits: Tensor, counted: Tensor = counted) -> Tensor:
-            return logits[:, :-1].flatten(0, 1)[counted].float().log_softmax(-1)  # (counted, V)
-
-        def cross_entropy(log_p: Tensor, targets: Tensor = targets) -> Tensor:
-            return -log_p.gather(1, targets.unsqueeze(1)).double().sum()
-
-        ablated = cross_entropy(log_probabilities(ablated_logits(lm, mean_output, tokens, keep)))
-        original = log_probabilities(lm.model(input_ids=tokens, use_cache=False).logits)
-        replaced = log_probabilities(run(lm, transcoder, tokens, keep))
-        found = [
-            counted.sum().double(),
-            (original.argmax(1) == replaced.argmax(1)).sum().double(),
-            cross_entropy(original),
-            cross_entropy(replaced),
-            ablated,
-        ]
-        difference = replaced.neg_().add_(original)  # in place: these are the largest tensors of an evaluation
-        sums += torch.stack([*found, (original.exp_() * difference).sum(-1).double().sum()])
-        progress()
-    n, *values = all_sum(sums).tolist()
+    with _moved(lm, transcoder.b_dec.device):
+        for start in range(data.rank * batch, len(windows), data.size * batch):
+            sums += _replacement_sums(lm, transcoder, mean_output, windows[start : start + batch], run)
+            progress()
+    n, *values = data.sum(sums).tolist()
     top1, original, replaced, ablated, kl = (value / n for value in values)
     return {
         "top1_agreement": top1,
@@ -167,6 +143,46 @@ def evaluate_replacement(
         "ce_recovered": (ablated - replaced) / (ablated - original),
         "replacement_tokens": n,
     }
+
+
+@contextmanager
+def _moved(lm: LanguageModel, device: torch.device) -> Iterator[None]:
+    """The language model on `device` for a while. Between evaluations that memory is the training's."""
+    home = lm.device
+    lm.model.to(device)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        lm.model.to(home)  # type: ignore[arg-type]
+
+
+def _replacement_sums(
+    lm: LanguageModel, transcoder: CrossLayerTranscoder, mean_output: Tensor, windows: Sequence[Window], run: Replace
+) -> Tensor:
+    """Over the predictions of some windows (6,): their count, agreements, three cross-entropies and KL divergence."""
+    tokens = torch.from_numpy(np.stack([w.tokens for w in windows])).long().to(lm.device)
+    keep = torch.from_numpy(np.stack([w.keep for w in windows])).to(lm.device)
+    counted = (keep[:, :-1] & keep[:, 1:]).flatten()
+    targets = tokens[:, 1:].flatten()[counted]
+
+    def log_probabilities(logits: Tensor) -> Tensor:
+        return logits[:, :-1].flatten(0, 1)[counted].float().log_softmax(-1)  # (counted, V)
+
+    def cross_entropy(log_p: Tensor) -> Tensor:
+        return -log_p.gather(1, targets.unsqueeze(1)).double().sum()
+
+    ablated = cross_entropy(log_probabilities(ablated_logits(lm, mean_output, tokens, keep)))
+    original = log_probabilities(lm.model(input_ids=tokens, use_cache=False).logits)
+    replaced = log_probabilities(run(lm, transcoder, tokens, keep))
+    found = [
+        counted.sum().double(),
+        (original.argmax(1) == replaced.argmax(1)).sum().double(),
+        cross_entropy(original),
+        cross_entropy(replaced),
+        ablated,
+    ]
+    difference = replaced.neg_().add_(original)  # in place: these are the largest tensors of an evaluation
+    return torch.stack([*found, (original.exp_() * difference).sum(-1).double().sum()])
 
 
 def dead_features(last_fired: Tensor, step: int, batch_tokens: int, window: int) -> Tensor:

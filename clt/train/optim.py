@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from clt.config import LossConfig, OptimConfig
+from clt.config import OptimConfig
+from clt.errors import UserError
+from clt.train import distributed as dist
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -18,12 +21,6 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     rise = (step + 1) / warmup if step + 1 < warmup else 1.0
     fall = (steps - step) / decay if steps - step < decay else 1.0
     return config.lr * min(rise, fall)
-
-
-def sparsity_coefficient(step: int, steps: int, config: LossConfig) -> float:
-    """lambda(t) of step 0, 1, ..: linear from 0 over the ramp's share of the run, then constant."""
-    ramp = config.sparsity_ramp * steps
-    return config.sparsity * min(1.0, step / ramp if ramp else 1.0)
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -39,8 +36,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-TERMS = ("train_mse", "train_sparsity", "train_pre_activation", "grad_norm")
-NEVER = 2**62
+NEVER = 2**62  # the step of a failure that did not happen
 
 
 class Update:
@@ -60,42 +56,51 @@ class Update:
         *,
         sharded: list[Tensor],
         replicated: list[Tensor],
+        names: Sequence[str],
         sum_shards: Callable[[Tensor], Tensor],
         clip_norm: float | None,
         fp16: bool,
         stop: bool,
     ) -> None:
-        """sharded, replicated: the parameters of which each shard has a part, and those it has whole."""
+        """sharded, replicated: the parameters of which each shard has a part, and those it has whole.
+
+        names: of the values that `__call__` is given, which a failure is told by.
+        """
+        self.names = (*names, "grad_norm")
         self.optimizer, self.sharded, self.replicated, self.sum_shards = optimizer, sharded, replicated, sum_shards
         self.clip_norm, self.fp16, self.stop = clip_norm, fp16, stop
         device = sharded[0].device
         self.scale = torch.tensor(2.0**16 if fp16 else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.failed_at = torch.full((len(TERMS),), NEVER, device=device)
+        self.failed_at = torch.full((len(self.names),), NEVER, device=device)
 
     def tensors(self) -> dict[str, Tensor]:
         """The state that a checkpoint must hold."""
         return {"loss_scale": self.scale, "good_steps": self.good_steps, "skipped_steps": self.skipped}
 
     @torch.no_grad()
-    def __call__(self, step: int, terms: Tensor) -> Tensor:
-        """Apply the gradients of step 1, 2, ..; returns their global norm () before clipping.
+    def __call__(self, step: int, lr: float, values: Tensor) -> Tensor:
+        """Apply the gradients of step 1, 2, .. at a learning rate; returns their global norm () before clipping.
 
-        terms: this rank's mse, sparsity and pre-activation loss (3,), to tell where a failure came from.
+        values: this rank's, by `names`, to tell where a failure came from.
         """
         squares = self.sum_shards(_square_norm(self.sharded)) + _square_norm(self.replicated)
         scaled = squares.sqrt()
         norm = scaled / self.scale
         finite = scaled.isfinite()
-        failed = torch.cat([~terms.isfinite(), (~finite & (self.scale <= 1)).view(1)])
+        failed = torch.cat([~values.isfinite(), (~finite & (self.scale <= 1)).view(1)])
         self.failed_at = torch.where(failed & (self.failed_at == NEVER), step, self.failed_at)
         skip = ~finite
         if self.stop:
             skip = skip | (self.failed_at != NEVER).any()
-        clip = 1.0 if self.clip_norm is None else (norm / self.clip_norm).clamp_min(1)
-        # The two attributes through which torch's own GradScaler talks to a fused optimizer.
-        self.optimizer.grad_scale = torch.where(skip, 1.0, self.scale * clip)  # type: ignore[attr-defined]
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # The two attributes through which torch's own GradScaler talks to a fused optimizer. Given a scale, the kernel
+        # also writes the gradients back, 4 bytes a parameter: it gets none where nothing is to be scaled.
+        if self.fp16 or self.clip_norm is not None:
+            clip = 1.0 if self.clip_norm is None else (norm / self.clip_norm).clamp_min(1)
+            self.optimizer.grad_scale = torch.where(skip, 1.0, self.scale * clip)  # type: ignore[attr-defined]
         self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.skipped += skip
@@ -105,6 +110,17 @@ class Update:
             self.good_steps = self.good_steps % 2000
             self.scale = torch.where(finite, grown, (self.scale / 2).clamp_min(1))
         return norm
+
+
+def check_finite(update: Update, lr: float, store: str | Path) -> None:
+    """Raise UserError on all ranks when a step failed on one and no weights changed since; before anything is saved."""
+    first = (-dist.all_max(-update.failed_at)).tolist()
+    if min(first) != NEVER and update.stop:
+        raise UserError(
+            f"{update.names[first.index(min(first))]} was not finite at step {min(first)}; no weights changed since. "
+            f"Look for bad rows with `clt inspect --verify {store}`, lower optim.lr (now {lr:.3g}), use "
+            "train.precision=fp32, or leave such steps out with train.nonfinite=skip"
+        )
 
 
 def _square_norm(parameters: list[Tensor]) -> Tensor:

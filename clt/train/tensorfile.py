@@ -54,15 +54,21 @@ def create(path: Path, parts: dict[str, Part]) -> None:
 
 
 def snapshot(parts: dict[str, Part]) -> dict[str, Part]:
-    """Copies, on the CPU, of the parts that this process writes; the others keep their shapes and no data."""
+    """Copies, on the CPU, of the parts that this process writes; the others keep their shapes and no data.
+
+    What lies on a GPU is copied in the order of its current stream, while this returns at once: the copies are whole
+    when that stream has come so far.
+    """
     return {
-        name: part._replace(
-            tensor=part.tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            if part.writes
-            else part.tensor.new_empty(0, device="cpu")
-        )
+        name: part._replace(tensor=_copy(part.tensor) if part.writes else part.tensor.new_empty(0, device="cpu"))
         for name, part in parts.items()
     }
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    # Into pageable memory the copy would be slow, and wait. Torch keeps pinned memory for the next snapshot.
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor.detach(), non_blocking=True)
 
 
 def write(path: Path, parts: dict[str, Part]) -> None:

@@ -23,6 +23,14 @@ def test_a_measured_step(variant: str) -> None:
     assert ("formula_memory_gb" in row) == (variant == "ours")
 
 
+def test_products_add_up_as_in_training() -> None:
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = True
+    step.prepare({"F": 8, "precision": "fp32", "variant": "ours"}, torch.randn(8, 2, 2, 4))
+    assert not matmul.allow_bf16_reduced_precision_reduction
+    assert not matmul.allow_fp16_reduced_precision_reduction
+
+
 def test_comparison_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def result(seconds: float) -> dict[str, Any]:
         row = {**SIZES, "variant": "ours", "seconds": seconds, "roofline_seconds": 1.0}

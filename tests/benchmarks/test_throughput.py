@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
-from benchmarks import data_path, report
+from benchmarks import data_path, report, scale, step, throughput
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +32,20 @@ def test_the_command_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureF
     report.compare(result, result)
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("step 3 4 16 64 fp32 ours seconds") for line in lines) == 1
+
+
+@pytest.mark.parametrize(("quick", "count"), [(True, 4), (False, 7)])
+def test_the_default_steps_of_a_gpu_fit_into_80_gb(quick: bool, count: int) -> None:
+    """By the formula; of the textbook, which has the square decoder: its state, product with the mask, features."""
+    arguments = SimpleNamespace(shapes=None, quick=quick, precision="bf16", variants=throughput.VARIANTS)
+    found = throughput.cases(cast(Any, arguments), torch.device("cuda"))
+    assert len(found) == count, "each takes half a minute, of ten"
+    for case in found:
+        L, D, F, B = (case[key] for key in "LDFB")
+        wanted = step.formula_memory(scale.Job(L, D, F, B))
+        if "textbook" in case["variant"]:
+            wanted = (16 + 3 * 4) * L * L * F * D + 6 * 4 * B * L * F
+        assert wanted < 76e9, case
 
 
 def test_the_comparison_shows_every_part(capsys: pytest.CaptureFixture[str]) -> None:

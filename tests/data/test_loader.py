@@ -2,6 +2,8 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +67,27 @@ def test_an_error_of_the_reader_reaches_the_consumer(buffer: DiscBuffer) -> None
     with Loader(buffer, [np.array([99])]) as loader, pytest.raises(IndexError):
         next(loader)
     assert not readers()
+
+
+def test_every_reader_sets_its_gpu_before_it_pins_memory(buffer: DiscBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen without a GPU: what each thread asks of CUDA, in order."""
+    asked: dict[int, list[str]] = {}
+
+    def note(what: str) -> None:
+        asked.setdefault(threading.get_ident(), []).append(what)
+
+    def empty(*shape: int, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        if pin_memory:
+            note("pin")
+        return torch.zeros(*shape, **options)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: note(f"set {device}"))
+    monkeypatch.setattr(torch, "empty", empty)
+    with Loader(buffer, DistributedSampler(len(buffer), 4, 15, seed=1), "cuda:5", prefetch=3) as loader:
+        assert loader.ready(60)
+    assert [calls[0] for calls in asked.values()] == ["set cuda:5"] * 2
+    assert any("pin" in calls for calls in asked.values())
 
 
 def test_closing_ends_the_threads_at_once(buffer: DiscBuffer) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from clt.lm.forward import Rows
 from clt.parsing import to_yaml
 from clt.server.buffer import SharedBuffer
 from clt.server.client import ActivationClient, ServerError
+
+if not all(find_spec(name) for name in ("starlette", "uvicorn", "httptools", "uvloop")):
+    collect_ignore_glob = ["test_*.py"]  # the extra `serve` is not installed
 
 ROWS, L, D = 64, 2, 3
 

@@ -141,6 +141,7 @@ def test_patience_counts_from_the_first_failure():
         waiting.after(_Again("cut off"))
 
 
+@pytest.mark.usefixtures("no_gpu_for_several_ranks")
 def test_two_ranks_train_from_the_server_and_their_run_is_evaluated_again(server, reader, tmp_path):
     """Each rank has its own stream, no row is read twice, and the rows of both are counted."""
     config = tmp_path / "config.yaml"

@@ -3,14 +3,18 @@
 import itertools
 import json
 import os
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 from clt.errors import UserError
 from clt.model.loss import Objective
+from clt.model.spec import CLTConfig, LossConfig
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import checkpoint, tensorfile
 from clt.train.distributed import World
@@ -22,12 +26,12 @@ IDENTITY = {"config_hash": "abc", "data_hash": "def"}
 def trained(steps=3, seed=0, features=8):
     """A small transcoder and its optimizer after a few real steps, and a function that takes one more."""
     torch.manual_seed(seed)
-    objective = Objective(CrossLayerTranscoder(2, 4, features))
+    objective = Objective(CrossLayerTranscoder(2, 4, CLTConfig(d_features=features)), LossConfig())
     optimizer = torch.optim.Adam(objective.parameters(), 1e-2, fused=True)
 
     def step(i):
         batch = torch.randn(16, 2, 2, 4, generator=torch.Generator().manual_seed(i))
-        objective(batch, 1e-3).loss.backward()
+        objective(batch, {"sparsity": 1e-3, "pre_activation": 0.0}).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -89,7 +93,7 @@ def test_everything_comes_back_to_the_bit(tmp_path):
 def shards_of(transcoder, optimizer, count):
     """The transcoder and its optimizer state cut into shards, as feature ranks hold them."""
     for i in range(count):
-        shard = CrossLayerTranscoder(2, 4, 8, shard=(i, count))
+        shard = CrossLayerTranscoder(2, 4, CLTConfig(d_features=8), shard=(i, count))
         moved = torch.optim.Adam(shard.parameters(), fused=True)
         for (name, ours), theirs in zip(shard.named_parameters(), transcoder.parameters(), strict=True):
             dim = checkpoint.feature_dim(name)
@@ -128,7 +132,7 @@ def test_every_layout_writes_and_reads_the_same_files(tmp_path, shards, replicas
         ), "every byte is written by one rank"
 
     for i, (shard, moved, tensors) in enumerate(cut):
-        fresh = CrossLayerTranscoder(2, 4, 8, shard=(i, shards))
+        fresh = CrossLayerTranscoder(2, 4, CLTConfig(d_features=8), shard=(i, shards))
         fresh_optimizer = torch.optim.Adam(fresh.parameters(), fused=True)
         found = {"last_fired": torch.zeros_like(tensors["last_fired"]), "loss_scale": torch.zeros(())}
         checkpoint.restore(whole, fresh, fresh_optimizer, found, IDENTITY)
@@ -152,6 +156,51 @@ def test_the_weights_may_change_while_they_are_written(tmp_path):
         assert checkpoint.steps(tmp_path) == [], "without a name until it is whole"
         checkpoints.finish()
     assert equal(load_file(tmp_path / "step_00000003" / "model.safetensors"), before)
+
+
+class AsIfOnAGpu(TorchFunctionMode):
+    """CPU tensors say that they lie on a GPU; `asked` notes what would be asked of CUDA."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func == torch.Tensor.is_cuda.__get__:
+            return True
+        if func is torch.empty:
+            self.asked.append("pinned" if kwargs.pop("pin_memory", False) else "pageable")
+        if func in (torch.Tensor.copy_, torch.Tensor.to, torch.Tensor.cpu):
+            self.asked.append("at once" if kwargs.get("non_blocking") else "waits")
+        return func(*args, **kwargs)
+
+
+def test_a_snapshot_of_a_gpu_goes_to_pinned_memory_and_waits_for_nothing():
+    transcoder, optimizer, _ = trained()
+    for file in checkpoint.parts(transcoder, optimizer, counters(), (0, 2)).values():
+        with AsIfOnAGpu() as seen:
+            copies = tensorfile.snapshot(file)
+        assert seen.asked == ["pinned", "at once"] * sum(part.writes for part in file.values())
+        assert all(torch.equal(copies[name].tensor, file[name].tensor) for name in file if file[name].writes)
+
+
+def test_nothing_is_written_before_the_gpu_has_copied_it(tmp_path, monkeypatch):
+    transcoder, optimizer, _ = trained()
+    order, reached = [], threading.Event()
+    event = SimpleNamespace(synchronize=lambda: (reached.wait(60), order.append("copied")))
+    stream = SimpleNamespace(record_event=lambda: (order.append("event"), event)[1])
+    snapshot, write = tensorfile.snapshot, tensorfile.write
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: order.append(str(device)))
+    monkeypatch.setattr(tensorfile, "snapshot", lambda file: (order.append("snapshot"), snapshot(file))[1])
+    monkeypatch.setattr(tensorfile, "write", lambda *file: (order.append("write"), write(*file)))
+    with checkpoint.Checkpoints(tmp_path, 2, 0, World(0, 1, torch.device("cuda", 5))) as checkpoints:
+        checkpoints.begin(checkpoint.parts(transcoder, optimizer, counters()), transcoder.config, {"step": 3})
+        assert order[:3] == ["snapshot", "snapshot", "event"], "and the loop goes on"
+        assert not checkpoints.written
+        reached.set()
+        checkpoints.finish()
+    assert order[3:] == ["cuda:5", "copied", "write", "write"]
 
 
 def test_which_checkpoints_are_kept(tmp_path):

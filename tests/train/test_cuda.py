@@ -4,6 +4,15 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from clt.lm import load as load_module
+from clt.lm.replacement import replaced_logits
+from clt.model.transcoder import CrossLayerTranscoder
+from clt.train import checkpoint
+from clt.train import run as run_module
+from clt.train.distributed import World
+from clt.train.logger import Logger
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
 
@@ -31,3 +40,47 @@ def test_only_logging_waits_for_the_device(train, precision, compiled):
     assert once > 0, "the evaluation at the end waits: the count works"
     assert waits(20, 100) == once
     assert waits(10, 1) >= once + 9
+
+
+def test_a_checkpoint_is_of_the_weights_before_the_next_update(tmp_path):
+    """Though it is asked for and the weights are changed while the GPU still has much to do."""
+    device = torch.device("cuda", 0)
+    transcoder = CrossLayerTranscoder(2, 256, 8192).to(device)
+    optimizer = torch.optim.Adam(transcoder.parameters(), fused=True)
+    before = {name: tensor.cpu().clone() for name, tensor in transcoder.state_dict().items()}
+    with checkpoint.Checkpoints(tmp_path, 1, 0, World(0, 1, device)) as checkpoints:
+        busy = torch.ones(8192, 8192, device=device)
+        for _ in range(20):
+            busy = busy @ busy
+        checkpoints.begin(checkpoint.parts(transcoder, optimizer, {}), transcoder.config, {"step": 1})
+        with torch.no_grad():
+            for weight in transcoder.parameters():
+                weight.fill_(7)
+        checkpoints.finish()
+    saved = load_file(tmp_path / "step_00000001" / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in before.items())
+
+
+def test_the_language_model_is_on_the_gpu_only_while_it_is_needed(train, monkeypatch):
+    places, load, step, evaluate = {}, load_module.load_language_model, Logger.step, run_module.evaluate_replacement
+
+    def loaded(*arguments):
+        places["model"] = load(*arguments)
+        return places["model"]
+
+    def stepped(logger, number):
+        places["step"] = places["model"].device.type
+        step(logger, number)
+
+    def evaluated(lm, *arguments, **options):
+        def run(*arguments):
+            places["run"] = lm.device.type
+            return replaced_logits(*arguments)
+
+        return evaluate(lm, *arguments, **options | {"run": run})
+
+    monkeypatch.setattr(load_module, "load_language_model", loaded)
+    monkeypatch.setattr(Logger, "step", stepped)
+    monkeypatch.setattr(run_module, "evaluate_replacement", evaluated)
+    train()
+    assert (places["step"], places["run"]) == ("cpu", "cuda")

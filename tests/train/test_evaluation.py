@@ -1,6 +1,8 @@
 """Quality figures against plain loops over rows, tokens and features."""
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,12 +10,13 @@ import torch
 
 from clt.config import load_config
 from clt.data.store import DiscBuffer
-from clt.lm.load import load_language_model
+from clt.lm.load import LanguageModel, load_language_model
 from clt.lm.replacement import replaced_logits, run_with_mlps
+from clt.model.spec import CLTConfig
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import evaluation
 from clt.train.evaluation import dead_features, evaluate_activations, evaluate_replacement
-from clt.train.run import heldout_windows
+from clt.train.results import heldout_windows
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,7 @@ def heldout(stores):
 @pytest.fixture(scope="module")
 def transcoder(stores):
     torch.manual_seed(0)
-    clt = CrossLayerTranscoder(3, 16, 24, normalization="layer")
+    clt = CrossLayerTranscoder(3, 16, CLTConfig(d_features=24))
     statistics = DiscBuffer(stores / "train").statistics
     clt.normalization.set(statistics.input_mean, statistics.input_sd, statistics.target_mean, statistics.target_sd)
     with torch.no_grad():
@@ -57,13 +60,27 @@ def test_activations_against_a_loop_over_rows(heldout, transcoder):
 @torch.no_grad()
 def test_predicting_the_mean_explains_nothing_and_the_truth_everything(heldout):
     rows = heldout[:].float()
-    clt = CrossLayerTranscoder(3, 16, 4)
+    clt = CrossLayerTranscoder(3, 16, CLTConfig(d_features=4, normalization="none"))
     for weight in clt.W_dec:
         weight.zero_()
     clt.b_dec.copy_(rows[:, 1].mean(0))
     assert evaluate_activations(clt, heldout)["fve"].item() == pytest.approx(0, abs=1e-5)
-    clt.reconstruct = lambda features: rows[:, 1]  # type: ignore[method-assign]
+    clt.normalization.output = lambda y: rows[:, 1]  # type: ignore[method-assign]
     assert evaluate_activations(clt, heldout, batch=len(rows))["nmse"].item() == 0
+
+
+def test_one_layers_features_are_held_at_a_time(heldout):
+    """The most memory of an evaluation, in (B, F) float32: what one layer's activation function works in."""
+    L, F, B = 3, 4096, 64
+    clt = CrossLayerTranscoder(L, 16, CLTConfig(d_features=F))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        evaluate_activations(clt, heldout, batch=B)
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    assert 2 < peak / (B * F * 4) < 5, "all layers' pre-activations and features would be 6 and more"
 
 
 def test_ranks_together_give_what_one_gives(heldout, transcoder):
@@ -75,9 +92,10 @@ def test_ranks_together_give_what_one_gives(heldout, transcoder):
         return tensor
 
     for rank in range(3):
-        evaluate_activations(transcoder, heldout, batch=32, rank=rank, world=3, all_sum=collect)
+        evaluate_activations(transcoder, heldout, batch=32, data=SimpleNamespace(rank=rank, size=3, sum=collect))
     total = sum(parts)
-    together = evaluate_activations(transcoder, heldout, batch=32, rank=2, world=3, all_sum=lambda t: total)
+    last = SimpleNamespace(rank=2, size=3, sum=lambda t: total)
+    together = evaluate_activations(transcoder, heldout, batch=32, data=last)
     for key in alone:
         torch.testing.assert_close(together[key], alone[key])
 
@@ -144,6 +162,25 @@ def test_a_perfect_replacement_recovers_everything(base_config, lm, transcoder):
 
     result = evaluate_replacement(lm, transcoder, torch.zeros(3, 16), windows, run=perfect)
     assert (result["top1_agreement"], result["kl"], result["ce_recovered"]) == (1.0, 0.0, 1.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_language_model_is_on_the_device_only_meanwhile(base_config, lm, transcoder, monkeypatch, fails):
+    """It lies on another device, as far as it says; the transcoder's is the CPU."""
+    windows, places = heldout_windows(base_config, lm)[:4], [torch.device("cuda", 3)]
+    monkeypatch.setattr(LanguageModel, "device", property(lambda self: places[-1]))
+    monkeypatch.setattr(lm.model, "to", places.append)
+
+    def run(lm, transcoder, tokens, keep):
+        assert lm.device == torch.device("cpu")
+        if fails:
+            raise KeyboardInterrupt
+        return lm.model(input_ids=tokens).logits
+
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+        evaluate_replacement(lm, transcoder, torch.zeros(3, 16), windows, run=run)
+    assert places == [torch.device("cuda", 3), torch.device("cpu"), torch.device("cuda", 3)]
 
 
 def test_dead_features():

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from operator import length_hint
 
 import numpy as np
@@ -20,6 +21,8 @@ from clt.errors import UserError
 from clt.lm.load import load_language_model
 from clt.lm.text import read_documents
 from clt.train import checkpoint
+
+needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
 
 # Fields of which a short training run from the same store ends at other weights.
 WEIGHTS = {
@@ -241,6 +244,7 @@ def test_log_every(train):
     assert [line["step"] for line in train("log.every=4").metrics if "train_loss" in line] == [4, 8, 10]
 
 
+@needs_wandb
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_wandb_fields(tmp_path, monkeypatch):
     from clt.train.logger import _start_wandb
@@ -254,6 +258,7 @@ def test_wandb_fields(tmp_path, monkeypatch):
     assert list((tmp_path / "wandb").glob("offline-run-*-abc123/*.wandb"))
 
 
+@needs_wandb
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_wandb_id_is_logged_to_and_resumed(train, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from clt.config import LossConfig, OptimConfig
-from clt.train.optim import NEVER, TERMS, Update, autocast_dtype, learning_rate, sparsity_coefficient
+from clt.train.metrics import coefficients
+from clt.train.optim import NEVER, Update, autocast_dtype, learning_rate
 
 
 def test_learning_rate():
@@ -20,13 +21,14 @@ def test_learning_rate():
     assert max(learning_rate(step, 10, OptimConfig(lr=2.0, warmup=1.0, decay=1.0)) for step in range(10)) < 2.0
 
 
-def test_sparsity_coefficient():
-    config = LossConfig(sparsity=3.0, sparsity_ramp=0.5)
-    values = [sparsity_coefficient(step, 100, config) for step in range(100)]
+def test_the_coefficient_of_sparsity_rises_over_its_ramp_and_the_others_stay():
+    config = LossConfig(sparsity=3.0, sparsity_ramp=0.5, pre_activation=0.2)
+    assert {coefficients(step, 100, config)["pre_activation"] for step in range(100)} == {0.2}
+    values = [coefficients(step, 100, config)["sparsity"] for step in range(100)]
     assert values[0] == 0
     assert values[25] == pytest.approx(1.5)
     assert values[50:] == [3.0] * 50
-    assert sparsity_coefficient(0, 100, LossConfig(sparsity=3.0, sparsity_ramp=0.0)) == 3.0
+    assert coefficients(0, 100, LossConfig(sparsity=3.0, sparsity_ramp=0.0))["sparsity"] == 3.0
 
 
 def test_auto_precision_is_what_the_hardware_multiplies():
@@ -51,7 +53,13 @@ def problem(scale_of_gradients=1.0):
 
 def updater(parameters, **options):
     optimizer = torch.optim.Adam(parameters, 0.1, fused=True)
-    defaults = {"clip_norm": 1.0, "fp16": False, "stop": True, "sum_shards": lambda t: t}
+    defaults = {
+        "clip_norm": 1.0,
+        "fp16": False,
+        "stop": True,
+        "sum_shards": lambda t: t,
+        "names": ["mse", "sparsity", "pre_activation"],
+    }
     return Update(optimizer, sharded=parameters[:1], replicated=parameters[1:], **{**defaults, **options})
 
 
@@ -64,8 +72,28 @@ def test_update_is_torchs_clipping_and_adam(size):
             a.grad, b.grad = gradient * step, gradient * step
         expected = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
         adam.step()
-        torch.testing.assert_close(update(step, torch.zeros(3)), expected)
+        torch.testing.assert_close(update(step, 0.1, torch.zeros(3)), expected)
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("clip_norm", "fp16"), [(None, False), (None, True), (1.0, False)])
+def test_the_kernel_is_given_a_scale_only_where_there_is_something_to_scale(monkeypatch, clip_norm, fp16):
+    """For it writes the gradients back then. Without a clip the update is Adam's own, and a failed step is left out."""
+    (ours, theirs), gradients = problem(100.0)
+    given, kernel = [], torch._fused_adam_
+    monkeypatch.setattr(
+        torch, "_fused_adam_", lambda *tensors, **options: (given.append(options), kernel(*tensors, **options))
+    )
+    update, adam = updater(ours, clip_norm=clip_norm, fp16=fp16, stop=False), torch.optim.Adam(theirs, 0.1)
+    for step, factor in enumerate([1.0, float("nan"), 2.0], 1):
+        for a, b, gradient in zip(ours, theirs, gradients):
+            a.grad, b.grad = gradient * factor * update.scale, gradient * factor
+        update(step, 0.1, torch.zeros(3))
+        if factor == factor:
+            adam.step()
+    assert [options["grad_scale"] is None for options in given] == [clip_norm is None and not fp16] * 3
+    if clip_norm is None:
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_update_counts_every_shard_once():
@@ -75,7 +103,7 @@ def test_update_counts_every_shard_once():
     for parameter, gradient in zip(ours, gradients):
         parameter.grad = gradient
     expected = (2 * gradients[0].square().sum() + gradients[1].square().sum()).sqrt()
-    torch.testing.assert_close(update(1, torch.zeros(3)), expected)
+    torch.testing.assert_close(update(1, 0.1, torch.zeros(3)), expected)
 
 
 def test_the_loss_scale_falls_at_an_overflow_and_rises_after_2000_good_steps():
@@ -85,7 +113,7 @@ def test_the_loss_scale_falls_at_an_overflow_and_rises_after_2000_good_steps():
     def step(number, gradients):
         for parameter, gradient in zip(ours, gradients):
             parameter.grad = gradient * update.scale
-        return update(number, torch.zeros(3))
+        return update(number, 0.1, torch.zeros(3))
 
     step(1, [gradients[0] * float("inf"), gradients[1]])
     assert update.scale == 2.0**15
@@ -108,9 +136,9 @@ def test_a_failure_is_recorded_with_its_term_and_step(stop):
     for number, (values, terms) in enumerate([(nan, [0, float("inf"), 0]), (gradients, [0, 0, 0])], 1):
         for parameter, gradient in zip(ours, values):
             parameter.grad = gradient.clone()
-        update(number, torch.tensor(terms))
-    assert dict(zip(TERMS, update.failed_at.tolist())) == {
-        "train_mse": NEVER, "train_sparsity": 1, "train_pre_activation": NEVER, "grad_norm": 1,
+        update(number, 0.1, torch.tensor(terms))
+    assert dict(zip(update.names, update.failed_at.tolist())) == {
+        "mse": NEVER, "sparsity": 1, "pre_activation": NEVER, "grad_norm": 1,
     }  # fmt: skip
     assert update.skipped == (2 if stop else 1)
     assert all(torch.equal(a, b) for a, b in zip(ours, before)) == stop

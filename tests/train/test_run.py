@@ -3,13 +3,16 @@
 import dataclasses
 
 import pytest
+import torch
 
 from clt.config import load_config
 from clt.data.extract import check_model
 from clt.data.index import read_index
 from clt.errors import UserError
 from clt.lm.load import load_language_model
-from clt.train.run import check_run_dir, claim_run_dir, heldout_windows, open_stores
+from clt.train.distributed import World
+from clt.train.results import heldout_windows
+from clt.train.run import check_run_dir, claim_run_dir, open_source
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def test_a_store_of_another_width_is_refused(base, stores):
 def test_a_store_of_another_config_is_refused(train_overrides, change, message):
     config = load_config(train_overrides[0], [*train_overrides[1:], change])
     with pytest.raises(UserError, match=message + ".*set data.store to another directory"):
-        open_stores(config)
+        open_source(config, World(0, 1, torch.device("cpu")))
 
 
 def test_a_run_directory_is_claimed_and_recognised(base):

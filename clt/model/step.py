@@ -1,0 +1,241 @@
+"""A training step of all layers, forward and backward: encode, then write, then the squared error.
+
+    product_s = x~_s @ W_enc[s]                                    Encode, all layers
+    theta_s   by the activation's rule                             activations.thresholds
+    a_s       = fire(product_s + b_enc[s], theta_s)                Write, layer by layer
+    y~_s      = [a_0 .. a_s] @ [W_dec[0 -> s]; ..; W_dec[s -> s]]
+
+Products run in x's dtype (bf16 under autocast) and add up in float32. Matrices are laid out such that no product has a
+transposed left factor: on CPUs it takes twice as long.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from clt.model.activations import gate, gate_gradients
+from clt.model.normalization import Normalization
+from clt.model.spec import CLTConfig, LossConfig
+
+_NO_NORM = 1e-30  # a decoder row that is shorter counts as zero
+
+
+class Target(NamedTuple):
+    """activations (B, 2, L, D) as they are stored, whose second half is the target; its normalisation; and the unit."""
+
+    activations: Tensor
+    mean: Tensor  # (L, D)
+    sd: Tensor  # (L, 1) or (L, D)
+    unit: Tensor | None  # of the error, (L, 1) or (L, D) normalised target units; None: 1
+
+
+def normalized(norm: Normalization, activations: Tensor, dtype: torch.dtype) -> Tensor:
+    """x~ (B, L, D) of activations (B, 2, L, D)."""
+    return norm.input(activations[:, 0]).to(dtype)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """x (M, N) as a contiguous (N, M)."""
+    return x.t().contiguous()
+
+
+def transpose_into(out: Tensor, x: Tensor) -> None:
+    """out (N, M) = x (M, N), transposed."""
+    out.copy_(x.t())
+
+
+def add_scaled_rows(out: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> None:
+    """out (F, T, D) = x + weight * scale, of x and weight (F, T, D) and scale (F, 1, 1), in out's dtype."""
+    torch.addcmul(x, weight, scale, out=out)
+
+
+def mean_squares(y: Tensor, b_dec: Tensor, target: Target) -> Tensor:
+    """The mean square of the error per layer, (L,): of y~ (B, L, D) and b_dec (L, D)."""
+    return _error(y, b_dec, target).square().mean(2).mean(0)
+
+
+def mean_squares_gradient(y: Tensor, b_dec: Tensor, target: Target, grad: Tensor) -> Tensor:
+    """The gradient to y~ (B, L, D), in its dtype, of that to the mean squares (L,)."""
+    error = _error(y, b_dec, target)
+    if target.unit is not None:
+        error = error * target.unit
+    return (error * (grad * (2 / (y.shape[0] * y.shape[2]))).unsqueeze(1)).to(y.dtype)
+
+
+def sum_over_tokens(grad_y: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad_y (B, L, D) -> the gradient to b_dec (L, D)."""
+    return grad_y.sum(0, dtype=dtype)
+
+
+def _error(y: Tensor, b_dec: Tensor, target: Target) -> Tensor:
+    error = y + b_dec - (target.activations[:, 1].to(b_dec.dtype) - target.mean) / target.sd
+    return error if target.unit is None else error * target.unit
+
+
+class Kernels(NamedTuple):
+    """What a step does besides matrix products: each is one pass over memory once it is compiled."""
+
+    normalized: Callable[..., Tensor] = normalized
+    gate: Callable[..., Any] = gate
+    gate_gradients: Callable[..., Any] = gate_gradients
+    transposed: Callable[..., Tensor] = transposed
+    transpose_into: Callable[..., None] = transpose_into
+    add_scaled_rows: Callable[..., None] = add_scaled_rows
+    mean_squares: Callable[..., Tensor] = mean_squares
+    mean_squares_gradient: Callable[..., Tensor] = mean_squares_gradient
+    sum_over_tokens: Callable[..., Tensor] = sum_over_tokens
+
+    def compiled(self) -> Kernels:
+        """Each compiled, for up to eight sizes of F or B in one process (dynamo's limit).
+
+        Bits must not depend on timing: on CUDA, inductor would choose a reduction's block size by measuring in every
+        process, and a resumed run would add up in another order. The options travel with each kernel, because settings
+        of torch._inductor.config are per thread and the backward pass of CUDA compiles in autograd's own.
+        """
+        # Inductor says so of every pass from a float16 store to bf16; in between, the pass computes in float32.
+        warnings.filterwarnings("ignore", "bf16 and fp16 are mixed in the scheduler node")
+        known = torch._inductor.list_options()  # type: ignore[attr-defined]
+        pinned: dict[str, Any] = {name: value for name, value in _PINNED.items() if name in known}
+        # Decoders have a shape of their own in every layer: one kernel for all.
+        kernels = {
+            name: torch.compile(kernel, dynamic=name == "add_scaled_rows", options=pinned)
+            for name, kernel in self._asdict().items()
+        }
+        return Kernels(**kernels)
+
+
+_PINNED = {"dynamic_scale_rblock": False, "deterministic": True}
+"""Options of inductor; torch before 2.10 lacks `deterministic`, and does not need it where the first is off."""
+
+
+class Step(NamedTuple):
+    """What all layers of a step share."""
+
+    clt: CLTConfig
+    loss: LossConfig
+    kernels: Kernels
+    gradient_memory: Callable[[Tensor], Tensor | None]
+    """Memory for the gradient of a parameter, in its shape, that is its `.grad` already; None: autograd makes it."""
+    decoders: Sequence[Tensor]
+    """W_dec.{s} (F, T_s, D): row f is everything that feature f of layer s writes, to layers s .. s + T_s - 1."""
+
+
+class Encode(torch.autograd.Function):
+    """x~ (B, L, D) and W_enc (L, D, F) -> the products of all layers, L of (F, B), in x's dtype. x gets no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W_enc: Tensor, step: Step) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.step = W_enc, step  # itself: what is saved may come back as another tensor
+        layers = zip(W_enc.unbind(), x.unbind(1))
+        return tuple(weight.to(x.dtype).t().contiguous() @ of_layer.t() for weight, of_layer in layers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_products: Tensor):  # type: ignore[override]
+        if not ctx.needs_input_grad[1]:
+            return None, None, None
+        (x,), memory = ctx.saved_tensors, ctx.step.gradient_memory(ctx.weight)
+        grad_W_enc = torch.empty_like(ctx.weight) if memory is None else memory
+        for out, of_layer, grad in zip(grad_W_enc, x.unbind(1), grad_products):
+            out.copy_(ctx.step.kernels.transposed(of_layer) @ grad.t())
+        return None, grad_W_enc if memory is None else None, None
+
+
+class Write(torch.autograd.Function):
+    """The features of layer s fire; then all that is written to layer s is known, and so is y~[:, s].
+
+    product (F, B) of Encode; b_enc (F,); theta broadcasts against (F, B); W_dec (F, T, D) is step.decoders[s]. Features
+    (B, L * F) and y~ (B, L, D) are filled in place, from the first layer to the last; y~ is of the products' dtype, or
+    of float32 where the partial y~ of several shards are still to be added up. Returns y~, the sums over features and
+    tokens of the penalty () and of the pre-activation loss (), and for how many tokens each feature fires (F,).
+
+    y~_s is one product, which adds up in float32. Row f of W_dec is everything feature f writes, so that the gradient
+    of a_s is one product of it, and that of W_dec another.
+
+    There is one such function per layer, not one for all, so that DDP can sum a layer's decoder gradient over the ranks
+    while the earlier layers' are computed. (The encoder is one tensor for all layers, so its gradient comes last.)
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx,
+        y: Tensor,
+        product: Tensor,
+        b_enc: Tensor,
+        theta: Tensor,
+        W_dec: Tensor,
+        features: Tensor,
+        s: int,
+        step: Step,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        F, _, D = W_dec.shape
+        norm = torch.linalg.vector_norm(W_dec.flatten(1), dim=1)  # (F,)
+        gated = step.kernels.gate(product, b_enc, theta, step.loss.sparsity_scale * norm, step.clt, step.loss)
+        step.kernels.transpose_into(features[:, s * F : (s + 1) * F], gated.features)
+        writers = [r for r in range(s + 1) if s - r < step.decoders[r].shape[1]]
+        to_s = product.new_empty(len(writers), F, D)
+        for block, r in zip(to_s, writers):
+            block.copy_(step.decoders[r][:, s - r])
+        multiply_into(y[:, s], features[:, writers[0] * F : (s + 1) * F], to_s)
+        ctx.save_for_backward(product, b_enc, theta, W_dec, norm)
+        ctx.weight, ctx.s, ctx.step = W_dec, s, step
+        ctx.mark_dirty(y)
+        ctx.mark_non_differentiable(gated.active)
+        return y, gated.sparsity, gated.pre_activation, gated.active
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y: Tensor, grad_sparsity: Tensor, grad_pre_activation: Tensor, _):  # type: ignore[override]
+        product, b_enc, theta, W_dec, norm = ctx.saved_tensors
+        T, step, c = W_dec.shape[1], ctx.step, ctx.step.loss.sparsity_scale
+        written = grad_y[:, ctx.s : ctx.s + T].to(product.dtype).flatten(1)  # (B, T * D)
+        grad_features = W_dec.flatten(1).to(product.dtype) @ written.t()  # (F, B)
+        grad = step.kernels.gate_gradients(
+            product, b_enc, theta, c * norm, step.clt, step.loss, grad_features, grad_sparsity, grad_pre_activation
+        )
+        grad_W_dec = None
+        if ctx.needs_input_grad[4]:  # else it is frozen
+            # A zero row's subgradient is 0; it must not come as 0 / tiny * a loss scale's overflow.
+            through_norm = (c * grad.scale / norm).masked_fill_(norm < _NO_NORM, 0).view(-1, 1, 1)
+            memory = step.gradient_memory(ctx.weight)
+            grad_W_dec = torch.empty_like(W_dec) if memory is None else memory
+            weight = W_dec.detach()  # a parameter's sizes count as fixed: each layer would have its own kernel compiled
+            step.kernels.add_scaled_rows(grad_W_dec, (grad.features @ written).view_as(weight), weight, through_norm)
+            grad_W_dec = grad_W_dec if memory is None else None
+        grad_theta = grad.threshold.view_as(theta) if ctx.needs_input_grad[3] else None
+        return grad_y, grad.pre, grad.bias, grad_theta, grad_W_dec, None, None, None
+
+
+def multiply_into(out: Tensor, features: Tensor, weights: Tensor) -> None:
+    """out (B, D) = features (B, R * F) @ weights (R, F, D), added up in float32 and rounded once, to out's dtype."""
+    if out.dtype == features.dtype:
+        torch.mm(features, weights.flatten(0, 1), out=out)
+    elif out.is_cuda:
+        out.copy_(torch.mm(features, weights.flatten(0, 1), out_dtype=out.dtype))
+    else:  # CPUs have no product of narrow numbers with a wide result
+        out.zero_()
+        for block, weight in zip(features.split(weights.shape[1], dim=1), weights):
+            out.addmm_(block.to(out.dtype), weight.to(out.dtype))
+
+
+class SquaredError(torch.autograd.Function):
+    """`mean_squares`. The error itself, in float32 the largest tensor of a step, is computed again, not kept."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, b_dec: Tensor, target: Target, kernels: Kernels) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(y, b_dec, *target)
+        ctx.kernels = kernels
+        return kernels.mean_squares(y, b_dec, target)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        y, b_dec, *target = ctx.saved_tensors
+        grad_y = ctx.kernels.mean_squares_gradient(y, b_dec, Target(*target), grad)
+        return grad_y, ctx.kernels.sum_over_tokens(grad_y, b_dec.dtype), None, None

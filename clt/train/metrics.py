@@ -1,0 +1,81 @@
+"""What a step is measured by: sums on the device, which nothing waits for until they are read; and the run's speed."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from clt.config import LossConfig
+from clt.model.loss import TERMS, Losses, value_names
+from clt.train import distributed as dist
+from clt.train.distributed import World
+from clt.train.source import StoreSource
+
+
+class Metrics:
+    """This rank's addends of one step's metrics, over its micro-batches."""
+
+    def __init__(self, world: World, n_layers: int, d_features: int) -> None:
+        self.world = world
+        self.names = [f"train_{name}" for name in value_names()]
+        self.names += [f"{name}/layer_{layer}" for name in ("mse", "L0") for layer in range(n_layers)]
+        self.sums = torch.zeros(len(self.names), device=world.device)
+        self.fired = torch.zeros(n_layers, d_features, dtype=torch.bool, device=world.device)
+
+    def add(self, losses: Losses, share: float) -> None:
+        """Count a micro-batch that is this share of the global batch."""
+        # Every shard has the whole error, and its own part of everything else.
+        mse, *terms = losses.values.values()
+        shards = self.world.feature.size
+        own = torch.stack([mse / shards, *terms])
+        self.sums += share * torch.cat([own, losses.mse_per_layer / shards, losses.l0_per_layer])
+        self.fired |= losses.fired
+
+    @property
+    def values(self) -> Tensor:
+        """This rank's addends of the losses' values."""
+        return self.sums[: len(value_names())]
+
+    def read(self, coefficients: dict[str, float]) -> dict[str, float]:
+        """The metrics over all ranks. Waits for the device."""
+        values = dict(zip(self.names, dist.all_sum(self.sums).tolist()))
+        loss = values["train_mse"]
+        for name, coefficient in coefficients.items():
+            loss += coefficient * values[f"train_{name}"]
+        total_l0 = sum(value for name, value in values.items() if name.startswith("L0/"))
+        return {"train_loss": loss, **values, "L0": total_l0}
+
+
+class Speed:
+    """How fast the run is between two readings, evaluations and checkpoints left out."""
+
+    def __init__(self, step: int, busy_seconds: float, batch_tokens: int, source: StoreSource) -> None:
+        self.busy_seconds, self.batch_tokens, self.source = busy_seconds, batch_tokens, source
+        self.clock, self.step, self.stalled = time.perf_counter(), step, source.stalled
+
+    def read(self, step: int) -> dict[str, float]:
+        """tokens_per_second and data_wait_share since the last reading."""
+        seconds, stalled = time.perf_counter() - self.clock, self.source.stalled - self.stalled
+        tokens = (step - self.step) * self.batch_tokens
+        self.busy_until(step)
+        return {"tokens_per_second": tokens / seconds, "data_wait_share": stalled / seconds}
+
+    def busy_until(self, step: int) -> float:
+        """Seconds of the whole run until now."""
+        self.busy_seconds += time.perf_counter() - self.clock
+        self.skip(step)
+        return self.busy_seconds
+
+    def skip(self, step: int) -> None:
+        """Leave out the time since the last reading."""
+        self.clock, self.step, self.stalled = time.perf_counter(), step, self.source.stalled
+
+
+def coefficients(step: int, steps: int, loss: LossConfig) -> dict[str, float]:
+    """The coefficient of each term in step 0, 1, ..: that of `sparsity` rises linearly over its ramp."""
+    ramp = loss.sparsity_ramp * steps
+    return {name: getattr(loss, name) for name in TERMS} | {
+        "sparsity": loss.sparsity * min(1.0, step / ramp if ramp else 1.0)
+    }

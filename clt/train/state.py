@@ -1,0 +1,69 @@
+"""Everything that a step changes, and that a checkpoint holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clt.config import Config
+from clt.model.loss import Objective, value_names
+from clt.model.transcoder import feature_dim
+from clt.train import checkpoint
+from clt.train import distributed as dist
+from clt.train.checkpoint import Checkpoints
+from clt.train.distributed import GradientMemory, World
+from clt.train.optim import Update
+
+
+class TrainState:
+    """Weights, optimizer, loss scale, the step at which each feature last fired, and the counters of a run."""
+
+    def __init__(self, config: Config, objective: Objective, world: World, dtype: torch.dtype) -> None:
+        """dtype: that of the matrix products."""
+        self.world, self.transcoder = world, objective.transcoder
+        self.step = self.saved = 0
+        self.busy_seconds, self.wandb_id = 0.0, None
+        named = {name: p for name, p in self.transcoder.named_parameters() if p.requires_grad}
+        self.gradients = objective.gradient_memory = GradientMemory(named.values())
+        beta1, beta2 = config.optim.betas
+        self.optimizer = torch.optim.Adam(named.values(), config.optim.lr, (beta1, beta2), config.optim.eps, fused=True)
+        self.update = Update(
+            self.optimizer,
+            sharded=[p for name, p in named.items() if feature_dim(name) is not None],
+            replicated=[p for name, p in named.items() if feature_dim(name) is None],
+            names=[f"train_{name}" for name in value_names()],
+            sum_shards=world.feature.sum,
+            clip_norm=config.optim.clip_norm,
+            fp16=dtype == torch.float16,
+            stop=config.train.nonfinite == "stop",
+        )
+        shape = (self.transcoder.n_layers, self.transcoder.d_features)
+        self.last_fired = torch.zeros(shape, dtype=torch.int64, device=world.device)
+
+    def save(self, checkpoints: Checkpoints, more: dict[str, Any]) -> None:
+        """Begin a checkpoint; `more` goes into its state.json. All ranks must call it."""
+        self.saved, data = self.step, self.world.data
+        tensors = self._tensors() | {"last_fired": data.max(self.last_fired.clone())}
+        parts = checkpoint.parts(self.transcoder, self.optimizer, tensors, (data.rank, data.size))
+        counters = {"step": self.step, "busy_seconds": self.busy_seconds, "wandb_id": self.wandb_id}
+        checkpoints.begin(parts, self.transcoder.config, counters | {"world_size": self.world.size} | more)
+
+    def resume(self, directory: Path, identity: dict[str, Any]) -> dict[str, Any]:
+        """Go on from the newest checkpoint in the directory, and return its state.json; {} when there is none.
+
+        identity: what state.json must hold. Raises UserError when it holds something else, or is damaged.
+        """
+        newest = max(checkpoint.steps(directory), default=-1)
+        if dist.same_everywhere(self.world, newest, "newest checkpoint") < 0:
+            return {}
+        path, tensors = directory / f"step_{newest:08d}", self._tensors()
+        state = checkpoint.restore(path, self.transcoder, self.optimizer, tensors, identity)
+        self.step = self.saved = state["step"]
+        self.busy_seconds, self.wandb_id = state["busy_seconds"], state["wandb_id"]
+        return state
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return self.update.tensors() | {"last_fired": self.last_fired}

@@ -1,0 +1,144 @@
+"""The step's gradients, precisions, shards and compiled kernels."""
+
+import threading
+
+import pytest
+import torch
+
+from clt.model.loss import Objective
+from clt.model.spec import LossConfig
+from clt.model.step import Kernels, multiply_into
+from clt.model.transcoder import feature_dim
+from clt.train.distributed import GradientMemory
+from tests.model.naive import F, batch, coefficients, losses, make
+
+
+@pytest.mark.parametrize("options", [{}, {"cross_layer": False}, {"normalization": "token"}], ids=str)
+def test_gradients_of_everything_but_the_threshold(options):
+    """gradcheck perturbs by 1e-6, far less than any pre-activation's distance from its threshold here."""
+    clt, data = make(**options), batch()[:4]
+    loss = LossConfig(sparsity_scale=0.7, pre_activation=0.1, pre_activation_kind="negative")
+    objective = Objective(clt, loss)
+    names = [name for name, _ in objective.named_parameters() if "threshold" not in name]
+    values = [dict(objective.named_parameters())[name].detach().clone().requires_grad_() for name in names]
+
+    def total(*values):
+        return torch.func.functional_call(objective, dict(zip(names, values)), (data, coefficients(loss))).total
+
+    assert torch.autograd.gradcheck(total, values, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_the_compiled_step_in_bf16_is_the_eager_one():
+    """From a float16 store, twice: the second step writes the decoder's gradients where the first one's were."""
+    data, gradients = batch().half(), []
+    for compile in (False, True):
+        clt = make().float()
+        loss = LossConfig(pre_activation=0.1)
+        objective = Objective(clt, loss, compile=compile)
+        memory = objective.gradient_memory = GradientMemory(clt.parameters())
+        for _ in range(2):
+            memory.clear()
+            with torch.autocast("cpu", torch.bfloat16):
+                total = objective(data, coefficients(loss)).total
+            total.backward()
+        gradients.append({name: p.grad for name, p in clt.named_parameters()})
+    for name, eager in gradients[0].items():
+        error = (gradients[1][name] - eager).norm() / eager.norm()
+        assert error < torch.finfo(torch.bfloat16).eps, f"{name}: relative difference {error:.2e}"
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_shards_add_up_in_float32(precision):
+    """The loss of the last of two shards, to whose partial reconstruction the first one's is added."""
+    data, partials, terms = batch().float(), [], []
+
+    def add(partial):
+        partials.append(partial.detach().clone())
+        return partial.copy_(torch.stack(partials).double().sum(0))
+
+    whole = make(d_features=2 * F).float()
+    for part in range(2):
+        shard = make(d_features=2 * F, shard=(part, 2), sum_shards=add).float()
+        for name, value in whole.state_dict().items():
+            dim, of_shard = feature_dim(name), slice(part * F, (part + 1) * F)
+            mine = value if dim is None else value.transpose(0, dim)[of_shard].transpose(0, dim)
+            shard.state_dict()[name].copy_(mine)
+        with torch.autocast("cpu", precision):
+            terms.append(losses(shard, data))
+    assert [partial.dtype for partial in partials] == [torch.float32] * 2
+    exact = losses(whole, data)
+    torch.testing.assert_close(terms[1].values["mse"], exact.values["mse"], rtol=8 * torch.finfo(precision).eps, atol=0)
+    penalty = sum(each.values["sparsity"] for each in terms)
+    torch.testing.assert_close(penalty, exact.values["sparsity"], rtol=8 * torch.finfo(precision).eps, atol=0)
+
+
+def test_a_frozen_decoder_stays_as_it_is():
+    clt, loss = make(), LossConfig()
+    objective = Objective(clt, loss)
+    memory = objective.gradient_memory = GradientMemory(clt.parameters())
+    objective(batch(), coefficients(loss)).total.backward()
+    memory.clear()
+    clt.W_dec.requires_grad_(False)
+    objective(batch(), coefficients(loss)).total.backward()
+    assert all(weight.grad is None for weight in clt.W_dec)
+    assert clt.W_enc.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_autocast_is_within_the_rounding_of_its_dtype(precision):
+    clt, data = make().float(), batch().float()
+    exact = losses(clt, data)
+    exact.total.backward()
+    gradients = {name: p.grad.clone() for name, p in clt.named_parameters()}
+    clt.zero_grad()
+    with torch.autocast("cpu", precision):
+        rounded = losses(clt, data)
+    assert rounded.total.dtype == torch.float32
+    rounded.total.backward()
+    rounding = torch.finfo(precision).eps
+    torch.testing.assert_close(rounded.total, exact.total, rtol=8 * rounding, atol=0)
+    for name, p in clt.named_parameters():
+        assert p.grad.dtype == torch.float32
+        error = (p.grad - gradients[name]).norm() / gradients[name].norm()
+        assert error < 16 * rounding, f"{name}: relative gradient error {error:.2e}"
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_a_wide_result_is_rounded_once(precision):
+    """As shards need it: a partial y~ that was rounded to the factors' dtype first would be off by its epsilon."""
+    features, weights = torch.rand(32, 3 * 40).to(precision), torch.randn(3, 40, 16).to(precision)
+    exact = features.double() @ weights.double().flatten(0, 1)
+    for dtype, eps in ((torch.float32, 2**-20), (precision, torch.finfo(precision).eps)):
+        out = torch.full((32, 2, 16), float("nan"), dtype=dtype)
+        multiply_into(out[:, 1], features, weights)
+        error = (out[:, 1].double() - exact).abs().max() / exact.abs().max()
+        assert error < eps, dtype
+        if dtype == precision:
+            assert error > 2**-20, "narrow results are worse: the bound can fail"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_reductions_are_pinned_in_whichever_thread_compiles_them(monkeypatch):
+    """Inductor's settings are per thread, and the backward pass of CUDA compiles in autograd's."""
+    from torch._inductor import config
+    from torch._inductor.graph import GraphLowering
+
+    seen, run = [], GraphLowering.run
+
+    def recorded(graph, *arguments):
+        seen.append((threading.get_ident(), config.dynamic_scale_rblock, config.deterministic))
+        return run(graph, *arguments)
+
+    monkeypatch.setattr(GraphLowering, "run", recorded)
+    monkeypatch.setattr(config, "force_disable_caches", True)
+    torch._dynamo.reset()
+    kernels, grad_y = Kernels().compiled(), torch.randn(5, 3, 7)
+    sums = [kernels.sum_over_tokens(grad_y, torch.float32)]
+    thread = threading.Thread(target=lambda: sums.append(kernels.transposed(grad_y[0])))
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(sums, [grad_y.sum(0), grad_y[0].t()])
+    assert [(rblock, fixed) for _, rblock, fixed in seen] == [(False, True)] * 2
+    assert len({ident for ident, _, _ in seen}) == 2
+    assert config.dynamic_scale_rblock, "elsewhere it is inductor's default"

@@ -1,0 +1,52 @@
+"""How a process finds its place among the others, and its device."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from clt.errors import UserError
+from clt.train import distributed
+
+
+@pytest.mark.parametrize(("count", "found"), [(1, "1 GPU,"), (4, "4 GPUs,")])
+def test_a_rank_without_a_gpu_of_its_own_is_told(monkeypatch, count, found):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    for name, value in {"RANK": 9, "LOCAL_RANK": count, "WORLD_SIZE": 16}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match=rf"local rank {count} .*found {found} .* at most {count} with --npro"):
+        distributed.setup(1, 60)
+
+
+def test_the_first_local_rank_takes_the_first_gpu(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert distributed.setup(1, 60).device == torch.device("cuda", 0)
+    assert chosen == [torch.device("cuda", 0)]
+
+
+@pytest.mark.parametrize("name", ["allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"])
+def test_products_add_up_in_float32(name):
+    before = getattr(torch.backends.cuda.matmul, name)
+    setattr(torch.backends.cuda.matmul, name, True)
+    try:
+        distributed.setup(1, 60)
+        assert not getattr(torch.backends.cuda.matmul, name)
+    finally:
+        setattr(torch.backends.cuda.matmul, name, before)
+
+
+@pytest.mark.parametrize(("count", "hidden"), [(1, True), (4, False)])
+def test_tests_of_several_ranks_use_gpus_only_where_there_are_enough(monkeypatch, request, count, hidden):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    request.getfixturevalue("no_gpu_for_several_ranks")
+    assert torch.cuda.is_available() != hidden
+    child = [sys.executable, "-c", "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"]
+    seen = subprocess.run(child, capture_output=True, text=True, check=True).stdout.strip()
+    assert seen == repr("" if hidden else "0,1,2,3")
