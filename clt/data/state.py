@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from clt.data.index import INDEX, PARTIAL, STATISTICS, ShardEntry, write_whole
 from clt.data.statistics import Moments
-from clt.errors import UserError
+from clt.errors import UserError, mismatches
 
 STATE = "state.safetensors"
 
@@ -58,10 +58,9 @@ def load_state(path: Path, identity: dict[str, Any]) -> ExtractionState | None:
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error}); delete {path} and extract it again") from error
         moments.rows = state.rows
-        if odd := [key for key in identity if found.get(key) != identity[key]]:
-            differences = "; ".join(f"{key} found {found.get(key)!r}, wanted {identity[key]!r}" for key in odd)
+        if odd := mismatches(found, identity):
             raise UserError(
-                f"{path} holds an unfinished extraction of something else: {differences}; "
+                f"{path} holds an unfinished extraction of something else: {odd}; "
                 "set these back to finish it, delete it, or choose another data.store"
             )
     elif (path / STATISTICS).exists():  # written when all shards are whole, and before the state is deleted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,12 @@ def load_language_model(config: LMConfig, device: torch.device | str = "cpu") ->
     source, gguf = locate(config.model)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
     if gguf is not None:
-        _require_gguf(config.model)
+        missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+        if missing:
+            raise UserError(
+                f"lm.model={config.model!r} is a GGUF file and needs {' and '.join(missing)}: "
+                "pip install 'clt-trainer[gguf]'"
+            )
         options["gguf_file"] = gguf
     model, tokenizer = _load_pretrained(config, source, options)
     _fuse_gelu(model)
@@ -99,12 +105,7 @@ def locate(name: str) -> tuple[str, str | None]:
     if name == "embedded":
         from importlib.resources import files
 
-        directory = Path(str(files("clt") / "assets" / "model"))
-        if not directory.is_dir():
-            raise UserError(
-                f"the embedded model is missing from this installation ({directory}); reinstall clt-trainer"
-            )
-        return str(directory), None
+        return str(files("clt") / "assets" / "model"), None
     path = _in_package(name) if name.startswith("package:") else Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -117,8 +118,6 @@ def locate(name: str) -> tuple[str, str | None]:
 
 def _in_package(name: str) -> Path:
     """The path of `package:NAME/FILE`, found without importing the package: importing would run its code."""
-    import importlib.util
-
     package, _, file = name.removeprefix("package:").partition("/")
     if not package or not file:
         raise UserError(f"lm.model={name!r} is not of the form package:NAME/FILE.gguf")
@@ -132,30 +131,20 @@ def _in_package(name: str) -> Path:
     raise UserError(f"lm.model={name!r}: the installed package {package!r} has no file {file!r}")
 
 
-def _require_gguf(name: str) -> None:
-    import importlib.util
-
-    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UserError(
-            f"lm.model={name!r} is a GGUF file and needs {' and '.join(missing)}: pip install 'clt-trainer[gguf]'"
-        )
-
-
 def _load_pretrained(
     config: LMConfig, source: str, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    part = "the model"
+    what = "the model"
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
-        part = "the tokenizer"
+        what = "the tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{part} of lm.model={config.model!r} could not be loaded: {first_line(error)} Check the spelling; "
+            f"{what} of lm.model={config.model!r} could not be loaded: {first_line(error)} Check the spelling; "
             "a gated model needs `hf auth login`, a hub id the network; without it give a local directory, a .gguf "
             "file or `embedded`"
         ) from error

@@ -161,7 +161,7 @@ def test_leftovers_of_another_config_are_refused(config: MakeConfig, lm: Languag
         extract(config("data.train_tokens=1000000"), "train", lm, progress=False)
     before = digests(Path(config().data.store) / "train")
     with pytest.raises(
-        UserError, match=r"something else: dtype found 'float16', wanted 'bfloat16'; data.shard_rows found"
+        UserError, match=r"something else: dtype: found 'float16', wanted 'bfloat16'; data.shard_rows: found"
     ):
         extract(config("data.dtype=bfloat16", "data.shard_rows=32"), "train", lm, progress=False)
     with pytest.raises(UserError, match=r"rows done, wanted 300"):
