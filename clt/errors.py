@@ -1,4 +1,4 @@
-"""The one error type that means "the user can fix this"."""
+"""The error that means "the user can fix this"."""
 
 from __future__ import annotations
 

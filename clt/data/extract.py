@@ -69,7 +69,11 @@ def _finished(path: Path, config: Config) -> StoreIndex:
 def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress: bool) -> StoreIndex:
     keep_freed_memory()
     placement = Placement(path, _blank_index(config, part, lm), config.data.shard_rows, config.data.open_shards)
-    identity = _identity(placement, config)
+    # What must be the same for an extraction to go on. Not the number of rows: only the last group depends on it.
+    identity = dataclasses.asdict(placement.index)
+    del identity["rows"], identity["shards"]
+    identity |= {"lm.dtype": config.lm.dtype, "lm.batch_windows": config.lm.batch_windows}
+    identity |= {"data.shard_rows": placement.shard_rows, "data.open_shards": placement.open_shards}
     zero = Moments.zero(placement.index.n_layers, placement.index.d_acts)
     state = load_state(path, identity) or ExtractionState([], 0, 0, zero)
     _check_room(placement, state)
@@ -203,13 +207,6 @@ def _blank_index(config: Config, part: Part, lm: LanguageModel) -> StoreIndex:
         rows=getattr(config.data, f"{part}_tokens"),
         shards=[],
     )
-
-
-def _identity(placement: Placement, config: Config) -> dict[str, Any]:
-    """What must be the same for an extraction to go on. Not the number of rows: only the last group depends on it."""
-    index = {key: value for key, value in dataclasses.asdict(placement.index).items() if key not in ("rows", "shards")}
-    batch = {"lm.dtype": config.lm.dtype, "lm.batch_windows": config.lm.batch_windows}
-    return {**index, **batch, "data.shard_rows": placement.shard_rows, "data.open_shards": placement.open_shards}
 
 
 def _check_room(placement: Placement, state: ExtractionState) -> None:

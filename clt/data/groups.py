@@ -44,26 +44,18 @@ class Placement:
         """Rows in a whole group."""
         return self.shard_rows * self.open_shards
 
-    def shards(self, group: int) -> list[int]:
-        """Rows of each shard of a group: all whole, but for the last of the store."""
-        rows = min(self.group_rows, self.index.rows - group * self.group_rows)
-        return [min(self.shard_rows, rows - first) for first in range(0, rows, self.shard_rows)]
-
-    def order(self, group: int) -> np.ndarray:
-        """The place in the group of each of its rows."""
-        rows = sum(self.shards(group))
-        if not self.shuffle:
-            return np.arange(rows)
-        return permutation(rows, self.index.seed, group, STREAMS[self.index.text["part"]])
-
 
 class OpenGroup:
     """The shards of one group while they are written: each row goes to its random place at once."""
 
     def __init__(self, placement: Placement, group: int) -> None:
-        index, first = placement.index, group * placement.open_shards
-        self.sizes, self.order, self.filled = placement.shards(group), placement.order(group), 0
-        self.shard_rows = placement.shard_rows
+        index, self.shard_rows, self.filled = placement.index, placement.shard_rows, 0
+        rows = min(placement.group_rows, index.rows - group * placement.group_rows)
+        self.sizes = [min(self.shard_rows, rows - first) for first in range(0, rows, self.shard_rows)]
+        self.order = np.arange(rows)  # the place in the group of each row
+        if placement.shuffle:
+            self.order = permutation(rows, index.seed, group, STREAMS[index.text["part"]])
+        first = group * placement.open_shards
         self.files = [placement.path / f"shard_{first + i:05d}.h5" for i in range(len(self.sizes))]
         self.partials = [file.with_name(file.name + PARTIAL) for file in self.files]
         self.columns = {name: np.empty(len(self.order), dtype) for name, dtype in COLUMN_DTYPES.items()}

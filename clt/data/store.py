@@ -43,8 +43,7 @@ class DiscBuffer(Dataset[Tensor]):
         _allow_descriptors(len(self._files))
         self._descriptors: list[int] = []
         self.close = weakref.finalize(self, _close, self._descriptors)  # the garbage collector calls it, too
-        for file in self._files:
-            self._descriptors.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+        self._descriptors.extend(os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in self._files)
 
     def __len__(self) -> int:
         return self.index.rows
