@@ -115,8 +115,9 @@ KILLER = """
 import os, signal, sys
 from clt.config import load_config
 from clt.data.extract import extract
-import clt.lm.capture, clt.lm.text, transformers
+from clt.lm.load import load_language_model
 
+lm = load_language_model(load_config(sys.argv[1]).lm)  # once, for all forks
 for store, *renames in (argument.split(",") for argument in sys.argv[2:]):
     for rename in map(int, renames):
         if (child := os.fork()) == 0:
@@ -128,7 +129,7 @@ for store, *renames in (argument.split(",") for argument in sys.argv[2:]):
                     if left < 0:
                         os.kill(os.getpid(), signal.SIGKILL)
             sys.addaudithook(count)
-            extract(load_config(sys.argv[1], [f"data.store={store}"]), "train", progress=False)
+            extract(load_config(sys.argv[1], [f"data.store={store}"]), "train", lm, progress=False)
             os._exit(0)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)  # a child must not inherit it
 """
