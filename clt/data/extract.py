@@ -1,4 +1,4 @@
-"""From text to a store: run the language model, shuffle the rows, write the shards; interruptible at any time."""
+"""Extract a store from text: run the language model, shuffle the rows, write the shards. Resumable at any time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def extract_all(config: Config, progress: bool = True) -> list[StoreIndex]:
-    """`extract` the training and the held-out store; a language model that both need is loaded once."""
+    """`extract` the training and the held-out store, with one language model for both."""
     parts: tuple[Part, ...] = ("train", "heldout")
     complete = all((Path(config.data.store) / part / INDEX).exists() for part in parts)
     lm = None if complete else _load(config)
@@ -35,11 +35,11 @@ def extract_all(config: Config, progress: bool = True) -> list[StoreIndex]:
 
 
 def extract(config: Config, part: Part, lm: LanguageModel | None = None, progress: bool = True) -> StoreIndex:
-    """Make the store `<data.store>/<part>`, or finish it, or return its index when it is already there.
+    """Make or resume the store `<data.store>/<part>`; returns its index, also when the store is already finished.
 
-    The bytes of the store depend on the config alone, not on how often the extraction was interrupted. Raises
-    UserError for another config's store or leftovers, another process at work on it, too little text, a value that does
-    not fit the storage dtype, and a full disk.
+    The bytes of the store depend on the config alone, not on interruptions. Raises UserError for a store or an
+    unfinished extraction of another config, another process that extracts it, too little text, a value that overflows
+    the storage dtype, and a full disk.
     """
     path = Path(config.data.store) / part
     if (path / INDEX).exists():
@@ -47,7 +47,7 @@ def extract(config: Config, part: Part, lm: LanguageModel | None = None, progres
     lm = lm or _load(config)
     path.mkdir(parents=True, exist_ok=True)
     with locked(path):
-        if (path / INDEX).exists():  # another process made it meanwhile
+        if (path / INDEX).exists():  # another process has made it
             return _finished(path, config)
         return _extract(path, config, part, lm, progress)
 
@@ -69,7 +69,7 @@ def _finished(path: Path, config: Config) -> StoreIndex:
 def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress: bool) -> StoreIndex:
     keep_freed_memory()
     placement = Placement(path, _blank_index(config, part, lm), config.data.shard_rows, config.data.open_shards)
-    # What must be the same for an extraction to go on. Not the number of rows: only the last group depends on it.
+    # What must be equal to resume. The number of rows may change: only the last group depends on it.
     identity = dataclasses.asdict(placement.index)
     del identity["rows"], identity["shards"]
     identity |= {"lm.dtype": config.lm.dtype, "lm.batch_windows": config.lm.batch_windows}
@@ -86,8 +86,8 @@ def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress
         if not is_full_disk(error):
             raise
         raise UserError(
-            f"no more could be written to {path} ({error}); free space and run `clt extract CONFIG` again, which goes "
-            "on from the last whole shards, or set data.store to another disk"
+            f"no more could be written to {path} ({error}); free space and run `clt extract CONFIG` again, which "
+            "resumes after the last complete shards, or set data.store to another disk"
         ) from error
     (path / STATE).unlink()
     return index
@@ -96,7 +96,7 @@ def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress
 def _write_groups(
     config: Config, placement: Placement, lm: LanguageModel, state: ExtractionState, identity: dict[str, Any], bar: bool
 ) -> tuple[list[ShardEntry], Moments]:
-    """Extract all groups that `state` does not have, recording each; returns the shards and moments of all groups."""
+    """Extract the groups that follow `state` and record each; returns the shards and moments of the whole store."""
     done, total, part = state.rows, placement.index.rows, placement.index.text["part"]
     shards, moments = list(state.shards), state.moments
 
@@ -124,7 +124,7 @@ def _write_groups(
 
 
 def check_store(index: StoreIndex, config: Config) -> None:
-    """Check that a store is the one that the config asks for; raises UserError that names every field that is not."""
+    """Raise UserError, naming every field that differs, unless a store is the one that the config asks for."""
     if odd := differences(index, config):
         raise UserError(
             f"the {index.text['part']} store in {config.data.store} is not the one that the config asks for: {odd}; "
@@ -133,7 +133,7 @@ def check_store(index: StoreIndex, config: Config) -> None:
 
 
 def differences(index: StoreIndex, config: Config) -> str:
-    """The fields in which rows are not those that the config asks for: what was found and what was wanted."""
+    """The fields in which a store differs from the config: what was found and what was wanted; empty if none."""
     lm, tokens = config.lm, f"{index.text['part']}_tokens"
     found = {
         "lm.model": index.model,
@@ -161,7 +161,7 @@ def differences(index: StoreIndex, config: Config) -> str:
 
 
 def check_model(index: StoreIndex, lm: LanguageModel) -> None:
-    """Check that a store's activations are those of this language model; raises UserError that says what differs."""
+    """Raise UserError, naming what differs, unless a store holds activations of this language model."""
     found = {
         "width D": index.d_acts,
         "layers": index.layers,
@@ -186,7 +186,7 @@ def check_model(index: StoreIndex, lm: LanguageModel) -> None:
 
 
 def _blank_index(config: Config, part: Part, lm: LanguageModel) -> StoreIndex:
-    """The index of the store to be, but for its shards."""
+    """The index of the store that will be extracted, without its shards."""
     return StoreIndex(
         format_version=FORMAT_VERSION,
         model=lm.name,
@@ -210,7 +210,7 @@ def _blank_index(config: Config, part: Part, lm: LanguageModel) -> StoreIndex:
 
 
 def _check_room(placement: Placement, state: ExtractionState) -> None:
-    """Check that the rows to come complete what there is, and that the disk has room for them."""
+    """Raise UserError when the rest of the rows cannot follow the extracted ones, or does not fit on the disk."""
     path, index, done = placement.path, placement.index, state.rows
     if done > index.rows or (done < index.rows and done % placement.group_rows):
         raise UserError(
@@ -221,6 +221,6 @@ def _check_room(placement: Placement, state: ExtractionState) -> None:
     free = shutil.disk_usage(path).free
     if free < wanted:
         raise UserError(
-            f"{path} has {free / 1e9:.3f} GB free, wanted {wanted / 1e9:.3f} GB for the rows to come: "
+            f"{path} has {free / 1e9:.3f} GB free, wanted {wanted / 1e9:.3f} GB for the rows that are left: "
             "free space, set data.store to another disk, or lower data.train_tokens, data.heldout_tokens or lm.layers"
         )

@@ -97,20 +97,20 @@ def read_at(fd: int, views: list[memoryview], offset: int, path: Path) -> None:
     """
     end = offset + sum(map(len, views))
     while views:
-        part = views[:_VIEWS]
-        count = os.preadv(fd, part, offset)
+        first = views[:_VIEWS]
+        count = os.preadv(fd, first, offset)
         if count == 0:
             raise UserError(
                 f"shard {path} is truncated: found {os.fstat(fd).st_size} bytes, wanted {end}; "
                 "it changed while it was read: copy this file again"
             )
         offset += count
-        # As a rule all of it came; a loop over the views would take longer than small rows do.
-        views = views[_VIEWS:] if count == sum(map(len, part)) else _unfilled(views, count)
+        # Usually one call reads everything; a loop over the views would take longer than reading small rows.
+        views = views[_VIEWS:] if count == sum(map(len, first)) else _unfilled(views, count)
 
 
 def _unfilled(views: list[memoryview], count: int) -> list[memoryview]:
-    """What remains of `views` behind their first `count` bytes."""
+    """The views, or rest of a view, that follow the first `count` bytes."""
     at = 0
     while count >= len(views[at]):
         count -= len(views[at])
@@ -130,7 +130,7 @@ def checksum(path: Path, kind: str = "xxh3_128") -> str:
 
     12 GB/s where sha256 reaches 1.4 (measured), which is what older stores have. Raises UserError for any other kind.
     """
-    import xxhash  # here: training does not want it
+    import xxhash  # here: training does not need it
 
     kinds: dict[str, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
     if kind not in kinds:

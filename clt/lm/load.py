@@ -1,4 +1,4 @@
-"""The language model being explained: weights, tokenizer and hook sites, from wherever they lie."""
+"""Load the language model that is explained: weights, tokenizer and hook sites."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def load_language_model(config: LMConfig, device: torch.device | str = "cpu") ->
 
 
 def _fuse_gelu(model: PreTrainedModel) -> None:
-    """Give GPT-2's activation, eight elementwise passes in transformers, to the one kernel that torch has for it."""
+    """Replace GPT-2's activation, eight elementwise passes in transformers, by torch's single kernel for it."""
     from transformers.activations import NewGELUActivation
 
     for module in list(model.modules()):
@@ -88,7 +88,7 @@ def _fuse_gelu(model: PreTrainedModel) -> None:
 
 
 def _commit(source: str, revision: str | None) -> str | None:
-    """The commit that a hub model was loaded at, from the cache that it now lies in; None for local files."""
+    """The commit of a hub model, as the local cache names it after loading; None for local files."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(source).exists():
@@ -98,7 +98,7 @@ def _commit(source: str, revision: str | None) -> str | None:
 
 
 def locate(name: str) -> tuple[str, str | None]:
-    """Where `lm.model` lies: (directory or hub id, name of the .gguf file in that directory or None).
+    """Find `lm.model`: (directory or hub id, name of the .gguf file in that directory or None).
 
     Raises UserError for a file or a package that does not exist.
     """
@@ -117,7 +117,7 @@ def locate(name: str) -> tuple[str, str | None]:
 
 
 def _in_package(name: str) -> Path:
-    """The path of `package:NAME/FILE`, found without importing the package: importing would run its code."""
+    """The path of `package:NAME/FILE`, without importing the package, which would run its code."""
     package, _, file = name.removeprefix("package:").partition("/")
     if not package or not file:
         raise UserError(f"lm.model={name!r} is not of the form package:NAME/FILE.gguf")
@@ -158,7 +158,7 @@ def _load_pretrained(
 
 
 def first_line(error: Exception) -> str:
-    """A foreign error in one line."""
+    """The first line of another library's error."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -186,7 +186,7 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
         content: Any = tokenizer.get_vocab()
     else:
         content = json.loads(backend.to_str())
-        # Left behind by the last call of the tokenizer, not part of it.
+        # Set by the last call of the tokenizer; they do not define it.
         content.pop("truncation", None)
         content.pop("padding", None)
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids)]

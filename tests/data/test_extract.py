@@ -205,12 +205,12 @@ def test_a_disk_that_fills_up(config: MakeConfig, lm: LanguageModel, small_disk:
     disk = small_disk(1000 * (2 * 3 * 16 * 2 + 16) + 16_000)
     made, path = config(f"data.store={disk}"), disk / "train"
     with pytest.raises(
-        UserError, match=r"no more could be written to .*No space left on device.*goes on from the last"
+        UserError, match=r"no more could be written to .*No space left on device.*resumes after the last"
     ):
         extract(made, "train", lm, progress=False)
     assert recorded_shards(path)
     assert not list(path.glob("*.partial"))
-    with pytest.raises(UserError, match=r"has 0.0\d+ GB free, wanted 0.\d+ GB for the rows to come: free space"):
+    with pytest.raises(UserError, match=r"has 0.0\d+ GB free, wanted 0.\d+ GB for the rows that are left: free space"):
         extract(config(f"data.store={disk}", "data.train_tokens=2000"), "train", lm, progress=False)
     small_disk(1 << 20)
     extract(made, "train", lm, progress=False)
