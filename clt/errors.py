@@ -1,4 +1,9 @@
-"""The one error type that means "the user can fix this"."""
+"""The error that means "the user can fix this"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 
 class UserError(ValueError):
@@ -7,3 +12,9 @@ class UserError(ValueError):
     The message says what was found, what was wanted and the remedy. The command line prints it without a traceback
     and exits with status 2; everything else that is raised is a bug and keeps its traceback.
     """
+
+
+def mismatches(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What a message says of the keys of `wanted` that `found` has otherwise; empty when there are none."""
+    odd = [key for key in wanted if found.get(key) != wanted[key]]
+    return "; ".join(f"{key}: found {found.get(key)!r}, wanted {wanted[key]!r}" for key in odd)

@@ -183,8 +183,8 @@ def test_a_store_of_another_model(train_overrides, lm_path, copied, script, tmp_
     before = digests(copied)
     keys = [f"lm.model={path}", f"data.store={copied}", f"run.dir={tmp_path / 'run'}"]
     found = script(*train_overrides, *keys)
-    assert "width D: the store has 16, the model 20" in found
-    assert "layers: the store has [0, 1, 2], the model [0, 1]" in found
+    assert "width D: found 16, wanted 20" in found
+    assert "layers: found [0, 1, 2], wanted [0, 1]" in found
     assert "set data.store to another directory" in found
     assert found == script("--prepare", *train_overrides, *keys)
     assert not (tmp_path / "run").exists()

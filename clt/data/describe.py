@@ -1,4 +1,4 @@
-"""A store for people: its sizes, statistics and checksums. Imports no torch, so that `clt inspect` answers at once."""
+"""Describe and verify a store. Imports no torch, so that `clt inspect` answers at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clt.errors import UserError
 
 
 def describe(path: str | Path) -> str:
-    """What a person wants to know about a store, as lines of text. UserError when it is unfinished or damaged."""
+    """A store's size, origin and scales, as lines of text. Raises UserError when it is unfinished or damaged."""
     index, statistics = read_index(path), read_statistics(Path(path) / STATISTICS, "np")
     for shard in index.shards:
         dataset_offsets(Path(path) / shard["file"], shard["rows"], index.n_layers, index.d_acts, index.dtype)

@@ -1,4 +1,4 @@
-"""From text to a store: run the language model, shuffle the rows, write the shards; interruptible at any time."""
+"""Extract a store from text: run the language model, shuffle the rows, write the shards. Resumable at any time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clt.data.shards import is_full_disk, row_bytes
 from clt.data.state import STATE, ExtractionState, load_state
 from clt.data.statistics import Moments
 from clt.data.writer import Writer
-from clt.errors import UserError
+from clt.errors import UserError, mismatches
 from clt.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 
 def extract_all(config: Config, progress: bool = True) -> list[StoreIndex]:
-    """`extract` the training and the held-out store; a language model that both need is loaded once."""
+    """`extract` the training and the held-out store, with one language model for both."""
     parts: tuple[Part, ...] = ("train", "heldout")
-    missing = [part for part in parts if not (Path(config.data.store) / part / INDEX).exists()]
-    lm = _load(config) if missing else None
+    complete = all((Path(config.data.store) / part / INDEX).exists() for part in parts)
+    lm = None if complete else _load(config)
     return [extract(config, part, lm, progress) for part in parts]
 
 
 def extract(config: Config, part: Part, lm: LanguageModel | None = None, progress: bool = True) -> StoreIndex:
-    """Make the store `<data.store>/<part>`, or finish it, or return its index when it is already there.
+    """Make or resume the store `<data.store>/<part>`; returns its index, also when the store is already finished.
 
-    The bytes of the store depend on the config alone, not on how often the extraction was interrupted. Raises
-    UserError for another config's store or leftovers, another process at work on it, too little text, a value that does
-    not fit the storage dtype, and a full disk.
+    The bytes of the store depend on the config alone, not on interruptions. Raises UserError for a store or an
+    unfinished extraction of another config, another process that extracts it, too little text, a value that overflows
+    the storage dtype, and a full disk.
     """
     path = Path(config.data.store) / part
     if (path / INDEX).exists():
@@ -47,7 +47,7 @@ def extract(config: Config, part: Part, lm: LanguageModel | None = None, progres
     lm = lm or _load(config)
     path.mkdir(parents=True, exist_ok=True)
     with locked(path):
-        if (path / INDEX).exists():  # another process made it meanwhile
+        if (path / INDEX).exists():  # another process has made it
             return _finished(path, config)
         return _extract(path, config, part, lm, progress)
 
@@ -69,11 +69,14 @@ def _finished(path: Path, config: Config) -> StoreIndex:
 def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress: bool) -> StoreIndex:
     keep_freed_memory()
     placement = Placement(path, _blank_index(config, part, lm), config.data.shard_rows, config.data.open_shards)
-    identity = _identity(placement, config)
+    # What must be equal to resume. The number of rows may change: only the last group depends on it.
+    identity = dataclasses.asdict(placement.index)
+    del identity["rows"], identity["shards"]
+    identity |= {"lm.dtype": config.lm.dtype, "lm.batch_windows": config.lm.batch_windows}
+    identity |= {"data.shard_rows": placement.shard_rows, "data.open_shards": placement.open_shards}
     zero = Moments.zero(placement.index.n_layers, placement.index.d_acts)
     state = load_state(path, identity) or ExtractionState([], 0, 0, zero)
-    _check_rows(placement, state)
-    _check_space(placement, state)
+    _check_room(placement, state)
     try:
         shards, moments = _write_groups(config, placement, lm, state, identity, progress)
         moments.statistics().save(path / STATISTICS)
@@ -83,8 +86,8 @@ def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress
         if not is_full_disk(error):
             raise
         raise UserError(
-            f"no more could be written to {path} ({error}); free space and run `clt extract CONFIG` again, which goes "
-            "on from the last whole shards, or set data.store to another disk"
+            f"no more could be written to {path} ({error}); free space and run `clt extract CONFIG` again, which "
+            "resumes after the last complete shards, or set data.store to another disk"
         ) from error
     (path / STATE).unlink()
     return index
@@ -93,7 +96,7 @@ def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress
 def _write_groups(
     config: Config, placement: Placement, lm: LanguageModel, state: ExtractionState, identity: dict[str, Any], bar: bool
 ) -> tuple[list[ShardEntry], Moments]:
-    """Extract all groups that `state` does not have, recording each; returns the shards and moments of all groups."""
+    """Extract the groups that follow `state` and record each; returns the shards and moments of the whole store."""
     done, total, part = state.rows, placement.index.rows, placement.index.text["part"]
     shards, moments = list(state.shards), state.moments
 
@@ -121,7 +124,7 @@ def _write_groups(
 
 
 def check_store(index: StoreIndex, config: Config) -> None:
-    """Check that a store is the one that the config asks for; raises UserError that names every field that is not."""
+    """Raise UserError, naming every field that differs, unless a store is the one that the config asks for."""
     if odd := differences(index, config):
         raise UserError(
             f"the {index.text['part']} store in {config.data.store} is not the one that the config asks for: {odd}; "
@@ -130,53 +133,60 @@ def check_store(index: StoreIndex, config: Config) -> None:
 
 
 def differences(index: StoreIndex, config: Config) -> str:
-    """The fields in which rows are not those that the config asks for: what was found and what was wanted."""
-    part, lm, text = index.text["part"], config.lm, index.text
-    layers = list(range(index.lm_layers or index.n_layers)) if lm.layers is None else lm.layers
-    pairs = {
-        "lm.model": (index.model, lm.model),
-        "lm.revision": (index.revision if lm.revision == index.revision else index.lm_revision, lm.revision),
-        "lm.dtype": (index.lm_dtype, lm.dtype),
-        "lm.layers": (index.layers, layers),
-        "lm.context": (index.context, lm.context),
-        "data.dtype": (index.dtype, config.data.dtype),
-        f"data.{part}_tokens": (index.rows, getattr(config.data, f"{part}_tokens")),
-        "data.seed": (index.seed, config.data.seed),
-        **{f"text.{key}": (text.get(key), value) for key, value in dataclasses.asdict(config.text).items()},
+    """The fields in which a store differs from the config: what was found and what was wanted; empty if none."""
+    lm, tokens = config.lm, f"{index.text['part']}_tokens"
+    found = {
+        "lm.model": index.model,
+        "lm.revision": index.revision if lm.revision == index.revision else index.lm_revision,
+        "lm.dtype": index.lm_dtype,
+        "lm.layers": index.layers,
+        "lm.context": index.context,
+        "lm.input_site": index.input_sites,
+        "lm.output_site": index.output_sites,
+        "data.dtype": index.dtype,
+        f"data.{tokens}": index.rows,
+        "data.seed": index.seed,
+        **{f"text.{key}": value for key, value in index.text.items()},
     }
-    for key, sites in (("input_site", index.input_sites), ("output_site", index.output_sites)):
-        template = getattr(lm, key)
+    wanted = {key: getattr(lm, key.removeprefix("lm.")) for key in found if key.startswith("lm.")}
+    wanted |= {f"data.{key}": getattr(config.data, key) for key in ("dtype", tokens, "seed")}
+    wanted |= {f"text.{key}": value for key, value in dataclasses.asdict(config.text).items()}
+    if lm.layers is None:
+        wanted["lm.layers"] = list(range(index.lm_layers or index.n_layers))
+    for key in ("lm.input_site", "lm.output_site"):
+        template = wanted.pop(key)
         if template is not None:
-            pairs[f"lm.{key}"] = (sites, [template.replace("{layer}", str(layer)) for layer in index.layers])
-    return "; ".join(
-        f"{key}: found {found!r}, wanted {wanted!r}" for key, (found, wanted) in pairs.items() if found != wanted
-    )
+            wanted[key] = [template.replace("{layer}", str(layer)) for layer in index.layers]
+    return mismatches(found, wanted)
 
 
 def check_model(index: StoreIndex, lm: LanguageModel) -> None:
-    """Check that a store's activations are those of this language model; raises UserError that says what differs."""
-    pairs = {
-        "width D": (index.d_acts, lm.d_model),
-        "layers": (index.layers, list(lm.layers)),
-        "input sites": (index.input_sites, [site.input_path for site in lm.sites]),
-        "output sites": (index.output_sites, [site.output_path for site in lm.sites]),
-        "revision": (index.revision, lm.revision),
-        "tokenizer": (index.tokenizer_hash, lm.tokenizer_hash),
+    """Raise UserError, naming what differs, unless a store holds activations of this language model."""
+    found = {
+        "width D": index.d_acts,
+        "layers": index.layers,
+        "input sites": index.input_sites,
+        "output sites": index.output_sites,
+        "revision": index.revision,
+        "tokenizer": index.tokenizer_hash,
     }
-    odd = [
-        f"{what}: the store has {found!r}, the model {wanted!r}"
-        for what, (found, wanted) in pairs.items()
-        if found != wanted
-    ]
-    if odd:
+    wanted = {
+        "width D": lm.d_model,
+        "layers": lm.layers,
+        "input sites": [site.input_path for site in lm.sites],
+        "output sites": [site.output_path for site in lm.sites],
+        "revision": lm.revision,
+        "tokenizer": lm.tokenizer_hash,
+    }
+    if odd := mismatches(found, wanted):
         raise UserError(
-            f"the store was not extracted from the model that {lm.name!r} is now: {'; '.join(odd)}; "
+            f"the store was not extracted from the model that {lm.name!r} is now: {odd}; "
             "set lm.model or lm.revision to the one it was, or set data.store to another directory and extract again"
         )
 
 
 def _blank_index(config: Config, part: Part, lm: LanguageModel) -> StoreIndex:
-    """The index of the store to be, but for its shards."""
+    """The index of the store that will be extracted, without its shards."""
     return StoreIndex(
         format_version=FORMAT_VERSION,
         model=lm.name,
@@ -199,28 +209,18 @@ def _blank_index(config: Config, part: Part, lm: LanguageModel) -> StoreIndex:
     )
 
 
-def _identity(placement: Placement, config: Config) -> dict[str, Any]:
-    """What must be the same for an extraction to go on. Not the number of rows: only the last group depends on it."""
-    index = {key: value for key, value in dataclasses.asdict(placement.index).items() if key not in ("rows", "shards")}
-    batch = {"lm.dtype": config.lm.dtype, "lm.batch_windows": config.lm.batch_windows}
-    return {**index, **batch, "data.shard_rows": placement.shard_rows, "data.open_shards": placement.open_shards}
-
-
-def _check_rows(placement: Placement, state: ExtractionState) -> None:
-    whole, wanted = state.rows % placement.group_rows == 0, placement.index.rows
-    if state.rows != wanted and not (whole and state.rows < wanted):
+def _check_room(placement: Placement, state: ExtractionState) -> None:
+    """Raise UserError when the rest of the rows cannot follow the extracted ones, or does not fit on the disk."""
+    path, index, done = placement.path, placement.index, state.rows
+    if done > index.rows or (done < index.rows and done % placement.group_rows):
         raise UserError(
-            f"{placement.path} holds an unfinished extraction with {state.rows} rows done, wanted {wanted}: "
+            f"{path} holds an unfinished extraction with {done} rows done, wanted {index.rows}: "
             "set the tokens back to what they were to finish it, delete it, or choose another data.store"
         )
-
-
-def _check_space(placement: Placement, state: ExtractionState) -> None:
-    index = placement.index
-    wanted = (index.rows - state.rows) * sum(row_bytes(index.n_layers, index.d_acts, index.dtype).values())
-    free = shutil.disk_usage(placement.path).free
+    wanted = (index.rows - done) * sum(row_bytes(index.n_layers, index.d_acts, index.dtype).values())
+    free = shutil.disk_usage(path).free
     if free < wanted:
         raise UserError(
-            f"{placement.path} has {free / 1e9:.3f} GB free, wanted {wanted / 1e9:.3f} GB for the rows to come: "
+            f"{path} has {free / 1e9:.3f} GB free, wanted {wanted / 1e9:.3f} GB for the rows that are left: "
             "free space, set data.store to another disk, or lower data.train_tokens, data.heldout_tokens or lm.layers"
         )

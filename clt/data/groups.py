@@ -1,4 +1,4 @@
-"""Groups of shards: which rows of the text belong to which group, and at which random place in it."""
+"""Groups of shards: the rows of each group in the order of the text, and their shuffled places in its files."""
 
 from __future__ import annotations
 
@@ -30,40 +30,32 @@ _WRITE_ROWS = 256  # that one thread writes at once
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the rows of a store go: `open_shards` shards of `shard_rows` rows make a group, shuffled as a whole."""
+    """Where rows are written: each group of `open_shards` shards of `shard_rows` rows is shuffled by itself."""
 
     path: Path
     index: StoreIndex
-    """The finished store's index, but for its shards."""
+    """The index of the finished store, without its shards."""
     shard_rows: int
     open_shards: int
     shuffle: bool = True
 
     @property
     def group_rows(self) -> int:
-        """Rows in a whole group."""
+        """Rows in a complete group; the last one may have fewer."""
         return self.shard_rows * self.open_shards
-
-    def shards(self, group: int) -> list[int]:
-        """Rows of each shard of a group: all whole, but for the last of the store."""
-        rows = min(self.group_rows, self.index.rows - group * self.group_rows)
-        return [min(self.shard_rows, rows - first) for first in range(0, rows, self.shard_rows)]
-
-    def order(self, group: int) -> np.ndarray:
-        """The place in the group of each of its rows."""
-        rows = sum(self.shards(group))
-        if not self.shuffle:
-            return np.arange(rows)
-        return permutation(rows, self.index.seed, group, STREAMS[self.index.text["part"]])
 
 
 class OpenGroup:
-    """The shards of one group while they are written: each row goes to its random place at once."""
+    """The shards of one group while they are written. Each row is written to its shuffled place at once."""
 
     def __init__(self, placement: Placement, group: int) -> None:
-        index, first = placement.index, group * placement.open_shards
-        self.sizes, self.order, self.filled = placement.shards(group), placement.order(group), 0
-        self.shard_rows = placement.shard_rows
+        index, self.shard_rows, self.filled = placement.index, placement.shard_rows, 0
+        rows = min(placement.group_rows, index.rows - group * placement.group_rows)
+        self.sizes = [min(self.shard_rows, rows - first) for first in range(0, rows, self.shard_rows)]
+        self.order = np.arange(rows)  # the place in the group of each row
+        if placement.shuffle:
+            self.order = permutation(rows, index.seed, group, STREAMS[index.text["part"]])
+        first = group * placement.open_shards
         self.files = [placement.path / f"shard_{first + i:05d}.h5" for i in range(len(self.sizes))]
         self.partials = [file.with_name(file.name + PARTIAL) for file in self.files]
         self.columns = {name: np.empty(len(self.order), dtype) for name, dtype in COLUMN_DTYPES.items()}
@@ -81,7 +73,7 @@ class OpenGroup:
         return self.filled == len(self.order)
 
     def add(self, rows: Rows, pool: Executor) -> None:
-        """Write the next rows of the text (contiguous, CPU, storage dtype) to their places, on the pool's threads."""
+        """Write the next rows of the text (contiguous, CPU, storage dtype) to their places, with the pool's threads."""
         slots = self.order[self.filled : self.filled + len(rows)]
         data = rows.activations.reshape(-1).view(torch.uint8).numpy().data
         size, offsets = len(data) // len(rows), [offsets["tensor"] for offsets in self.offsets]
@@ -98,7 +90,7 @@ class OpenGroup:
         self.filled += len(rows)
 
     def finish(self) -> list[ShardEntry]:
-        """Complete the shards, hash them, give them their names; returns their entries in the index."""
+        """Write the columns, hash the shards and rename them; returns their entries in the index."""
         assert self.full
         starts = range(0, len(self.order), self.shard_rows)
         for fd, offsets, start, rows in zip(self.descriptors, self.offsets, starts, self.sizes):
@@ -126,13 +118,12 @@ def rows_by_group(
 ) -> Iterator[tuple[Rows, ExtractionState | None]]:
     """The rows of the text from `state` on, in host memory, cut where groups end.
 
-    The last rows of a group come with the state that is then reached, without its shards. On a GPU a stream of its own
-    counts the rows in the moments and copies them while the model computes the next batch. On a CPU there is nothing to
-    overlap with: the model takes all cores, and a thread beside it gained nothing (measured). Raises UserError for a
-    value that does not fit the storage dtype.
+    The last rows of a group come with the state after them, which still lacks the shards. On a GPU a second stream
+    updates the moments and copies the rows while the model computes the next batch. On a CPU the model uses all cores,
+    and a thread beside it gained nothing (measured). Raises UserError for a value that overflows the storage dtype.
     """
     side = torch.cuda.Stream(lm.device) if lm.device.type == "cuda" else None
-    with torch.cuda.stream(side):  # also their memory is that stream's: the model's must not have it while it is read
+    with torch.cuda.stream(side):  # allocated on that stream, so that the model's stream does not reuse the memory
         moments = state.moments.to(lm.device)
     pieces = _cut(config, placement, lm, state)
     for batch, rows, end, computed in pieces if side is None else _one_ahead(pieces):
@@ -143,7 +134,7 @@ def rows_by_group(
             moments.add(rows.activations)
             reached = None if end is None else ExtractionState([], *end, moments.to("cpu"))
             rows = dataclasses.replace(rows, activations=_to_host(rows.activations))
-            # One value that is not finite makes its sum of squares so: no pass over the rows is needed to find it.
+            # A value that is not finite makes its sum of squares not finite, so the rows need no check of their own.
             # On a GPU this waits for the side stream, and so for the copy.
             if not moments.squares.isfinite().all():
                 check_finite(lm, batch, rows)
@@ -153,9 +144,9 @@ def rows_by_group(
 def _cut(
     config: Config, placement: Placement, lm: LanguageModel, state: ExtractionState
 ) -> Iterator[tuple[list[Window], Rows, tuple[int, int] | None, torch.cuda.Event | None]]:
-    """(windows of the pass, rows, end, event) on the model's device, cut where groups end.
+    """(windows of the pass, rows, end, event), on the model's device, cut where groups end.
 
-    end: `windows` and `skip_rows` of the state that is reached there; event: after which a GPU has the rows.
+    end: `windows` and `skip_rows` of the state there, else None; event: on a GPU, when the rows are computed.
     """
     done, total, skip, windows = state.rows, placement.index.rows, state.skip_rows, state.windows
     for batch, rows in forward_text(config, placement.index.text["part"], lm, windows):
@@ -174,7 +165,7 @@ def _cut(
 
 
 def _one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """`items`, each given out when the next one has come: what that one launched on a GPU is under way."""
+    """Yield each item after the next one was made, so that a GPU already works on the next one."""
     waiting: list[T] = []
     for item in items:
         yield from waiting
@@ -183,7 +174,7 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """A tensor in host memory: itself on a CPU, else a pinned copy, which the current stream fills."""
+    """The tensor itself on a CPU; else a pinned copy of it, which the current stream will fill."""
     if tensor.device.type == "cpu":
         return tensor
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

@@ -17,7 +17,7 @@ INDEX = "index.json"
 STATISTICS = "stats.safetensors"
 STATISTICS_TENSORS = ("input_mean", "input_sd", "target_mean", "target_sd", "rows")
 PARTIAL = ".partial"
-"""What the name of an unfinished file ends in."""
+"""Suffix of an unfinished file."""
 
 
 class ShardEntry(TypedDict):
@@ -30,7 +30,7 @@ class ShardEntry(TypedDict):
 
 @dataclass(frozen=True)
 class StoreIndex:
-    """Everything a store says about itself."""
+    """What index.json says of a store."""
 
     format_version: int
     model: str
@@ -55,15 +55,15 @@ class StoreIndex:
     rows: int
     shards: list[ShardEntry]
     lm_layers: int | None = None
-    """Layers that the language model has, chosen or not; None when that is not known."""
+    """Number of layers of the language model, chosen or not; None if unknown."""
     lm_dtype: str = "float32"
     """Dtype that the language model computed in."""
     lm_revision: str | None = None
-    """The revision that was asked for; `revision` is the commit that it then was."""
+    """The revision that the config asked for; `revision` is the commit that it named."""
 
 
 def content_hash(index: StoreIndex) -> str:
-    """Twelve hexadecimal digits of the checksums: those of two stores are equal only if their rows and places are."""
+    """Twelve hexadecimal digits of all checksums: equal only for stores with the same rows in the same places."""
     return hashlib.sha256("".join(shard["checksum"] for shard in index.shards).encode()).hexdigest()[:12]
 
 
@@ -118,17 +118,17 @@ def read_statistics(file: Path, framework: str) -> dict[str, Any]:
 
 
 def write_index(path: str | Path, index: StoreIndex) -> None:
-    """Write the index of the store in directory `path`, atomically: it is the last file that a store receives."""
+    """Write the index of the store in directory `path`, atomically. It is written last."""
     write_json(Path(path) / INDEX, dataclasses.asdict(index))
 
 
 def write_json(file: Path, tree: Any) -> None:
-    """Write JSON such that readers see the old file or the whole new one, also after a power cut."""
+    """Write JSON atomically, as `write_whole`."""
     write_whole(file, json.dumps(tree, indent=1).encode())
 
 
 def write_whole(file: Path, data: bytes) -> None:
-    """Write a small file such that readers see the old one or the whole new one. A failure leaves nothing behind."""
+    """Write a small file atomically and durably: readers see the old file or the new one, even after a power cut."""
     partial = file.with_name(file.name + PARTIAL)
     try:
         partial.write_bytes(data)
@@ -139,14 +139,14 @@ def write_whole(file: Path, data: bytes) -> None:
 
 
 def rename_synced(partial: Path, path: Path) -> None:
-    """Give a finished file its name, such that the name never stands for missing bytes, even after a power cut."""
+    """Rename a finished file durably: even after a power cut the name never stands for an incomplete file."""
     sync(partial)
     os.replace(partial, path)
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a directory's names, are on the disk."""
+    """fsync a file, or a directory for its names."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -1,4 +1,4 @@
-"""One extraction of a store at a time: a lock that ends with its process, however that ends."""
+"""One extraction of a store at a time: the kernel releases the lock when its process ends."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LOCK = "lock"
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Keep other processes from extracting into directory `path`.
 
-    When another one does so already, `wait` for its end, or raise a UserError that names it. The file that is locked
-    says who holds it and is gone afterwards; one that a killed process left behind is locked by nobody.
+    If another process holds the lock, wait for it, or without `wait` raise a UserError that names it. The lock file
+    says who holds the lock and is deleted afterwards. The file that a killed process leaves is not locked.
     """
     file = path / LOCK
     fd = _acquire(file, wait)
@@ -33,7 +33,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 
 def _acquire(file: Path, wait: bool) -> int:
-    """Open the file and lock it. Who had it locked may have deleted it in between: then it is made anew."""
+    """Create or open the file and lock it; again if its last holder deleted it before it was locked here."""
     while True:
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:

@@ -55,7 +55,7 @@ def batch_rows(
     epochs = range(first // n_rows, max(end - 1, first) // n_rows + 1)
     starts = [max(first - epoch * n_rows, 0) for epoch in epochs]
     ends = [min(end - epoch * n_rows, n_rows) for epoch in epochs]
-    return np.concatenate([_epoch_rows(n_rows, block_rows, seed, *part) for part in zip(epochs, starts, ends)])
+    return np.concatenate([_epoch_rows(n_rows, block_rows, seed, *span) for span in zip(epochs, starts, ends)])
 
 
 def _epoch_rows(n_rows: int, block_rows: int, seed: int, epoch: int, start: int, end: int) -> np.ndarray:
@@ -64,7 +64,7 @@ def _epoch_rows(n_rows: int, block_rows: int, seed: int, epoch: int, start: int,
     order, last = _block_order(n_blocks, seed, epoch)
     missing = n_blocks * block_rows - n_rows
     at = np.arange(start, end)
-    # Behind the ragged block everything comes `missing` places early: count as if it had been whole.
+    # After the ragged block every row comes `missing` places early: count as if that block were complete.
     at[max((last + 1) * block_rows - missing - start, 0) :] += missing
     block, within = np.divmod(at, block_rows)
     return order[block] * block_rows + within

@@ -11,7 +11,6 @@ import errno
 import hashlib
 import os
 import re
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,9 +39,19 @@ def create_shard(path: Path, rows: int, n_layers: int, d_acts: int, dtype: str) 
     The bytes of the file depend on the arguments alone: no timestamps, no fill values.
     """
     shapes = {"tensor": (rows, 2, n_layers, d_acts), **dict.fromkeys(COLUMN_DTYPES, (rows,))}
-    dtypes = {"tensor": TENSOR_DTYPES[dtype], **COLUMN_DTYPES}
+    dtypes, offsets = {"tensor": TENSOR_DTYPES[dtype], **COLUMN_DTYPES}, {}
     try:
-        offsets = _create_datasets(path, shapes, dtypes, dtype)
+        with h5py.File(path, "w", libver="earliest") as file:
+            for name, shape in shapes.items():
+                settings = h5p.create(h5p.DATASET_CREATE)
+                settings.set_layout(h5d.CONTIGUOUS)
+                settings.set_alloc_time(h5d.ALLOC_TIME_EARLY)
+                settings.set_fill_time(h5d.FILL_TIME_NEVER)
+                settings.set_obj_track_times(False)
+                kind = h5t.py_create(dtypes[name].newbyteorder("<"))
+                dataset = h5d.create(file.id, name.encode(), kind, h5s.create_simple(shape), settings)
+                offsets[name] = dataset.get_offset()
+            file["tensor"].attrs["dtype"] = np.bytes_(dtype)  # numpy has no bfloat16: its bits are stored as uint16
     except (RuntimeError, OSError) as error:  # HDF5 hides the errno, or tells it in many lines with memory addresses
         if found := re.search(r"errno = (\d+)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
@@ -50,25 +59,6 @@ def create_shard(path: Path, rows: int, n_layers: int, d_acts: int, dtype: str) 
     if hasattr(os, "posix_fallocate"):  # a full disk shows here, and the blocks lie together on it
         with open(path, "r+b") as raw:
             os.posix_fallocate(raw.fileno(), 0, path.stat().st_size)
-    return offsets
-
-
-def _create_datasets(
-    path: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, np.dtype[Any]], dtype: str
-) -> dict[str, int]:
-    """Create an HDF5 file of allocated, unwritten datasets; returns the byte at which each starts."""
-    offsets = {}
-    with h5py.File(path, "w", libver="earliest") as file:
-        for name, shape in shapes.items():
-            settings = h5p.create(h5p.DATASET_CREATE)
-            settings.set_layout(h5d.CONTIGUOUS)
-            settings.set_alloc_time(h5d.ALLOC_TIME_EARLY)
-            settings.set_fill_time(h5d.FILL_TIME_NEVER)
-            settings.set_obj_track_times(False)
-            kind = h5t.py_create(dtypes[name].newbyteorder("<"))
-            dataset = h5d.create(file.id, name.encode(), kind, h5s.create_simple(shape), settings)
-            offsets[name] = dataset.get_offset()
-        file["tensor"].attrs["dtype"] = np.bytes_(dtype)  # numpy has no bfloat16: those bits are stored as uint16
     return offsets
 
 
@@ -80,17 +70,17 @@ def dataset_offsets(path: Path, rows: int, n_layers: int, d_acts: int, dtype: st
     remedy = "copy this file again, or delete the store and run `clt extract CONFIG` again"
     if not path.is_file():
         raise UserError(f"shard {path} is missing; {remedy}")
-    sizes = row_bytes(n_layers, d_acts, dtype)
-    found, wanted = path.stat().st_size, _recorded_size(path) or rows * sum(sizes.values())
-    if found < wanted:
-        raise UserError(f"shard {path} is truncated: found {found} bytes, wanted {wanted}; {remedy}")
     try:
         with h5py.File(path, "r") as file:
-            datasets: dict[str, Any] = {name: file[name] for name in sizes}
+            datasets: dict[str, Any] = {name: file[name] for name in ("tensor", *COLUMN_DTYPES)}
             stored = datasets["tensor"].attrs["dtype"].decode()
             shape = datasets["tensor"].shape
             offsets = {name: dataset.id.get_offset() for name, dataset in datasets.items()}
     except (OSError, KeyError) as error:
+        if sizes := re.search(r"truncated file: eof = (\d+), .*stored_eof = (\d+)", str(error)):
+            raise UserError(
+                f"shard {path} is truncated: found {sizes[1]} bytes, wanted {sizes[2]}; {remedy}"
+            ) from error
         raise UserError(f"shard {path} is not readable as a shard ({error}); {remedy}") from error
     wanted_shape = (rows, 2, n_layers, d_acts)
     if shape != wanted_shape or stored != dtype:
@@ -100,15 +90,6 @@ def dataset_offsets(path: Path, rows: int, n_layers: int, d_acts: int, dtype: st
     return offsets
 
 
-def _recorded_size(path: Path) -> int | None:
-    """The end-of-file address in HDF5's superblock, or None when there is none to read."""
-    with open(path, "rb") as file:
-        head = file.read(48)
-    if len(head) < 48 or head[:8] != b"\x89HDF\r\n\x1a\n":
-        return None
-    return struct.unpack_from("<Q", head, 40 if head[8] < 2 else 28)[0]
-
-
 def read_at(fd: int, views: list[memoryview], offset: int, path: Path) -> None:
     """Fill `views` (of bytes), one after the other, with the file's bytes from `offset` on.
 
@@ -116,20 +97,20 @@ def read_at(fd: int, views: list[memoryview], offset: int, path: Path) -> None:
     """
     end = offset + sum(map(len, views))
     while views:
-        part = views[:_VIEWS]
-        count = os.preadv(fd, part, offset)
+        first = views[:_VIEWS]
+        count = os.preadv(fd, first, offset)
         if count == 0:
             raise UserError(
                 f"shard {path} is truncated: found {os.fstat(fd).st_size} bytes, wanted {end}; "
                 "it changed while it was read: copy this file again"
             )
         offset += count
-        # As a rule all of it came; a loop over the views would take longer than small rows do.
-        views = views[_VIEWS:] if count == sum(map(len, part)) else _unfilled(views, count)
+        # Usually one call reads everything; a loop over the views would take longer than reading small rows.
+        views = views[_VIEWS:] if count == sum(map(len, first)) else _unfilled(views, count)
 
 
 def _unfilled(views: list[memoryview], count: int) -> list[memoryview]:
-    """What remains of `views` behind their first `count` bytes."""
+    """The views, or rest of a view, that follow the first `count` bytes."""
     at = 0
     while count >= len(views[at]):
         count -= len(views[at])
@@ -149,7 +130,7 @@ def checksum(path: Path, kind: str = "xxh3_128") -> str:
 
     12 GB/s where sha256 reaches 1.4 (measured), which is what older stores have. Raises UserError for any other kind.
     """
-    import xxhash  # here: training does not want it
+    import xxhash  # here: training does not need it
 
     kinds: dict[str, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
     if kind not in kinds:

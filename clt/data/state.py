@@ -1,4 +1,4 @@
-"""The state of an interrupted extraction: what it needs to go on from its last whole group of shards."""
+"""The state of an unfinished extraction: what it needs to resume after its last complete group of shards."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from safetensors.torch import save
 
 from clt.data.index import INDEX, PARTIAL, STATISTICS, ShardEntry, write_whole
 from clt.data.statistics import Moments
-from clt.errors import UserError
+from clt.errors import UserError, mismatches
 
 STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
 class ExtractionState:
-    """An extraction between two groups of shards."""
+    """An extraction between two groups of shards, as it is recorded on disk."""
 
     shards: list[ShardEntry]
     windows: int
-    """Windows of text to skip: a multiple of the language model's batch, so that resumed batches are the same ones."""
+    """Windows of text to skip: a multiple of `lm.batch_windows`, so that resumed batches have the same windows."""
     skip_rows: int
-    """Kept rows to skip after those windows: the batch in which the last group ended is computed once more."""
+    """Kept rows to skip after those windows: the batch in which the last group ended is computed again."""
     moments: Moments
 
     @property
     def rows(self) -> int:
-        """Rows in the whole groups."""
+        """Rows in the complete groups."""
         return sum(shard["rows"] for shard in self.shards)
 
     def save(self, path: Path, identity: dict[str, Any]) -> None:
@@ -41,10 +41,10 @@ class ExtractionState:
 
 
 def load_state(path: Path, identity: dict[str, Any]) -> ExtractionState | None:
-    """The state recorded in `path`, or None where there is none; deletes files that an interruption left unfinished.
+    """The state recorded in `path`, or None if there is none. Deletes files that an interruption left unfinished.
 
-    Raises UserError, naming the differences, when the state is that of another extraction, and for a finished store
-    that has lost its index.
+    Raises UserError for the state of another extraction (naming the differences) and for a finished store without its
+    index.
     """
     file = path / STATE
     state = None
@@ -58,13 +58,12 @@ def load_state(path: Path, identity: dict[str, Any]) -> ExtractionState | None:
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error}); delete {path} and extract it again") from error
         moments.rows = state.rows
-        if odd := [key for key in identity if found.get(key) != identity[key]]:
-            differences = "; ".join(f"{key} found {found.get(key)!r}, wanted {identity[key]!r}" for key in odd)
+        if odd := mismatches(found, identity):
             raise UserError(
-                f"{path} holds an unfinished extraction of something else: {differences}; "
+                f"{path} holds an unfinished extraction of something else: {odd}; "
                 "set these back to finish it, delete it, or choose another data.store"
             )
-    elif (path / STATISTICS).exists():  # written when all shards are whole, and before the state is deleted
+    elif (path / STATISTICS).exists():  # written after the last shard and before the state is deleted
         raise UserError(
             f"{path} holds the shards of a finished store but no {INDEX}: copy its {INDEX} there again, "
             "delete the directory to extract it again, or choose another data.store"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clt.data.index import STATISTICS_TENSORS, read_statistics, write_whole
 
-_CHUNK = 256  # rows widened to float64 at once: few enough for a CPU's cache, enough to fill a GPU
+_CHUNK = 256  # rows converted to float64 at once: they fit a CPU's cache and fill a GPU
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Moments:
         return cls(0, zero, zero.clone())
 
     def add(self, rows: Tensor) -> None:
-        """Take in rows (n, 2, L, D) of any float dtype, on the moments' device."""
+        """Add rows (n, 2, L, D) of any float dtype, on the moments' device."""
         if len(rows) == 0:
             return
         flat = rows.flatten(1)
-        first = flat[0].double()  # everything is shifted to near the mean, so that the squares lose no digits
+        first = flat[0].double()  # values are shifted to near the mean, so that their squares lose no digits
         total, squares = torch.zeros_like(first), torch.zeros_like(first)
         buffer = first.new_empty(min(len(rows), _CHUNK), len(first))
         ones = first.new_ones(len(buffer))
@@ -77,10 +77,10 @@ class Moments:
         self.rows = count
 
     def statistics(self) -> Statistics:
-        """The statistics of all rows taken in so far, on the CPU."""
+        """The statistics of all rows added so far, on the CPU."""
         mean, sd = self.mean.cpu(), (self.squares / self.rows).sqrt().cpu()
         return Statistics(mean[0].clone(), sd[0].clone(), mean[1].clone(), sd[1].clone(), self.rows)
 
     def to(self, device: torch.device | str) -> Moments:
-        """A copy on a device; later rows of the one do not reach the other."""
+        """A copy on `device`; rows added to one do not change the other."""
         return Moments(self.rows, self.mean.to(device, copy=True), self.squares.to(device, copy=True))

@@ -1,4 +1,4 @@
-"""A store of activations on disc: random access to its rows, its statistics, its verification."""
+"""A store of activations on disk: random access to its rows, and its statistics."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class DiscBuffer(Dataset[Tensor]):
     fork. Raises UserError when the store is unfinished or damaged, IndexError for rows that do not exist.
     """
 
-    threads = 2  # as many read a page cache at the speed of memory, and keep a disc busy
+    threads = 2  # enough to read the page cache at memory speed and to keep a disk busy
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -42,9 +42,8 @@ class DiscBuffer(Dataset[Tensor]):
         self.statistics = Statistics.load(self.path / STATISTICS)
         _allow_descriptors(len(self._files))
         self._descriptors: list[int] = []
-        self.close = weakref.finalize(self, _close, self._descriptors)  # the garbage collector calls it, too
-        for file in self._files:
-            self._descriptors.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+        self.close = weakref.finalize(self, _close, self._descriptors)  # also called by the garbage collector
+        self._descriptors.extend(os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in self._files)
 
     def __len__(self) -> int:
         return self.index.rows
@@ -60,7 +59,7 @@ class DiscBuffer(Dataset[Tensor]):
     def read(self, rows: np.ndarray, out: Tensor | None = None) -> Tensor:
         """Rows (n,) in any order -> (n, 2, L, D), into `out` (contiguous, storage dtype, CPU) when it is given.
 
-        Runs of consecutive rows are read at once, straight into their place.
+        Consecutive rows are read with one call, directly into their place.
         """
         shape = (len(rows), 2, self.index.n_layers, self.index.d_acts)
         if out is None:
@@ -72,8 +71,8 @@ class DiscBuffer(Dataset[Tensor]):
         return out
 
     def read_into(self, rows: np.ndarray, views: list[memoryview]) -> None:
-        """Rows (n,) in any order, each into its own of n views of a row's bytes."""
-        self._runs("tensor", rows, lambda start, end: views[start:end])
+        """Read rows (n,) in any order, each into its own of n views (as many bytes as a row has)."""
+        self._read_ranges("tensor", rows, lambda start, end: views[start:end])
 
     def tokens(self, rows: Any) -> np.ndarray:
         """Token ids (n,) int32 of the rows."""
@@ -110,10 +109,10 @@ class DiscBuffer(Dataset[Tensor]):
     def _read(self, name: str, rows: np.ndarray, view: memoryview) -> None:
         """Read one dataset's rows (n,) into `view`, n times that dataset's row bytes."""
         size = len(view) // max(len(rows), 1)
-        self._runs(name, rows, lambda start, end: [view[start * size : end * size]])
+        self._read_ranges(name, rows, lambda start, end: [view[start * size : end * size]])
 
-    def _runs(self, name: str, rows: np.ndarray, views: Callable[[int, int], list[memoryview]]) -> None:
-        """Read one dataset's rows (n,), each run of consecutive ones at once: numbers start .. end - 1 into `views`."""
+    def _read_ranges(self, name: str, rows: np.ndarray, views: Callable[[int, int], list[memoryview]]) -> None:
+        """Read one dataset's rows (n,), consecutive ones with one call; rows[start:end] go into `views(start, end)`."""
         if len(rows) == 0:
             return
         size, firsts = self._row_bytes[name], self._firsts
@@ -121,7 +120,7 @@ class DiscBuffer(Dataset[Tensor]):
         ends = [*starts[1:].tolist(), len(rows)]
         for start, end, row in zip(starts.tolist(), ends, rows[starts].tolist()):
             shard = bisect_right(firsts, row) - 1
-            while start < end:  # a run may go on in the next shard
+            while start < end:  # consecutive rows may continue in the next shard
                 stop = min(end, start + firsts[shard + 1] - row)
                 offset = self._offsets[shard][name] + (row - firsts[shard]) * size
                 read_at(self._descriptors[shard], views(start, stop), offset, self._files[shard])
@@ -134,7 +133,7 @@ def _close(descriptors: list[int]) -> None:
 
 
 def _allow_descriptors(count: int) -> None:
-    """Raise the soft limit of open files where a store has more shards than it allows (often 1024)."""
+    """Raise the soft limit on open files (often 1024) for a store with more shards."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 256
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,4 +1,4 @@
-"""Rows into shards, in background threads."""
+"""Write rows into shards, in background threads."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from clt.data.state import ExtractionState
 from clt.data.statistics import Moments
 from clt.lm.forward import Rows
 
-_WRITERS = max(1, min(4, (os.cpu_count() or 1) // 4))  # threads that write rows; the rest computes them
-_AHEAD = 2  # pieces that wait to be written, at most
+_WRITERS = max(1, min(4, (os.cpu_count() or 1) // 4))  # threads that write rows; the other cores compute them
+_AHEAD = 2  # pieces that may wait to be written
 
 
 class Writer:
-    """Writes rows in background threads, so that the language model runs on meanwhile.
+    """Writes rows in background threads while the language model computes the next ones.
 
-    `record(entries, state)` is called in one of them for each whole group, in order, with the state that came with its
-    last rows. An error of a thread is raised by a later `put` or at the end of the `with` block, which deletes the
-    shards of a group that is not whole.
+    For each complete group, in order, a thread calls `record(entries, state)` with the state that came with the group's
+    last rows. An error in a thread is raised by a later `put` or at the end of the `with` block. Leaving the block
+    deletes the shards of an incomplete group.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Writer:
         self._number, self._group = first_group, None
         self._pool = ThreadPoolExecutor(_WRITERS, "clt-pwrite")
         self._adder, self._added = ThreadPoolExecutor(1, "clt-writer"), deque[Future[None]]()
-        # A group is hashed, synced and named while the next one fills; one group at a time, so that they come in order.
+        # A group is hashed, synced and renamed while the next one fills; one at a time, so that they finish in order.
         self._finisher, self._finished = ThreadPoolExecutor(1, "clt-finisher"), deque[Future[None]]()
 
     def __enter__(self) -> Writer:
@@ -58,7 +58,7 @@ class Writer:
                 future.result()
 
     def put(self, rows: Rows, state: ExtractionState | None = None) -> None:
-        """Hand over the next rows, all of one group; those that complete it bring the state for `record`."""
+        """Hand over the next rows, all of one group. The last rows of a group come with the state for `record`."""
         if len(self._added) == _AHEAD:
             self._added.popleft().result()
         self._added.append(self._adder.submit(self._add, rows, state))
@@ -87,7 +87,7 @@ def write_store(
     columns: dict[str, np.ndarray] | None = None,
     **fields: Any,
 ) -> StoreIndex:
-    """Write rows (n, 2, L, D) that are in memory as a store, in their order: synthetic data, tests, conversions.
+    """Write rows (n, 2, L, D) from memory as a store, without shuffling: synthetic data, tests, conversions.
 
     `columns` gives token, position and document (n,), all zero when left out; `fields` sets fields of the index.
     """

@@ -1,4 +1,4 @@
-"""Activations of a language model: what goes into every MLP block and what comes out of it."""
+"""Capture the activations of a language model: the input and the output of every MLP block."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clt.lm.load import LanguageModel
 
 
 class _Done(Exception):
-    """Raised by the hook that fires last: the rest of the model need not run."""
+    """Raised by the last hook to end the forward pass there."""
 
 
 def capture(
@@ -23,15 +23,15 @@ def capture(
     """Run the model on (N, T) token ids up to its last hooked module; returns (N, T, 2, L, D) on its device.
 
     [..., 0, :, :] is x, the residual stream entering each MLP block (before its norm); [..., 1, :, :] is y, the MLP's
-    output as it is added to the residual stream; both in `dtype`, the model's if None. No padding: every row is a whole
-    window of text. With `keep` (N, T) bool only those n rows, (n, 2, L, D): each value is written once, to where it
-    stays. Raises UserError for a hook site that the forward pass does not come by.
+    output as it is added to the residual stream; both in `dtype`, the model's if None. There is no padding. With `keep`
+    (N, T) bool only the n kept tokens are returned, (n, 2, L, D), without another copy. Raises UserError for a hooked
+    module that the forward pass does not call.
     """
     model, layers = lm.model, range(len(lm.sites))
     input_ids = input_ids.to(model.device)
     spans = [(0, input_ids.numel())] if keep is None else _spans(keep.reshape(-1))
     shape = (sum(end - start for start, end in spans), 2, len(layers), lm.d_model)
-    # Made outside inference mode, so that the caller may train on it.
+    # Allocated outside inference mode, so that the caller may train on it.
     out = torch.empty(shape, dtype=dtype or model.dtype, device=model.device)  # (n, 2, L, D)
     missing = {(side, layer) for side in (0, 1) for layer in layers}
 
@@ -69,7 +69,7 @@ def capture(
 
 
 def _spans(keep: np.ndarray) -> list[tuple[int, int]]:
-    """The stretches [start, end) of a mask (n,) that are True. Few: a window is one, but for special tokens inside."""
+    """The ranges [start, end) in which a mask (n,) is True: one per window, more if it has special tokens inside."""
     edges = np.flatnonzero(np.diff(keep, prepend=False, append=False)).tolist()
     return list(zip(edges[::2], edges[1::2]))
 

@@ -57,7 +57,7 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _files(source: str, key: str) -> list[Path] | None:
-    """The files of a local source, sorted; None when `datasets` must load it (a hub id, or a folder of other files)."""
+    """The sorted files of a local source; None for a hub id or a folder of other files, which `datasets` loads."""
     if source == "embedded":
         return []
     path = Path(source).expanduser()
@@ -106,7 +106,7 @@ def _field_text(record: Any, field: str, where: str) -> str:
 
 
 def _hub_documents(config: TextConfig, source: str, split: str) -> Iterator[str]:
-    """The texts of one split of a dataset, streamed: nothing is downloaded ahead."""
+    """The texts of one split of a dataset, streamed."""
     try:
         import datasets
     except ImportError as error:

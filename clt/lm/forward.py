@@ -1,4 +1,4 @@
-"""Text through the language model, one forward pass after another."""
+"""The forward loop: run the language model on text, batch by batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from clt.lm.text import Window, windows
 
 @dataclass(frozen=True)
 class Rows:
-    """Activations of n tokens, and where these stand in the text."""
+    """Activations of n tokens, and the place of each token in the text."""
 
     activations: Tensor
     """(n, 2, L, D): the inputs of the MLPs are [:, 0], their outputs [:, 1]"""
@@ -45,9 +45,10 @@ class Rows:
 
 
 def forward_text(config: Config, part: Part, lm: LanguageModel, skip: int = 0) -> Iterator[tuple[list[Window], Rows]]:
-    """Run the model on one part of the text, `lm.batch_windows` windows a pass, leaving out the first `skip` windows.
+    """Run the model on one part of the text from window `skip` on, `lm.batch_windows` windows a pass.
 
-    Yields the windows of each pass and their kept rows, on the model's device in `data.dtype`: see `check_finite`.
+    Yields the windows of each pass and their kept rows, on the model's device in `data.dtype`. Values may have
+    overflowed that dtype: see `check_finite`.
     Raises UserError as `windows` does.
     """
     stream = windows(config.text, part, lm, config.lm.context, skip)
@@ -59,12 +60,12 @@ def forward_text(config: Config, part: Part, lm: LanguageModel, skip: int = 0) -
 
 
 def check_finite(lm: LanguageModel, batch: list[Window], rows: Rows) -> None:
-    """Raise UserError when the rows of a pass hold values that are not finite; the model runs again to say which."""
+    """Raise UserError for values of a pass that are not finite; runs the model again to tell layer and value."""
     if rows.activations.isfinite().all():
         return
     tokens, documents, keep = (np.stack(arrays) for arrays in zip(*batch))
     exact, dtype = capture(lm, torch.from_numpy(tokens).long(), keep), rows.activations.dtype
-    # By layer, then input before output, as the model computes them: later ones may only follow from the first.
+    # By layer, then input before output, as the model computes them: the first one causes the later ones.
     layer, side, row, dim = (~exact.to(dtype).isfinite()).transpose(0, 2).nonzero()[0].tolist()
     value, document = exact[row, side, layer, dim].item(), documents[keep][row]
     where = f"{('input', 'target')[side]} activation {value:g} at layer {lm.layers[layer]} (document {document})"

@@ -1,8 +1,9 @@
-"""The language model being explained: weights, tokenizer and hook sites, from wherever they lie."""
+"""Load the language model that is explained: weights, tokenizer and hook sites."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,12 @@ def load_language_model(config: LMConfig, device: torch.device | str = "cpu") ->
     source, gguf = locate(config.model)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
     if gguf is not None:
-        _require_gguf(config.model)
+        missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+        if missing:
+            raise UserError(
+                f"lm.model={config.model!r} is a GGUF file and needs {' and '.join(missing)}: "
+                "pip install 'clt-trainer[gguf]'"
+            )
         options["gguf_file"] = gguf
     model, tokenizer = _load_pretrained(config, source, options)
     _fuse_gelu(model)
@@ -72,7 +78,7 @@ def load_language_model(config: LMConfig, device: torch.device | str = "cpu") ->
 
 
 def _fuse_gelu(model: PreTrainedModel) -> None:
-    """Give GPT-2's activation, eight elementwise passes in transformers, to the one kernel that torch has for it."""
+    """Replace GPT-2's activation, eight elementwise passes in transformers, by torch's single kernel for it."""
     from transformers.activations import NewGELUActivation
 
     for module in list(model.modules()):
@@ -82,7 +88,7 @@ def _fuse_gelu(model: PreTrainedModel) -> None:
 
 
 def _commit(source: str, revision: str | None) -> str | None:
-    """The commit that a hub model was loaded at, from the cache that it now lies in; None for local files."""
+    """The commit of a hub model, as the local cache names it after loading; None for local files."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(source).exists():
@@ -92,19 +98,14 @@ def _commit(source: str, revision: str | None) -> str | None:
 
 
 def locate(name: str) -> tuple[str, str | None]:
-    """Where `lm.model` lies: (directory or hub id, name of the .gguf file in that directory or None).
+    """Find `lm.model`: (directory or hub id, name of the .gguf file in that directory or None).
 
     Raises UserError for a file or a package that does not exist.
     """
     if name == "embedded":
         from importlib.resources import files
 
-        directory = Path(str(files("clt") / "assets" / "model"))
-        if not directory.is_dir():
-            raise UserError(
-                f"the embedded model is missing from this installation ({directory}); reinstall clt-trainer"
-            )
-        return str(directory), None
+        return str(files("clt") / "assets" / "model"), None
     path = _in_package(name) if name.startswith("package:") else Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -116,9 +117,7 @@ def locate(name: str) -> tuple[str, str | None]:
 
 
 def _in_package(name: str) -> Path:
-    """The path of `package:NAME/FILE`, found without importing the package: importing would run its code."""
-    import importlib.util
-
+    """The path of `package:NAME/FILE`, without importing the package, which would run its code."""
     package, _, file = name.removeprefix("package:").partition("/")
     if not package or not file:
         raise UserError(f"lm.model={name!r} is not of the form package:NAME/FILE.gguf")
@@ -132,30 +131,20 @@ def _in_package(name: str) -> Path:
     raise UserError(f"lm.model={name!r}: the installed package {package!r} has no file {file!r}")
 
 
-def _require_gguf(name: str) -> None:
-    import importlib.util
-
-    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UserError(
-            f"lm.model={name!r} is a GGUF file and needs {' and '.join(missing)}: pip install 'clt-trainer[gguf]'"
-        )
-
-
 def _load_pretrained(
     config: LMConfig, source: str, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    part = "the model"
+    what = "the model"
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
-        part = "the tokenizer"
+        what = "the tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{part} of lm.model={config.model!r} could not be loaded: {first_line(error)} Check the spelling; "
+            f"{what} of lm.model={config.model!r} could not be loaded: {first_line(error)} Check the spelling; "
             "a gated model needs `hf auth login`, a hub id the network; without it give a local directory, a .gguf "
             "file or `embedded`"
         ) from error
@@ -169,7 +158,7 @@ def _load_pretrained(
 
 
 def first_line(error: Exception) -> str:
-    """A foreign error in one line."""
+    """The first line of another library's error."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -197,7 +186,7 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
         content: Any = tokenizer.get_vocab()
     else:
         content = json.loads(backend.to_str())
-        # Left behind by the last call of the tokenizer, not part of it.
+        # Set by the last call of the tokenizer; they do not define it.
         content.pop("truncation", None)
         content.pop("padding", None)
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids)]

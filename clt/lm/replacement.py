@@ -140,12 +140,9 @@ class ReplacementModel:
             for index, site in enumerate(self.lm.sites):
                 x = self.nnsight.get(site.input_path).input
                 target = self.nnsight.get(site.output_path)
-                target.output = _swap(target.output, mask, self._mlp(index, x, features, intervene))
+                encoded = self.transcoder.encode_layer(x.float().flatten(0, 1), index).unflatten(0, x.shape[:2])
+                features.append(encoded if intervene is None else intervene(index, encoded))
+                written = self.transcoder.decode_layer([f.flatten(0, 1) for f in features], index).view_as(x)
+                target.output = _swap(target.output, mask, written)
             logits = self.nnsight.output.logits.save()
         return Replaced(logits, features)
-
-    def _mlp(self, index: int, x: Tensor, features: list[Tensor], intervene: Intervention | None) -> Tensor:
-        """The transcoder's MLP output (N, T, D) for x (N, T, D); appends this layer's features."""
-        encoded = self.transcoder.encode_layer(x.float().flatten(0, 1), index).unflatten(0, x.shape[:2])
-        features.append(encoded if intervene is None else intervene(index, encoded))
-        return self.transcoder.decode_layer([f.flatten(0, 1) for f in features], index).view_as(x)

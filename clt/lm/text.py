@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
-_DOCUMENTS, _CHARACTERS = 64, 200_000  # about as many are tokenised at once, at most
+_DOCUMENTS, _CHARACTERS = 64, 200_000  # limits of what is tokenised in one call
 
 
 class Window(NamedTuple):
@@ -36,9 +36,9 @@ class Window(NamedTuple):
 def pack(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, context: int) -> Iterator[Window]:
     """Cut the stream [BOS] document [BOS] document ... into windows of exactly `context` tokens that start with BOS.
 
-    A window that goes on in the middle of a document gets a BOS of its own, so that attention has its usual resting
-    place; it counts to that document. BOS is the tokenizer's bos, else its eos, else left out everywhere. Documents of
-    no tokens are passed over; an incomplete last window is dropped.
+    A window that continues a document gets a BOS of its own, so that attention has its usual resting
+    place; it belongs to that document. BOS is the tokenizer's bos, else its eos, else there is none. Documents without
+    tokens are skipped; an incomplete last window is dropped.
     """
     bos = bos_token(tokenizer)
     prefix = [] if bos is None else [bos]
@@ -64,7 +64,7 @@ def pack(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, context: 
 def _tokenised(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, prefix: list[int]
 ) -> Iterator[list[np.ndarray]]:
-    """The stream, a (3, n) for each of many documents at a time: a fast tokenizer runs without the GIL meanwhile."""
+    """(3, n) of the stream for each document, many documents a call: a fast tokenizer then releases the GIL."""
     first = 0
     for texts in _batches(documents):
         # verbose=False: documents longer than the model's context are expected here.
@@ -75,7 +75,7 @@ def _tokenised(
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """A few documents at a time, fewer where they are long: whoever waits for the first window waits less."""
+    """A few documents at a time, fewer if they are long, so that the first window comes soon."""
     batch, length = [], 0
     for text in documents:
         batch.append(text)
@@ -90,8 +90,8 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 def windows(config: TextConfig, part: Part, lm: LanguageModel, context: int, skip: int = 0) -> Iterator[Window]:
     """Windows of one part of the text, read, tokenised and packed in a background thread that runs a little ahead.
 
-    `skip` leaves out the first windows, so that a resumed extraction goes on where it stopped. Errors of the thread are
-    raised here; the thread ends when the iterator is exhausted, closed or dropped.
+    `skip` leaves out the first windows, for a resumed extraction. Errors in the thread are raised by the iterator; the
+    thread ends when the iterator is exhausted, closed or dropped.
     Raises UserError for a context that the model or the packing does not allow, and for text shorter than one window.
     """
     limit = getattr(lm.model.config, "max_position_embeddings", None)
@@ -118,7 +118,7 @@ def _at_least_one(packed: Iterator[Window], config: TextConfig, part: Part, cont
 
 
 def _ahead(items: Iterator[T], depth: int = 32) -> Iterator[T]:
-    """`items`, computed by one background thread at most `depth` ahead of the consumer."""
+    """`items`, computed by a background thread at most `depth` ahead of the consumer."""
     end: Any = object()
     with ThreadPoolExecutor(1, "clt-text") as thread:
         pending = deque(thread.submit(next, items, end) for _ in range(depth))

@@ -115,8 +115,9 @@ KILLER = """
 import os, signal, sys
 from clt.config import load_config
 from clt.data.extract import extract
-import clt.lm.capture, clt.lm.text, transformers
+from clt.lm.load import load_language_model
 
+lm = load_language_model(load_config(sys.argv[1]).lm)  # once, for all forks
 for store, *renames in (argument.split(",") for argument in sys.argv[2:]):
     for rename in map(int, renames):
         if (child := os.fork()) == 0:
@@ -128,7 +129,7 @@ for store, *renames in (argument.split(",") for argument in sys.argv[2:]):
                     if left < 0:
                         os.kill(os.getpid(), signal.SIGKILL)
             sys.addaudithook(count)
-            extract(load_config(sys.argv[1], [f"data.store={store}"]), "train", progress=False)
+            extract(load_config(sys.argv[1], [f"data.store={store}"]), "train", lm, progress=False)
             os._exit(0)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)  # a child must not inherit it
 """
@@ -161,7 +162,7 @@ def test_leftovers_of_another_config_are_refused(config: MakeConfig, lm: Languag
         extract(config("data.train_tokens=1000000"), "train", lm, progress=False)
     before = digests(Path(config().data.store) / "train")
     with pytest.raises(
-        UserError, match=r"something else: dtype found 'float16', wanted 'bfloat16'; data.shard_rows found"
+        UserError, match=r"something else: dtype: found 'float16', wanted 'bfloat16'; data.shard_rows: found"
     ):
         extract(config("data.dtype=bfloat16", "data.shard_rows=32"), "train", lm, progress=False)
     with pytest.raises(UserError, match=r"rows done, wanted 300"):
@@ -204,12 +205,12 @@ def test_a_disk_that_fills_up(config: MakeConfig, lm: LanguageModel, small_disk:
     disk = small_disk(1000 * (2 * 3 * 16 * 2 + 16) + 16_000)
     made, path = config(f"data.store={disk}"), disk / "train"
     with pytest.raises(
-        UserError, match=r"no more could be written to .*No space left on device.*goes on from the last"
+        UserError, match=r"no more could be written to .*No space left on device.*resumes after the last"
     ):
         extract(made, "train", lm, progress=False)
     assert recorded_shards(path)
     assert not list(path.glob("*.partial"))
-    with pytest.raises(UserError, match=r"has 0.0\d+ GB free, wanted 0.\d+ GB for the rows to come: free space"):
+    with pytest.raises(UserError, match=r"has 0.0\d+ GB free, wanted 0.\d+ GB for the rows that are left: free space"):
         extract(config(f"data.store={disk}", "data.train_tokens=2000"), "train", lm, progress=False)
     small_disk(1 << 20)
     extract(made, "train", lm, progress=False)

@@ -1,44 +1,61 @@
 """Two processes at one store."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from clt.config import Config
 from clt.data.describe import verify
 from clt.data.extract import extract
 from clt.data.lock import locked
 from clt.errors import UserError
-from clt.parsing import to_yaml
+
+HOLDER = """
+import sys; from pathlib import Path; from clt.data.lock import locked
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
 
 
-def test_the_second_extraction_is_told_who_does_the_first(config, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(to_yaml(config()))
-    command = [sys.executable, "-m", "clt.cli", "extract", str(tmp_path / "config.yaml")]
+def test_an_extraction_is_told_which_process_does_another(config: Callable[..., Config], tmp_path: Path) -> None:
     store = tmp_path / "stores" / "train"
-    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE) as first:
-        try:
-            while not any((store / name).exists() for name in ("shard_00000.h5", "shard_00000.h5.partial")):
-                assert first.poll() is None
-                time.sleep(0.001)
-            os.kill(first.pid, signal.SIGSTOP)  # it holds the lock for as long as it is wanted here
-            os.waitid(os.P_PID, first.pid, os.WSTOPPED)
-            before = {file.name: file.stat().st_mtime_ns for file in store.iterdir()}
-            assert "index.json" not in before, "it was stopped too late"
-            with pytest.raises(UserError, match=rf"{store} is being extracted by process {first.pid} on .*: wait"):
-                extract(config(), "train", progress=False)
-            assert {file.name: file.stat().st_mtime_ns for file in store.iterdir()} == before
-            os.kill(first.pid, signal.SIGCONT)
-            assert first.wait(timeout=120) == 0
-        finally:
-            first.kill()
+    store.mkdir(parents=True)
+    command = [sys.executable, "-c", HOLDER, str(store)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=rf"{store} is being extracted by process {first.pid} on .*: wait"):
+            extract(config(), "train", progress=False)
+        assert [file.name for file in store.iterdir()] == ["lock"]
+        first.kill()
     extract(config(), "train", progress=False)
     verify(store)
     assert not (store / "lock").exists()
+
+
+def test_who_waits_for_the_lock_comes_after_the_one_who_has_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdin is not None
+        assert first.stdout.readline() == "locked\n"
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(_hold, tmp_path)
+            assert not waiting.done()
+            first.stdin.close()
+            assert waiting.result() == f"process {os.getpid()}"
+    assert not list(tmp_path.iterdir())
+
+
+def _hold(path: Path) -> str:
+    with locked(path, wait=True):
+        return (path / "lock").read_text().partition(" on ")[0]
 
 
 def test_a_lock_is_free_after_an_error_and_after_a_killed_process(tmp_path: Path) -> None:

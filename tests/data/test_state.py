@@ -45,7 +45,7 @@ def test_without_a_state_unfinished_files_are_deleted(tmp_path: Path) -> None:
 def test_a_state_of_another_extraction_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     state_after(torch.randn(4, 2, 2, 3)).save(tmp_path, IDENTITY)
     (tmp_path / "shard_00001.h5.partial").touch()
-    with pytest.raises(UserError, match="something else: seed found 0, wanted 1; set these back"):
+    with pytest.raises(UserError, match="something else: seed: found 0, wanted 1; set these back"):
         load_state(tmp_path, {**IDENTITY, "seed": 1})
     assert len(list(tmp_path.iterdir())) == 2
 

@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import Mock, patch
 
@@ -15,7 +15,7 @@ from clt.config import TextConfig
 from clt.errors import UserError
 from clt.lm import text
 from clt.lm.load import LanguageModel
-from clt.lm.text import Window, _ahead, pack, windows
+from clt.lm.text import Window, pack, windows
 from tests.lm.conftest import BOS, byte_tokenizer, write_jsonl
 
 WITH_BOS, WITHOUT = byte_tokenizer(bos_token=BOS), byte_tokenizer()
@@ -125,18 +125,22 @@ def test_an_error_of_the_thread_reaches_the_consumer(config: TextConfig, tiny: C
     assert not threads()
 
 
-def test_reading_runs_a_bounded_number_of_items_ahead() -> None:
-    made = []
+def test_reading_runs_a_bounded_number_of_windows_ahead(
+    config: TextConfig, tiny: Callable[..., LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
 
-    def numbers():
+    def endless(*_: object) -> Iterator[str]:
         for number in itertools.count():
-            made.append(number)
-            yield number
+            read.append(number)
+            yield "x" * 31  # a window each, with its BOS
 
-    ahead = _ahead(numbers(), depth=4)
-    assert [next(ahead) for _ in range(10)] == list(range(10))
-    ahead.close()  # type: ignore[attr-defined]
-    assert 10 <= len(made) <= 14
+    monkeypatch.setattr(text, "read_documents", endless)
+    monkeypatch.setattr(text, "_DOCUMENTS", 1)
+    stream = windows(config, "train", tiny("gpt2"), 32)
+    assert [next(stream).documents[1] for _ in range(10)] == list(range(10))
+    stream.close()  # type: ignore[attr-defined]
+    assert 10 <= len(read) <= 10 + 32 + 2
 
 
 def test_too_little_text_for_a_window(tmp_path: Path, tiny: Callable[..., LanguageModel]) -> None:
