@@ -84,7 +84,7 @@ def test_a_run_that_had_no_row_leaves_nothing_to_resume(serve, lm_overrides, tmp
     finally:
         os.kill(generator, signal.SIGCONT)
     assert f"exitcode  : {PREEMPTED}" in stderr, stderr
-    assert "stopped after step 0 of 1000, before there was anything to keep" in stderr
+    assert "stopped after step 0 of 1000, before the first step, so nothing was saved" in stderr
     assert not list(run.glob("checkpoints/*"))
 
 
