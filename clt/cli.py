@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -117,6 +118,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     try:
+        for package in ("starlette", "uvicorn"):
+            importlib.import_module(package)
         from clt.server.run import environment_overrides, serve
     except ImportError as error:
         raise UserError(f"clt serve needs {error.name}: pip install 'clt-trainer[serve]'") from error
