@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from clt.lm.forward import Rows
 from clt.parsing import to_yaml
 from clt.server.buffer import Buffer
 from clt.server.client import ActivationClient, ServerError
+
+if any(find_spec(package) is None for package in ("starlette", "uvicorn")):
+    collect_ignore_glob = ["test_*.py"]  # they are the `serve` extra's
 
 BLOCKS, BLOCK_ROWS, OPEN_BLOCKS, L, D = 8, 8, 3, 2, 3
 
