@@ -76,7 +76,7 @@ def test_heldout_rows_become_a_store(server, reader):
     here, there = DiscBuffer(f"{config.data.store}/heldout"), DiscBuffer(server.store / "heldout")
     assert torch.equal(here[:], there[:])
     assert np.array_equal(here.documents(slice(None)), there.documents(slice(None)))
-    here.verify()
+    verify(here.path)
     fetch_heldout(config)  # is content with it
 
 
@@ -85,7 +85,7 @@ def test_runs_that_start_at_once_share_one_copy(server, reader):
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(fetch_heldout, config) for _ in range(4)]:
             done.result()
-    DiscBuffer(f"{config.data.store}/heldout").verify()
+    verify(f"{config.data.store}/heldout")
     assert Statistics.load(f"{config.data.store}/train/stats.safetensors").rows > 0
 
 
