@@ -38,7 +38,7 @@ def resume(rehearsal: bool) -> Found:
 
 def layouts(rehearsal: bool, ranks: int) -> Found:
     """Runs in the layouts (data x feature) of `ranks` ranks: as one rank's, resumed to the bit, one process a GPU."""
-    shapes = [(ranks, 1), (2, ranks // 2), (1, ranks)][: 1 if rehearsal else None]
+    shapes = dict.fromkeys([(ranks, 1), (2, ranks // 2), (1, ranks)])  # two ranks have only two
     rows, ok = {}, True
     with tempfile.TemporaryDirectory() as directory:
         base = Path(directory)
