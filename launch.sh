@@ -24,7 +24,8 @@ mkdir -p "$VENV"
 exec 9>"$VENV/lock"
 flock 9 # several nodes may share this directory: one installs, the others find it done
 if ! grep -qsxE "($what|test) $versions" "$VENV/installed"; then
-    [[ -x $VENV/bin/python ]] || "${PYTHON:-python3}" -m venv "$VENV"
+    # Also where a first start was interrupted, before the environment had its pip.
+    "$VENV/bin/python" -m pip --version &>/dev/null || "${PYTHON:-python3}" -m venv "$VENV"
     extras=""
     [[ $what == test ]] && extras="[test,serve,nnsight,wandb,hub,gguf]"
     echo "Installing into $VENV ..."

@@ -146,3 +146,15 @@ def test_a_real_run_ends_with_the_table_and_the_place(train_overrides, tmp_path)
     assert bad.returncode == 2
     assert "clt.d_features in the command line is -1; wanted a positive number" in bad.stderr
     assert "Traceback" not in bad.stderr
+
+
+def test_an_environment_that_was_left_half_made_is_completed(tmp_path):
+    """As an interrupted `python -m venv` leaves it: without pip. Nothing is installed: the index is switched off."""
+    for name in ("launch.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    half = [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / ".venv")]
+    subprocess.run(half, check=True)
+    env = CLEAN | {"VENV": ".venv", "PIP_NO_INDEX": "1", "PYTHON": sys.executable}
+    done = subprocess.run(["bash", str(tmp_path / "launch.sh")], env=env, capture_output=True, text=True)
+    assert "No module named pip" not in done.stderr
+    assert "No matching distribution found" in done.stderr, "pip ran"
