@@ -24,6 +24,7 @@ from clt.data.index import read_index
 from clt.data.loader import Loader
 from clt.data.sampler import DistributedSampler
 from clt.data.shards import row_bytes
+from clt.data.state import ExtractionState
 from clt.data.statistics import Moments
 from clt.data.store import DiscBuffer
 from clt.data.writer import Writer, write_store
@@ -174,13 +175,15 @@ def _parts(config: Config, lm: LanguageModel, batches: list[list[Window]], ids: 
 
     def write() -> None:
         done = 0
-        with Writer(placement, 0, lambda *_: None) as writer:
+        start = ExtractionState([], 0, 0, Moments.zero(index.n_layers, index.d_acts))
+        with Writer(placement, start, {}) as writer:
             for tensor in host:
                 while len(tensor):
                     part = tensor[: placement.group_rows - done % placement.group_rows]
                     zeros = np.zeros(len(part), np.int32)
-                    writer.put(Rows(part, zeros, zeros, zeros))
                     done, tensor = done + len(part), tensor[len(part) :]
+                    ends = done % placement.group_rows == 0 or done == index.rows
+                    writer.put(Rows(part, zeros, zeros, zeros), start if ends else None)
 
     took = {
         "capture": machine.seconds(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -12,7 +13,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from clt.config import Config
 from clt.data.index import PARTIAL, ShardEntry, StoreIndex, rename_synced
@@ -56,17 +56,14 @@ class OpenGroup:
         if placement.shuffle:
             self.order = permutation(rows, index.seed, group, STREAMS[index.text["part"]])
         first = group * placement.open_shards
-        self.files = [placement.path / f"shard_{first + i:05d}.h5" for i in range(len(self.sizes))]
-        self.partials = [file.with_name(file.name + PARTIAL) for file in self.files]
-        self.columns = {name: np.empty(len(self.order), dtype) for name, dtype in COLUMN_DTYPES.items()}
-        self.descriptors: list[int] = []
-        try:
-            shape = (index.n_layers, index.d_acts, index.dtype)
-            self.offsets = [create_shard(file, rows, *shape) for file, rows in zip(self.partials, self.sizes)]
-            self.descriptors += [os.open(file, os.O_WRONLY | os.O_CLOEXEC) for file in self.partials]
-        except BaseException:
-            self.discard()
-            raise
+        self.paths = [placement.path / f"shard_{first + i:05d}.h5" for i in range(len(self.sizes))]
+        self.partials = [path.with_name(path.name + PARTIAL) for path in self.paths]
+        self.columns = {name: np.empty(rows, dtype) for name, dtype in COLUMN_DTYPES.items()}
+        shape = (index.n_layers, index.d_acts, index.dtype)
+        self.offsets = [create_shard(path, size, *shape) for path, size in zip(self.partials, self.sizes)]
+        self.files = contextlib.ExitStack()
+        opened = [self.files.enter_context(path.open("r+b", buffering=0)) for path in self.partials]
+        self.descriptors = [file.fileno() for file in opened]
 
     @property
     def full(self) -> bool:
@@ -90,27 +87,20 @@ class OpenGroup:
         self.filled += len(rows)
 
     def finish(self) -> list[ShardEntry]:
-        """Write the columns, hash the shards and rename them; returns their entries in the index."""
+        """Write the columns, hash the shards and rename them; returns their entries in the index.
+
+        The shards are on disk for good when it returns.
+        """
         assert self.full
         starts = range(0, len(self.order), self.shard_rows)
-        for fd, offsets, start, rows in zip(self.descriptors, self.offsets, starts, self.sizes):
-            for name, column in self.columns.items():
-                write_at(fd, column[start : start + rows].view(np.uint8).data, offsets[name])
-        self._close()
-        with ThreadPoolExecutor(min(len(self.files), os.cpu_count() or 1)) as pool:
+        with self.files:
+            for fd, offsets, start, rows in zip(self.descriptors, self.offsets, starts, self.sizes):
+                for name, column in self.columns.items():
+                    write_at(fd, column[start : start + rows].view(np.uint8).data, offsets[name])
+        with ThreadPoolExecutor(min(len(self.paths), os.cpu_count() or 1)) as pool:
             sums = list(pool.map(checksum, self.partials))
-            list(pool.map(rename_synced, self.partials, self.files))
-        return [ShardEntry(file=f.name, rows=n, checksum=s) for f, n, s in zip(self.files, self.sizes, sums)]
-
-    def discard(self) -> None:
-        """Delete the unfinished shards."""
-        self._close()
-        for partial in self.partials:
-            partial.unlink(missing_ok=True)
-
-    def _close(self) -> None:
-        while self.descriptors:
-            os.close(self.descriptors.pop())
+            list(pool.map(rename_synced, self.partials, self.paths))
+        return [ShardEntry(file=p.name, rows=n, checksum=s) for p, n, s in zip(self.paths, self.sizes, sums)]
 
 
 def rows_by_group(
@@ -133,7 +123,9 @@ def rows_by_group(
                 rows.activations.record_stream(side)
             moments.add(rows.activations)
             reached = None if end is None else ExtractionState([], *end, moments.to("cpu"))
-            rows = dataclasses.replace(rows, activations=_to_host(rows.activations))
+            if side is not None:
+                host = torch.empty_like(rows.activations, device="cpu", pin_memory=True)
+                rows = dataclasses.replace(rows, activations=host.copy_(rows.activations, non_blocking=True))
             # A value that is not finite makes its sum of squares not finite, so the rows need no check of their own.
             # On a GPU this waits for the side stream, and so for the copy.
             if not moments.squares.isfinite().all():
@@ -143,17 +135,14 @@ def rows_by_group(
 
 def _cut(
     config: Config, placement: Placement, lm: LanguageModel, state: ExtractionState
-) -> Iterator[tuple[list[Window], Rows, tuple[int, int] | None, torch.cuda.Event | None]]:
+) -> Iterator[tuple[list[Window], Rows, tuple[int, int] | None, torch.Event | None]]:
     """(windows of the pass, rows, end, event), on the model's device, cut where groups end.
 
     end: `windows` and `skip_rows` of the state there, else None; event: on a GPU, when the rows are computed.
     """
     done, total, skip, windows = state.rows, placement.index.rows, state.skip_rows, state.windows
     for batch, rows in forward_text(config, placement.index.text["part"], lm, windows):
-        computed = None
-        if lm.device.type == "cuda":
-            computed = torch.cuda.Event()
-            computed.record(torch.cuda.current_stream(lm.device))
+        computed = torch.cuda.current_stream(lm.device).record_event() if lm.device.type == "cuda" else None
         while skip < len(rows) and done < total:
             group_end = min((done // placement.group_rows + 1) * placement.group_rows, total)
             start, skip = skip, min(len(rows), skip + group_end - done)
@@ -171,10 +160,3 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
         yield from waiting
         waiting = [item]
     yield from waiting
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """The tensor itself on a CPU; else a pinned copy of it, which the current stream will fill."""
-    if tensor.device.type == "cpu":
-        return tensor
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

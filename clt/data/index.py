@@ -16,8 +16,7 @@ FORMAT_VERSION = 1
 INDEX = "index.json"
 STATISTICS = "stats.safetensors"
 STATISTICS_TENSORS = ("input_mean", "input_sd", "target_mean", "target_sd", "rows")
-PARTIAL = ".partial"
-"""Suffix of an unfinished file."""
+PARTIAL = ".partial"  # suffix of an unfinished file
 
 
 class ShardEntry(TypedDict):
@@ -42,16 +41,11 @@ class StoreIndex:
     output_sites: list[str]
     text: dict[str, Any]
     """`part` (train or heldout) and the fields of the config's text section."""
-    seed: int
-    """Seed of the shuffle."""
-    context: int
-    """Tokens per window."""
-    n_layers: int
-    """L"""
-    d_acts: int
-    """D"""
-    dtype: str
-    """float16, bfloat16 or float32"""
+    seed: int  # of the shuffle
+    context: int  # tokens per window
+    n_layers: int  # L
+    d_acts: int  # D
+    dtype: str  # float16, bfloat16 or float32
     rows: int
     shards: list[ShardEntry]
     lm_layers: int | None = None
@@ -72,8 +66,7 @@ def read_index(path: str | Path) -> StoreIndex:
 
     Raises UserError for a missing directory or index, damaged JSON, missing fields and unknown format versions.
     """
-    path = Path(path)
-    file = path / INDEX
+    path, file = Path(path), Path(path) / INDEX
     if not path.is_dir():
         raise UserError(f"store {path} does not exist; run `clt extract CONFIG` to make it, or set data.store")
     if not file.is_file():
@@ -118,7 +111,7 @@ def read_statistics(file: Path, framework: str) -> dict[str, Any]:
 
 
 def write_index(path: str | Path, index: StoreIndex) -> None:
-    """Write the index of the store in directory `path`, atomically. It is written last."""
+    """Write the index of the store in directory `path`: the last of its files."""
     write_json(Path(path) / INDEX, dataclasses.asdict(index))
 
 
@@ -136,6 +129,12 @@ def write_whole(file: Path, data: bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def delete_unfinished(path: Path) -> None:
+    """Delete the unfinished files in directory `path`."""
+    for partial in path.glob(f"*{PARTIAL}"):
+        partial.unlink()
 
 
 def rename_synced(partial: Path, path: Path) -> None:

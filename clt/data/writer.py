@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from clt.data.groups import OpenGroup, Placement
-from clt.data.index import FORMAT_VERSION, STATISTICS, ShardEntry, StoreIndex, write_index
+from clt.data.index import FORMAT_VERSION, STATISTICS, ShardEntry, StoreIndex, delete_unfinished, write_index
 from clt.data.shards import COLUMN_DTYPES
 from clt.data.state import ExtractionState
 from clt.data.statistics import Moments
@@ -25,21 +24,16 @@ _AHEAD = 2  # pieces that may wait to be written
 
 
 class Writer:
-    """Writes rows in background threads while the language model computes the next ones.
+    """Writes the rows of an extraction in background threads while the language model computes the next ones.
 
-    For each complete group, in order, a thread calls `record(entries, state)` with the state that came with the group's
-    last rows. An error in a thread is raised by a later `put` or at the end of the `with` block. Leaving the block
-    deletes the shards of an incomplete group.
+    Once the shards of a group are complete on disk, the state after them is saved and becomes `state`. So the state on
+    disk may lack the last shards, but never names a shard that is not there. After an error in a thread nothing more
+    is written; a later `put` or the end of the `with` block raises it. Leaving the block deletes the unfinished shards.
     """
 
-    def __init__(
-        self,
-        placement: Placement,
-        first_group: int,
-        record: Callable[[list[ShardEntry], ExtractionState | None], None],
-    ) -> None:
-        self._placement, self._record = placement, record
-        self._number, self._group = first_group, None
+    def __init__(self, placement: Placement, state: ExtractionState, identity: dict[str, Any]) -> None:
+        self.state, self._placement, self._identity = state, placement, identity
+        self._number, self._group = state.rows // placement.group_rows, None
         self._pool = ThreadPoolExecutor(_WRITERS, "clt-pwrite")
         self._adder, self._added = ThreadPoolExecutor(1, "clt-writer"), deque[Future[None]]()
         # A group is hashed, synced and renamed while the next one fills; one at a time, so that they finish in order.
@@ -52,32 +46,35 @@ class Writer:
         for executor in (self._adder, self._finisher, self._pool):
             executor.shutdown()
         if self._group is not None:
-            self._group.discard()
+            self._group.files.close()
+        delete_unfinished(self._placement.path)
         if kind is None:
             for future in (*self._added, *self._finished):
                 future.result()
 
-    def put(self, rows: Rows, state: ExtractionState | None = None) -> None:
-        """Hand over the next rows, all of one group. The last rows of a group come with the state for `record`."""
+    def put(self, rows: Rows, reached: ExtractionState | None = None) -> None:
+        """Hand over the next rows, all of one group. The last rows of a group come with the state after them."""
         if len(self._added) == _AHEAD:
             self._added.popleft().result()
-        self._added.append(self._adder.submit(self._add, rows, state))
+        previous = self._added[-1] if self._added else None
+        self._added.append(self._adder.submit(self._add, rows, reached, previous))
 
-    def _add(self, rows: Rows, state: ExtractionState | None) -> None:
+    def _add(self, rows: Rows, reached: ExtractionState | None, previous: Future[None] | None) -> None:
+        if previous is not None:
+            previous.result()  # raises: these rows must not take the places of rows that could not be written
         self._group = self._group or OpenGroup(self._placement, self._number)
         self._group.add(rows, self._pool)
-        if self._group.full:
+        assert self._group.full == (reached is not None)
+        if reached is not None:
             if self._finished:
                 self._finished.popleft().result()
-            self._finished.append(self._finisher.submit(self._finish, self._group, state))
+            self._finished.append(self._finisher.submit(self._finish, self._group, reached))
             self._group, self._number = None, self._number + 1
 
-    def _finish(self, group: OpenGroup, state: ExtractionState | None) -> None:
-        try:
-            self._record(group.finish(), state)
-        except BaseException:
-            group.discard()
-            raise
+    def _finish(self, group: OpenGroup, reached: ExtractionState) -> None:
+        state = dataclasses.replace(reached, shards=self.state.shards + group.finish())
+        state.save(self._placement.path, self._identity)
+        self.state = state
 
 
 def write_store(
@@ -114,11 +111,15 @@ def write_store(
     columns = columns or {name: np.zeros(n, dtype) for name, dtype in COLUMN_DTYPES.items()}
     rows, moments = Rows(tensor.cpu().contiguous(), **columns), Moments.zero(n_layers, d_acts)
     shards: list[ShardEntry] = []
-    with Writer(placement, 0, lambda entries, _: shards.extend(entries)) as writer:
-        for first in range(0, n, shard_rows):
-            group = rows[first : first + shard_rows]
-            moments.add(group.activations)
-            writer.put(group)
+    try:
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            for number, first in enumerate(range(0, n, shard_rows)):
+                part, group = rows[first : first + shard_rows], OpenGroup(placement, number)
+                moments.add(part.activations)
+                group.add(part, pool)
+                shards += group.finish()
+    finally:
+        delete_unfinished(placement.path)
     moments.statistics().save(placement.path / STATISTICS)
     index = dataclasses.replace(placement.index, shards=shards)
     write_index(placement.path, index)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from clt.data.groups import OpenGroup, Placement, rows_by_group
 from clt.data.index import read_index
 from clt.data.state import ExtractionState
 from clt.data.statistics import Moments
-from clt.lm.forward import Rows, forward_text
+from clt.lm.forward import forward_text
 from clt.lm.load import load_language_model
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -54,25 +53,6 @@ def test_pieces_end_with_groups_and_go_on_from_any_of_them(
         assert torch.equal(last.moments.squares, whole.moments.squares)
 
 
-def test_a_group_that_is_given_up_leaves_no_files(config: Callable[..., Config], stores: Path, tmp_path: Path) -> None:
-    placement = Placement(tmp_path, read_index(stores / "train"), 64, 3)
-    group = OpenGroup(placement, 0)
-    assert len(list(tmp_path.glob("shard_0000[0-2].h5.partial"))) == 3
-    rows = Rows(torch.zeros(5, 2, 3, 16).half(), *(np.zeros(5, np.int32) for _ in range(3)))
-    with ThreadPoolExecutor(1) as pool:
-        group.add(rows, pool)
-    assert not group.full
-    group.discard()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_group_that_cannot_be_created_leaves_no_files(stores: Path, tmp_path: Path) -> None:
-    (tmp_path / "shard_00002.h5.partial").mkdir()
-    with pytest.raises(OSError, match="shard_00002"):
-        OpenGroup(Placement(tmp_path, read_index(stores / "train"), 64, 3), 0)
-    assert not list(tmp_path.glob("*0.h5*"))
-
-
 def test_places_depend_on_seed_group_and_part(config: Callable[..., Config], stores: Path, tmp_path: Path) -> None:
     index = read_index(stores / "train")
     other_seed = dataclasses.replace(index, seed=1)
@@ -81,7 +61,7 @@ def test_places_depend_on_seed_group_and_part(config: Callable[..., Config], sto
     for made, number in ((index, 0), (index, 0), (index, 1), (other_seed, 0), (other_part, 0)):
         group = OpenGroup(Placement(tmp_path, made, 64, 3), number)
         orders.append(tuple(group.order))
-        group.discard()
+        group.files.close()
     assert orders[0] == orders[1]
     assert len(set(orders)) == 4
     assert all(sorted(order) == list(range(192)) for order in orders)
