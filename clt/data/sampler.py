@@ -52,21 +52,21 @@ def batch_rows(
         )
     assert 0 <= rank < world, (rank, world)
     first, end = (step * batch + batch * i // world for i in (rank, rank + 1))
-    epochs = range(first // n_rows, max(end - 1, first) // n_rows + 1)
-    starts = [max(first - epoch * n_rows, 0) for epoch in epochs]
-    ends = [min(end - epoch * n_rows, n_rows) for epoch in epochs]
-    return np.concatenate([_epoch_rows(n_rows, block_rows, seed, *span) for span in zip(epochs, starts, ends)])
+    parts = []
+    for epoch in range(first // n_rows, max(end - 1, first) // n_rows + 1):
+        start, stop = max(first - epoch * n_rows, 0), min(end - epoch * n_rows, n_rows)
+        parts.append(_epoch_rows(n_rows, block_rows, seed, epoch, np.arange(start, stop)))
+    return np.concatenate(parts)
 
 
-def _epoch_rows(n_rows: int, block_rows: int, seed: int, epoch: int, start: int, end: int) -> np.ndarray:
-    """The rows at the places start .. end - 1 (each in [0, n_rows)) of one epoch."""
+def _epoch_rows(n_rows: int, block_rows: int, seed: int, epoch: int, places: np.ndarray) -> np.ndarray:
+    """The rows at some places (n,) in the order of an epoch. Changes `places`."""
     n_blocks = -(-n_rows // block_rows)
     order, last = _block_order(n_blocks, seed, epoch)
     missing = n_blocks * block_rows - n_rows
-    at = np.arange(start, end)
     # After the ragged block every row comes `missing` places early: count as if that block were complete.
-    at[max((last + 1) * block_rows - missing - start, 0) :] += missing
-    block, within = np.divmod(at, block_rows)
+    places[places >= (last + 1) * block_rows - missing] += missing
+    block, within = np.divmod(places, block_rows)
     return order[block] * block_rows + within
 
 
@@ -96,7 +96,5 @@ class DistributedSampler(Sampler[np.ndarray]):
         self.rows_at(start_step)  # a batch that cannot be made is an error here, not in a reader thread
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for step in itertools.count(self.start_step):
-            if step == self.stop_step:
-                return
-            yield self.rows_at(step)
+        steps = itertools.count(self.start_step) if self.stop_step is None else range(self.start_step, self.stop_step)
+        return map(self.rows_at, steps)

@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def dataset_offsets(path: Path, rows: int, n_layers: int, d_acts: int, dtype: st
     return offsets
 
 
-def read_at(fd: int, views: list[memoryview], offset: int, path: Path) -> None:
+def read_at(file: FileIO, views: list[memoryview], offset: int) -> None:
     """Fill `views` (of bytes), one after the other, with the file's bytes from `offset` on.
 
     Raises UserError when the file ends early.
@@ -98,10 +99,10 @@ def read_at(fd: int, views: list[memoryview], offset: int, path: Path) -> None:
     end = offset + sum(map(len, views))
     while views:
         first = views[:_VIEWS]
-        count = os.preadv(fd, first, offset)
+        count = os.preadv(file.fileno(), first, offset)
         if count == 0:
             raise UserError(
-                f"shard {path} is truncated: found {os.fstat(fd).st_size} bytes, wanted {end}; "
+                f"shard {file.name} is truncated: found {os.fstat(file.fileno()).st_size} bytes, wanted {end}; "
                 "it changed while it was read: copy this file again"
             )
         offset += count

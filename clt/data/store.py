@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import resource
 import weakref
 from bisect import bisect_right
@@ -34,16 +34,15 @@ class DiscBuffer(Dataset[Tensor]):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.index = read_index(path)
-        shape = (self.index.n_layers, self.index.d_acts, self.index.dtype)
-        self._files = [self.path / shard["file"] for shard in self.index.shards]
-        self._offsets = [dataset_offsets(f, s["rows"], *shape) for f, s in zip(self._files, self.index.shards)]
+        shape, shards = (self.index.n_layers, self.index.d_acts, self.index.dtype), self.index.shards
+        self._offsets = [dataset_offsets(self.path / shard["file"], shard["rows"], *shape) for shard in shards]
         self._row_bytes = row_bytes(*shape)
-        self._firsts = [0, *accumulate(shard["rows"] for shard in self.index.shards)]
+        self._firsts = [0, *accumulate(shard["rows"] for shard in shards)]
         self.statistics = Statistics.load(self.path / STATISTICS)
-        _allow_descriptors(len(self._files))
-        self._descriptors: list[int] = []
-        self.close = weakref.finalize(self, _close, self._descriptors)  # also called by the garbage collector
-        self._descriptors.extend(os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in self._files)
+        _allow_descriptors(len(shards))
+        files = contextlib.ExitStack()
+        self.close = weakref.finalize(self, files.close)  # also called by the garbage collector
+        self._files = [files.enter_context((self.path / shard["file"]).open("rb", buffering=0)) for shard in shards]
 
     def __len__(self) -> int:
         return self.index.rows
@@ -53,7 +52,7 @@ class DiscBuffer(Dataset[Tensor]):
 
     def __getitem__(self, rows: Any) -> Tensor:
         if isinstance(rows, (int, np.integer)):
-            return self.read(self._row_numbers(np.array([rows])))[0]
+            return self[[rows]][0]
         return self.read(self._row_numbers(rows))
 
     def read(self, rows: np.ndarray, out: Tensor | None = None) -> Tensor:
@@ -61,12 +60,9 @@ class DiscBuffer(Dataset[Tensor]):
 
         Consecutive rows are read with one call, directly into their place.
         """
-        shape = (len(rows), 2, self.index.n_layers, self.index.d_acts)
-        if out is None:
-            out = torch.empty(shape, dtype=getattr(torch, self.index.dtype))
-        assert out.shape == shape, (out.shape, shape)
-        assert out.is_contiguous()
-        assert out.dtype == getattr(torch, self.index.dtype), out.dtype
+        shape, dtype = (len(rows), 2, self.index.n_layers, self.index.d_acts), getattr(torch, self.index.dtype)
+        out = torch.empty(shape, dtype=dtype) if out is None else out
+        assert (out.shape, out.dtype) == (shape, dtype), (out.shape, out.dtype)
         self._read("tensor", rows, out.view(-1).view(torch.uint8).numpy().data)
         return out
 
@@ -108,13 +104,11 @@ class DiscBuffer(Dataset[Tensor]):
 
     def _read(self, name: str, rows: np.ndarray, view: memoryview) -> None:
         """Read one dataset's rows (n,) into `view`, n times that dataset's row bytes."""
-        size = len(view) // max(len(rows), 1)
+        size = self._row_bytes[name]
         self._read_ranges(name, rows, lambda start, end: [view[start * size : end * size]])
 
     def _read_ranges(self, name: str, rows: np.ndarray, views: Callable[[int, int], list[memoryview]]) -> None:
         """Read one dataset's rows (n,), consecutive ones with one call; rows[start:end] go into `views(start, end)`."""
-        if len(rows) == 0:
-            return
         size, firsts = self._row_bytes[name], self._firsts
         starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
         ends = [*starts[1:].tolist(), len(rows)]
@@ -123,13 +117,8 @@ class DiscBuffer(Dataset[Tensor]):
             while start < end:  # consecutive rows may continue in the next shard
                 stop = min(end, start + firsts[shard + 1] - row)
                 offset = self._offsets[shard][name] + (row - firsts[shard]) * size
-                read_at(self._descriptors[shard], views(start, stop), offset, self._files[shard])
+                read_at(self._files[shard], views(start, stop), offset)
                 start, row, shard = stop, row + stop - start, shard + 1
-
-
-def _close(descriptors: list[int]) -> None:
-    while descriptors:
-        os.close(descriptors.pop())
 
 
 def _allow_descriptors(count: int) -> None:

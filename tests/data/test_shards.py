@@ -75,10 +75,11 @@ def test_what_is_no_shard_or_another_one_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_ends_early_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "short"
     path.write_bytes(b"x" * 10)
-    fd = os.open(path, os.O_RDONLY)
-    with pytest.raises(UserError, match="truncated: found 10 bytes, wanted 12"):
-        shards.read_at(fd, [memoryview(bytearray(8))], 4, path)
-    os.close(fd)
+    with (
+        open(path, "rb", buffering=0) as file,
+        pytest.raises(UserError, match=f"shard {path} is truncated: found 10 bytes, wanted 12"),
+    ):
+        shards.read_at(file, [memoryview(bytearray(8))], 4)
 
 
 @pytest.mark.parametrize("most", [1, 3, 4, 7, 100])
@@ -100,8 +101,8 @@ def test_reads_that_come_in_parts_are_put_together(tmp_path: Path, monkeypatch: 
     path.write_bytes(data)
     out = memoryview(bytearray(90))
     ends = [0, 4, 5, 12, 20, 21, 30, 44, 45, 60, 75, 80, 90]
-    with open(path, "rb") as file:
-        shards.read_at(file.fileno(), [out[a:b] for a, b in pairwise(ends)], 10, path)
+    with open(path, "rb", buffering=0) as file:
+        shards.read_at(file, [out[a:b] for a, b in pairwise(ends)], 10)
     assert out == data[10:]
 
 
