@@ -19,7 +19,6 @@ from torch import Tensor
 from benchmarks import machine, step
 from clt.config import Config, DataConfig, load_config
 from clt.data.extract import extract
-from clt.data.groups import Placement
 from clt.data.index import read_index
 from clt.data.loader import Loader
 from clt.data.sampler import DistributedSampler
@@ -27,7 +26,7 @@ from clt.data.shards import row_bytes
 from clt.data.state import ExtractionState
 from clt.data.statistics import Moments
 from clt.data.store import DiscBuffer
-from clt.data.writer import Writer, write_store
+from clt.data.writer import Placement, Writer, write_store
 from clt.lm.capture import capture
 from clt.lm.forward import Rows
 from clt.lm.load import LanguageModel, load_language_model, locate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,19 +13,20 @@ import torch
 from tqdm import tqdm
 
 from clt.config import Config
-from clt.data.groups import Placement, rows_by_group
 from clt.data.index import FORMAT_VERSION, INDEX, STATISTICS, StoreIndex, read_index, write_index
 from clt.data.lock import locked
 from clt.data.shards import is_full_disk, row_bytes
 from clt.data.state import STATE, ExtractionState, load_state
 from clt.data.statistics import Moments
-from clt.data.writer import Writer
+from clt.data.writer import Placement, Writer
 from clt.errors import UserError, mismatches
+from clt.lm.forward import Rows, check_finite, forward_text
 from clt.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from clt.lm.documents import Part
     from clt.lm.load import LanguageModel
+    from clt.lm.text import Window
 
 
 def extract_all(config: Config, progress: bool = True) -> list[StoreIndex]:
@@ -103,6 +105,58 @@ def _write_rows(config: Config, placement: Placement, lm: LanguageModel, writer:
             f"the {part} text of {config.text.source!r} ends after {done} rows, wanted {total}: "
             f"lower data.{part}_tokens={done}, or give more text"
         )
+
+
+def rows_by_group(
+    config: Config, placement: Placement, lm: LanguageModel, state: ExtractionState
+) -> Iterator[tuple[Rows, ExtractionState | None]]:
+    """The rows of the text from `state` on, in host memory, cut where groups end.
+
+    The last rows of a group come with the state after them, which still lacks the shards. On a GPU a second stream
+    updates the moments and copies the rows while the model computes the next batch. On a CPU the model uses all cores,
+    and a thread beside it gained nothing (measured). Raises UserError for a value that overflows the storage dtype.
+    """
+    side = torch.cuda.Stream(lm.device) if lm.device.type == "cuda" else None
+    with torch.cuda.stream(side):  # allocated on that stream, so that the model's stream does not reuse the memory
+        moments = state.moments.to(lm.device)
+    done, total, skip, windows = state.rows, placement.index.rows, state.skip_rows, state.windows
+    for batch, rows, computed in _passes(config, placement.index.text["part"], lm, windows):
+        while skip < len(rows) and done < total:
+            group_end = min((done // placement.group_rows + 1) * placement.group_rows, total)
+            piece = rows[skip : skip + group_end - done]
+            done, skip = done + len(piece), skip + len(piece)
+            with torch.cuda.stream(side):
+                if side is not None and computed is not None:
+                    side.wait_event(computed)
+                    piece.activations.record_stream(side)
+                moments.add(piece.activations)
+                reached = ExtractionState([], windows, skip, moments.to("cpu")) if done == group_end else None
+                if side is not None:
+                    host = torch.empty_like(piece.activations, device="cpu", pin_memory=True)
+                    piece = dataclasses.replace(piece, activations=host.copy_(piece.activations, non_blocking=True))
+                # A value that is not finite makes its sum of squares not finite: the rows need no check of their own.
+                # On a GPU this waits for the side stream, and so for the copy.
+                if not moments.squares.isfinite().all():
+                    check_finite(lm, batch, piece)
+            yield piece, reached
+        if done == total:
+            return
+        skip, windows = 0, windows + len(batch)
+
+
+def _passes(
+    config: Config, part: Part, lm: LanguageModel, windows: int
+) -> Iterator[tuple[list[Window], Rows, torch.Event | None]]:
+    """`forward_text`; on a GPU with the event after each pass, and one pass late, so that the GPU always has work."""
+    waiting: list[tuple[list[Window], Rows, torch.Event]] = []
+    for batch, rows in forward_text(config, part, lm, windows):
+        if lm.device.type == "cpu":
+            yield batch, rows, None
+            continue
+        computed = torch.cuda.current_stream(lm.device).record_event()
+        yield from waiting
+        waiting = [(batch, rows, computed)]
+    yield from waiting
 
 
 def check_store(index: StoreIndex, config: Config) -> None:

@@ -16,16 +16,21 @@ from safetensors import safe_open
 
 from clt.config import Config
 from clt.data.describe import verify
-from clt.data.extract import check_store, extract
+from clt.data.extract import check_store, extract, rows_by_group
 from clt.data.index import read_index
+from clt.data.state import ExtractionState
+from clt.data.statistics import Moments
 from clt.data.store import DiscBuffer
+from clt.data.writer import Placement
 from clt.errors import UserError
 from clt.lm.capture import capture
+from clt.lm.forward import forward_text
 from clt.lm.load import LanguageModel, load_language_model
 from clt.lm.text import windows
 from clt.parsing import to_yaml
 
 MakeConfig = Callable[..., Config]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 GROUP = 3 * 64
 
 
@@ -62,6 +67,34 @@ def text_order(config: Config, lm: LanguageModel, part: str, rows: int) -> list[
             places = np.flatnonzero(window.keep)
             found += as_bytes(kept, window.tokens[places], places, window.documents[places])
     return found[:rows]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pieces_end_with_groups_and_go_on_from_any_of_them(config: MakeConfig, stores: Path, device: str) -> None:
+    made = config()
+    lm = load_language_model(made.lm, device)
+    placement = Placement(stores / "train", read_index(stores / "train"), 64, 3)
+    pieces = list(rows_by_group(made, placement, lm, ExtractionState([], 0, 0, Moments.zero(3, 16))))
+    rows = torch.cat([rows.activations for rows, _ in pieces])
+    assert rows.device.type == "cpu"
+    wanted = torch.cat([rows.activations.cpu() for _, rows in forward_text(made, "train", lm)])[:1000]
+    assert torch.equal(rows, wanted)
+    ends = [number for number, (_, state) in enumerate(pieces) if state is not None]
+    done = np.cumsum([len(rows) for rows, _ in pieces])[ends]
+    assert done.tolist() == [192, 384, 576, 768, 960, 1000]
+    for end, count in zip(ends[:-1], done[:-1]):
+        reached = pieces[end][1]
+        assert reached is not None
+        assert reached.moments.rows == count
+        shards = [{"file": "", "rows": int(count), "checksum": ""}]
+        state = ExtractionState(shards, reached.windows, reached.skip_rows, reached.moments)  # type: ignore[arg-type]
+        rest = list(rows_by_group(made, placement, lm, state))
+        assert torch.equal(torch.cat([rows.activations for rows, _ in rest]), rows[count:])
+        last, whole = rest[-1][1], pieces[-1][1]
+        assert last is not None
+        assert whole is not None
+        assert torch.equal(last.moments.mean, whole.moments.mean)
+        assert torch.equal(last.moments.squares, whole.moments.squares)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -115,6 +148,7 @@ KILLER = """
 import os, signal, sys
 from clt.config import load_config
 from clt.data.extract import extract
+from clt.lm.forward import forward_text
 from clt.lm.load import load_language_model
 
 lm = load_language_model(load_config(sys.argv[1]).lm)  # once, for all forks

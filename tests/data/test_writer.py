@@ -1,5 +1,6 @@
 """Rows written in the background: complete groups are recorded in order, and incomplete ones leave no files."""
 
+import dataclasses
 import errno
 import threading
 from pathlib import Path
@@ -9,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from clt.data import groups
-from clt.data.groups import Placement
+from clt.data import writer as writing
 from clt.data.index import read_index
 from clt.data.shards import write_at
 from clt.data.state import STATE, ExtractionState, load_state
 from clt.data.statistics import Moments
 from clt.data.store import DiscBuffer
-from clt.data.writer import Writer, write_store
+from clt.data.writer import OpenGroup, Placement, Writer, write_store
 from clt.lm.forward import Rows
 from tests.data.conftest import D, L
 
@@ -109,7 +109,7 @@ def test_a_disk_that_is_full_for_a_moment(
                 raise FULL
         write_at(fd, view, offset)
 
-    monkeypatch.setattr(groups, "write_at", limited)
+    monkeypatch.setattr(writing, "write_at", limited)
     with pytest.raises(OSError, match="No space left"), Writer(placement, state_at(0), IDENTITY) as writer:
         put(writer, rows, piece=piece)
     complete = (fails_at - 1) // GROUP
@@ -121,14 +121,14 @@ def test_a_disk_that_is_full_for_a_moment(
 def test_a_group_that_cannot_be_created_or_finished(
     placement: Placement, rows: Rows, monkeypatch: pytest.MonkeyPatch, step: str, fails: int
 ) -> None:
-    call, shard = getattr(groups, step), f"shard_{2 * fails:05d}.h5.partial"
+    call, shard = getattr(writing, step), f"shard_{2 * fails:05d}.h5.partial"
 
     def limited(path: Path, *arguments: object) -> object:
         if path.name == shard:
             raise FULL
         return call(path, *arguments)
 
-    monkeypatch.setattr(groups, step, limited)
+    monkeypatch.setattr(writing, step, limited)
     with pytest.raises(OSError, match="No space left"), Writer(placement, state_at(0), IDENTITY) as writer:
         put(writer, rows)
     for orphan in sorted(placement.path.glob("*.h5"))[2 * fails :]:  # a resumed extraction replaces them
@@ -159,6 +159,20 @@ def test_a_state_that_cannot_be_saved_ends_the_writing(
     with Writer(placement, load_state(placement.path, IDENTITY) or state_at(0), IDENTITY) as writer:
         put(writer, rows[GROUP:], first_group=1)
     assert recorded(placement, rows) == ([f"shard_{number:05d}.h5" for number in range(9)], 5)
+
+
+def test_places_depend_on_seed_group_and_part(placement: Placement) -> None:
+    index = placement.index
+    other_seed = dataclasses.replace(index, seed=1)
+    other_part = dataclasses.replace(index, text={**index.text, "part": "heldout"})
+    orders = []
+    for made, number in ((index, 0), (index, 0), (index, 1), (other_seed, 0), (other_part, 0)):
+        group = OpenGroup(dataclasses.replace(placement, index=made), number)
+        orders.append(tuple(group.order))
+        group.files.close()
+    assert orders[0] == orders[1]
+    assert len(set(orders)) == 4
+    assert all(sorted(order) == list(range(GROUP)) for order in orders)
 
 
 def test_a_store_of_rows_in_memory_keeps_their_order(tmp_path: Path, rows: Rows) -> None:
