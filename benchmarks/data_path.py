@@ -189,7 +189,7 @@ def _parts(config: Config, lm: LanguageModel, batches: list[list[Window]], ids: 
             lambda: captured.extend(capture(lm, *each, dtype) for each in zip(ids, keeps)), device
         )
     }
-    moments = Moments.zero(index.n_layers, index.d_acts, device)
+    moments = Moments.zero(index.n_layers, index.d_acts).to(device)
     took["statistics"] = machine.seconds(lambda: [moments.add(rows) for rows in captured], device)
     host = [rows.cpu() for rows in captured]
     took["writing"] = machine.seconds(write, device)

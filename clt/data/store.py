@@ -7,6 +7,7 @@ import resource
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable
+from functools import partialmethod
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -70,23 +71,16 @@ class DiscBuffer(Dataset[Tensor]):
         """Read rows (n,) in any order, each into its own of n views (as many bytes as a row has)."""
         self._read_ranges("tensor", rows, lambda start, end: views[start:end])
 
-    def tokens(self, rows: Any) -> np.ndarray:
-        """Token ids (n,) int32 of the rows."""
-        return self._column("token", rows)
-
-    def positions(self, rows: Any) -> np.ndarray:
-        """Positions in their windows (n,) int32 of the rows."""
-        return self._column("position", rows)
-
-    def documents(self, rows: Any) -> np.ndarray:
-        """Document numbers (n,) int64 of the rows."""
-        return self._column("document", rows)
-
     def _column(self, name: str, rows: Any) -> np.ndarray:
         numbers = self._row_numbers(rows)
         out = np.empty(len(numbers), COLUMN_DTYPES[name])
         self._read(name, numbers, out.view(np.uint8).data)
         return out
+
+    # Each takes rows as `buffer[rows]` does, and gives (n,) integers.
+    tokens = partialmethod(_column, "token")
+    positions = partialmethod(_column, "position")  # in the window
+    documents = partialmethod(_column, "document")  # numbers within the part of the text
 
     def _row_numbers(self, rows: Any) -> np.ndarray:
         """A slice or integers (list, array, tensor; negative ones count from the end) as row numbers (n,) int64."""
