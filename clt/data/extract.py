@@ -93,55 +93,45 @@ def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress
 
 
 def _write_rows(config: Config, placement: Placement, lm: LanguageModel, writer: Writer, progress: bool) -> None:
-    """Hand the rows that follow the writer's state to the writer. Raises UserError when there are too few."""
-    done, total, part = writer.state.rows, placement.index.rows, placement.index.text["part"]
-    with tqdm(total=total, initial=done, unit="row", desc=part, disable=not progress) as bar:
-        for rows, reached in rows_by_group(config, placement, lm, writer.state):
-            writer.put(rows, reached)
-            bar.update(len(rows))
-            done += len(rows)
-    if done < total:
-        raise UserError(
-            f"the {part} text of {config.text.source!r} ends after {done} rows, wanted {total}: "
-            f"lower data.{part}_tokens={done}, or give more text"
-        )
+    """Hand the rows that follow the writer's state to the writer, in host memory, cut where groups end.
 
-
-def rows_by_group(
-    config: Config, placement: Placement, lm: LanguageModel, state: ExtractionState
-) -> Iterator[tuple[Rows, ExtractionState | None]]:
-    """The rows of the text from `state` on, in host memory, cut where groups end.
-
-    The last rows of a group come with the state after them, which still lacks the shards. On a GPU a second stream
-    updates the moments and copies the rows while the model computes the next batch. On a CPU the model uses all cores,
-    and a thread beside it gained nothing (measured). Raises UserError for a value that overflows the storage dtype.
+    On a GPU a second stream updates the moments and copies the rows while the model computes the next batch. On a CPU
+    the model uses all cores, and a thread beside it gained nothing (measured). Raises UserError for too little text and
+    for a value that overflows the storage dtype.
     """
+    state, part, total = writer.state, placement.index.text["part"], placement.index.rows
+    done, windows, skip = state.rows, state.windows, state.skip_rows
     side = torch.cuda.Stream(lm.device) if lm.device.type == "cuda" else None
     with torch.cuda.stream(side):  # allocated on that stream, so that the model's stream does not reuse the memory
         moments = state.moments.to(lm.device)
-    done, total, skip, windows = state.rows, placement.index.rows, state.skip_rows, state.windows
-    for batch, rows, computed in _passes(config, placement.index.text["part"], lm, windows):
-        while skip < len(rows) and done < total:
-            group_end = min((done // placement.group_rows + 1) * placement.group_rows, total)
-            piece = rows[skip : skip + group_end - done]
-            done, skip = done + len(piece), skip + len(piece)
-            with torch.cuda.stream(side):
-                if side is not None and computed is not None:
-                    side.wait_event(computed)
-                    piece.activations.record_stream(side)
-                moments.add(piece.activations)
-                reached = ExtractionState([], windows, skip, moments.to("cpu")) if done == group_end else None
-                if side is not None:
-                    host = torch.empty_like(piece.activations, device="cpu", pin_memory=True)
-                    piece = dataclasses.replace(piece, activations=host.copy_(piece.activations, non_blocking=True))
-                # A value that is not finite makes its sum of squares not finite: the rows need no check of their own.
-                # On a GPU this waits for the side stream, and so for the copy.
-                if not moments.squares.isfinite().all():
-                    check_finite(lm, batch, piece)
-            yield piece, reached
-        if done == total:
-            return
-        skip, windows = 0, windows + len(batch)
+    with tqdm(total=total, initial=done, unit="row", desc=part, disable=not progress) as bar:
+        for batch, rows, computed in _passes(config, part, lm, windows):
+            while skip < len(rows) and done < total:
+                group_end = min((done // placement.group_rows + 1) * placement.group_rows, total)
+                piece = rows[skip : skip + group_end - done]
+                done, skip = done + len(piece), skip + len(piece)
+                with torch.cuda.stream(side):
+                    if side is not None and computed is not None:
+                        side.wait_event(computed)
+                        piece.activations.record_stream(side)
+                    moments.add(piece.activations)
+                    reached = ExtractionState([], windows, skip, moments.to("cpu")) if done == group_end else None
+                    if side is not None:
+                        host = torch.empty_like(piece.activations, device="cpu", pin_memory=True)
+                        piece = dataclasses.replace(piece, activations=host.copy_(piece.activations, non_blocking=True))
+                    # A value that is not finite makes its sum of squares not finite: the rows need no check of their
+                    # own. On a GPU this waits for the side stream, and so for the copy.
+                    if not moments.squares.isfinite().all():
+                        check_finite(lm, batch, piece)
+                writer.put(piece, reached)
+                bar.update(len(piece))
+            if done == total:
+                return
+            skip, windows = 0, windows + len(batch)
+    raise UserError(
+        f"the {part} text of {config.text.source!r} ends after {done} rows, wanted {total}: "
+        f"lower data.{part}_tokens={done}, or give more text"
+    )
 
 
 def _passes(
