@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from clt.config import Config
-from clt.data.index import FORMAT_VERSION, INDEX, STATISTICS, StoreIndex, read_index, write_index
+from clt.data.index import INDEX, STATISTICS, StoreIndex, read_index, write_index
 from clt.data.lock import locked
 from clt.data.shards import is_full_disk, row_bytes
 from clt.data.state import STATE, ExtractionState, load_state
@@ -208,7 +208,6 @@ def _read_from(lm: LanguageModel) -> dict[str, Any]:
 def _blank_index(config: Config, part: Part, lm: LanguageModel) -> StoreIndex:
     """The index of the store that will be extracted, without its shards."""
     return StoreIndex(
-        format_version=FORMAT_VERSION,
         model=lm.name,
         lm_layers=lm.model.config.get_text_config().num_hidden_layers,
         lm_dtype=config.lm.dtype,

@@ -1,9 +1,9 @@
 """Which rows are read at which step: pure functions of (seed, step, rank, world).
 
-Reading is one endless stream of rows. Epoch e of the stream is all rows of the store, block by block, the blocks in an
-order that (seed, e) determines. Step t takes the next `batch` rows of the stream; the ranks split those. So there is
-no ragged batch, each row comes once per epoch, the global batch does not depend on the number of ranks, and a run
-that resumes needs to know its step and nothing else.
+Training reads an endless stream of rows. An epoch of it is all rows of the store, block by block, in an order of the
+blocks that the seed and the epoch determine. Each step takes the next `batch` rows, and the ranks split them. So each
+row comes once per epoch, all batches are of one size and do not depend on the number of ranks, and a run resumes from
+its step alone.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _epoch_rows(n_rows: int, block_rows: int, seed: int, epoch: int, places: np.
 
 
 class DistributedSampler(Sampler[np.ndarray]):
-    """The row numbers of one rank's batches, one array a step, from `start_step` on and up to `stop_step` (or forever).
+    """The rows (n,) of one rank's batches, one array a step, from `start_step` up to `stop_step` (None: for ever).
 
     Raises UserError when the batch is larger than the store or has fewer rows than there are ranks.
     """

@@ -57,10 +57,7 @@ class DiscBuffer(Dataset[Tensor]):
         return self.read(self._row_numbers(rows))
 
     def read(self, rows: np.ndarray, out: Tensor | None = None) -> Tensor:
-        """Rows (n,) in any order -> (n, 2, L, D), into `out` (contiguous, storage dtype, CPU) when it is given.
-
-        Consecutive rows are read with one call, directly into their place.
-        """
+        """Rows (n,) in any order -> (n, 2, L, D), into `out` (contiguous, storage dtype, CPU) when it is given."""
         shape, dtype = (len(rows), 2, self.index.n_layers, self.index.d_acts), getattr(torch, self.index.dtype)
         out = torch.empty(shape, dtype=dtype) if out is None else out
         assert (out.shape, out.dtype) == (shape, dtype), (out.shape, out.dtype)
@@ -117,8 +114,7 @@ class DiscBuffer(Dataset[Tensor]):
 
 def _allow_descriptors(count: int) -> None:
     """Raise the soft limit on open files (often 1024) for a store with more shards."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 256
+    (soft, hard), wanted = resource.getrlimit(resource.RLIMIT_NOFILE), count + 256
     if soft != resource.RLIM_INFINITY and soft < wanted:
         if hard != resource.RLIM_INFINITY and hard < wanted:
             raise UserError(f"the store has {count} shards but only {hard} files may be open: raise `ulimit -n`")

@@ -15,16 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clt.data.index import (
-    FORMAT_VERSION,
-    PARTIAL,
-    STATISTICS,
-    ShardEntry,
-    StoreIndex,
-    delete_unfinished,
-    rename_synced,
-    write_index,
-)
+from clt.data.index import PARTIAL, STATISTICS, ShardEntry, StoreIndex, delete_unfinished, rename_synced, write_index
 from clt.data.sampler import permutation
 from clt.data.shards import COLUMN_DTYPES, checksum, create_shard, write_at
 from clt.data.state import ExtractionState
@@ -96,11 +87,7 @@ class OpenGroup:
         self.filled += len(rows)
 
     def finish(self) -> list[ShardEntry]:
-        """Write the columns, hash the shards and rename them; returns their entries in the index.
-
-        The shards are on disk for good when it returns.
-        """
-        assert self.full
+        """Write the columns, then hash, sync and rename the shards; returns their entries in the index."""
         starts = range(0, len(self.order), self.shard_rows)
         with self.files:
             for fd, offsets, start, rows in zip(self.descriptors, self.offsets, starts, self.sizes):
@@ -179,7 +166,6 @@ def write_store(
     """
     n, _, n_layers, d_acts = tensor.shape
     index = StoreIndex(
-        format_version=FORMAT_VERSION,
         model="none",
         revision=None,
         tokenizer_hash="none",
