@@ -52,7 +52,7 @@ def test_a_truncated_shard_is_named_with_its_sizes(tmp_path: Path, missing: int)
         shards.dataset_offsets(path, 50, 2, 3, "float32")
 
 
-def test_what_is_no_shard_or_another_one_is_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_the_expected_shard_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "shard.h5"
     with pytest.raises(UserError, match="is missing"):
         shards.dataset_offsets(path, 5, 2, 3, "float16")
@@ -83,7 +83,7 @@ def test_a_file_that_ends_early_while_it_is_read_is_an_error(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("most", [1, 3, 4, 7, 100])
-def test_reads_that_come_in_parts_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """As from a network file system, and with more views than one call takes."""
     path, data, whole = tmp_path / "bytes", os.urandom(100), os.preadv
 
@@ -121,7 +121,7 @@ def test_checksums_are_those_of_the_published_algorithms(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kib", [0, 1, 3, 8])
-def test_creating_a_shard_where_it_does_not_fit_says_so(tmp_path: Path, kib: int) -> None:
+def test_a_shard_that_does_not_fit_on_the_disk(tmp_path: Path, kib: int) -> None:
     code = (
         "import resource, signal, sys; from pathlib import Path; from clt.data import shards\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({kib << 10}, resource.RLIM_INFINITY))\n"

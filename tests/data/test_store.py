@@ -83,7 +83,7 @@ def test_reading_into_a_buffer(buffer: DiscBuffer, tensor: torch.Tensor) -> None
     assert not out[11].any()
 
 
-def test_reading_each_row_into_a_place_of_its_own(buffer: DiscBuffer, tensor: torch.Tensor) -> None:
+def test_reading_each_row_into_its_own_view(buffer: DiscBuffer, tensor: torch.Tensor) -> None:
     numbers = np.array([*range(3, 30), 52, 7, 8, 0])
     out = torch.zeros(N, *tensor.shape[1:], dtype=tensor.dtype)
     places = np.random.default_rng(0).permutation(N)[: len(numbers)]

@@ -75,7 +75,7 @@ def test_complete_groups_are_recorded_in_order(placement: Placement, rows: Rows)
     assert writer.state.rows == len(rows)
 
 
-def test_writing_goes_on_after_the_groups_of_a_state(placement: Placement, rows: Rows) -> None:
+def test_writing_resumes_after_the_groups_of_a_state(placement: Placement, rows: Rows) -> None:
     with Writer(placement, state_at(0), IDENTITY) as writer:
         put(writer, rows[:24])
     with Writer(placement, writer.state, IDENTITY) as writer:
@@ -95,10 +95,10 @@ def test_an_error_of_the_caller_keeps_complete_groups_and_deletes_the_open_one(
 
 @pytest.mark.parametrize("piece", [5, GROUP])
 @pytest.mark.parametrize("fails_at", [1, 3, GROUP + 1, 2 * GROUP])
-def test_a_disk_that_is_full_for_a_moment(
+def test_nothing_is_written_after_a_row_that_could_not_be(
     placement: Placement, rows: Rows, monkeypatch: pytest.MonkeyPatch, piece: int, fails_at: int
 ) -> None:
-    """One row cannot be written, all later ones could: they must not take its place."""
+    """The disk is full for one row only. No later row may take its place, or a resumed extraction would lose rows."""
     written = 0
 
     def limited(fd: int, view: memoryview, offset: int) -> None:
