@@ -42,7 +42,7 @@ class _Slot:
     buffer: Tensor = field(default_factory=lambda: torch.empty(0))
     rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     read: Future[None] = field(default_factory=Future)
-    copied: torch.cuda.Event | None = None  # after the last copy to the device
+    copied: torch.Event | None = None  # after the last copy to the device
 
 
 class Loader(Iterator[Tensor]):
@@ -89,8 +89,13 @@ class Loader(Iterator[Tensor]):
         self._ahead[0].read.result()  # a slot that failed stays first: the next call raises the same error
         slot = self._held = self._ahead.popleft()
         batch = slot.buffer[: len(slot.rows)]
-        if self._stream is not None:
-            batch = self._to_device(slot, batch, self._stream)
+        if self._stream is not None:  # copies while the device still computes the last step
+            with torch.cuda.stream(self._stream):
+                batch = batch.to(self.device, non_blocking=True)
+            slot.copied = self._stream.record_event()
+            consumer = torch.cuda.current_stream(self.device)
+            consumer.wait_event(slot.copied)
+            batch.record_stream(consumer)  # its memory belongs to the copying stream
         self.stalled += time.perf_counter() - start
         return batch
 
@@ -115,17 +120,6 @@ class Loader(Iterator[Tensor]):
             slot.read.set_exception(error)
         else:
             self._work.put(slot)
-
-    def _to_device(self, slot: _Slot, batch: Tensor, stream: torch.cuda.Stream) -> Tensor:
-        """Copy while the device still computes the last step; the copy's memory and the slot are guarded by events."""
-        with torch.cuda.stream(stream):
-            copy = batch.to(self.device, non_blocking=True)
-            slot.copied = torch.cuda.Event()
-            slot.copied.record(stream)
-        consumer = torch.cuda.current_stream(self.device)
-        consumer.wait_event(slot.copied)
-        copy.record_stream(consumer)
-        return copy
 
     def close(self) -> None:
         """End the threads and drop the batches that were not consumed.

@@ -33,7 +33,6 @@ def permutation(n: int, seed: int, number: int, stream: int) -> np.ndarray:
 def _block_order(n_blocks: int, seed: int, epoch: int) -> tuple[np.ndarray, int]:
     """The blocks in the order in which an epoch reads them, and the place of the last (perhaps ragged) block in it."""
     order = permutation(n_blocks, seed, epoch, READING)
-    order.setflags(write=False)
     return order, int(np.flatnonzero(order == n_blocks - 1)[0])
 
 
@@ -52,22 +51,17 @@ def batch_rows(
         )
     assert 0 <= rank < world, (rank, world)
     first, end = (step * batch + batch * i // world for i in (rank, rank + 1))
+    n_blocks = -(-n_rows // block_rows)
+    missing = n_blocks * block_rows - n_rows  # rows that the ragged block lacks
     parts = []
     for epoch in range(first // n_rows, max(end - 1, first) // n_rows + 1):
-        start, stop = max(first - epoch * n_rows, 0), min(end - epoch * n_rows, n_rows)
-        parts.append(_epoch_rows(n_rows, block_rows, seed, epoch, np.arange(start, stop)))
+        order, ragged = _block_order(n_blocks, seed, epoch)
+        places = np.arange(max(first - epoch * n_rows, 0), min(end - epoch * n_rows, n_rows))
+        # After the ragged block every row comes `missing` places early: count as if that block were complete.
+        places[places >= (ragged + 1) * block_rows - missing] += missing
+        block, within = np.divmod(places, block_rows)
+        parts.append(order[block] * block_rows + within)
     return np.concatenate(parts)
-
-
-def _epoch_rows(n_rows: int, block_rows: int, seed: int, epoch: int, places: np.ndarray) -> np.ndarray:
-    """The rows at some places (n,) in the order of an epoch. Changes `places`."""
-    n_blocks = -(-n_rows // block_rows)
-    order, last = _block_order(n_blocks, seed, epoch)
-    missing = n_blocks * block_rows - n_rows
-    # After the ragged block every row comes `missing` places early: count as if that block were complete.
-    places[places >= (last + 1) * block_rows - missing] += missing
-    block, within = np.divmod(places, block_rows)
-    return order[block] * block_rows + within
 
 
 class DistributedSampler(Sampler[np.ndarray]):

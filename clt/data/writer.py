@@ -103,8 +103,8 @@ class Writer:
     """Writes the rows of an extraction in background threads while the language model computes the next ones.
 
     Once the shards of a group are complete on disk, the state after them is saved and becomes `state`. So the state on
-    disk may lack the last shards, but never names a shard that is not there. After an error in a thread nothing more
-    is written; a later `put` or the end of the `with` block raises it. Leaving the block deletes the unfinished shards.
+    disk may lack the last shards, but never names a shard that is not there. After an error in a thread no later group
+    is finished; a later `put` or the end of the `with` block raises it. Leaving the block deletes unfinished shards.
     """
 
     def __init__(self, placement: Placement, state: ExtractionState, identity: dict[str, Any]) -> None:
