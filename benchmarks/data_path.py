@@ -19,14 +19,14 @@ from torch import Tensor
 from benchmarks import machine, step
 from clt.config import Config, DataConfig, load_config
 from clt.data.extract import extract
-from clt.data.groups import Placement
 from clt.data.index import read_index
 from clt.data.loader import Loader
 from clt.data.sampler import DistributedSampler
 from clt.data.shards import row_bytes
+from clt.data.state import ExtractionState
 from clt.data.statistics import Moments
 from clt.data.store import DiscBuffer
-from clt.data.writer import Writer, write_store
+from clt.data.writer import Placement, Writer, write_store
 from clt.lm.capture import capture
 from clt.lm.forward import Rows
 from clt.lm.load import LanguageModel, load_language_model, locate
@@ -174,20 +174,22 @@ def _parts(config: Config, lm: LanguageModel, batches: list[list[Window]], ids: 
 
     def write() -> None:
         done = 0
-        with Writer(placement, 0, lambda *_: None) as writer:
+        start = ExtractionState([], 0, 0, Moments.zero(index.n_layers, index.d_acts))
+        with Writer(placement, start, {}) as writer:
             for tensor in host:
                 while len(tensor):
                     part = tensor[: placement.group_rows - done % placement.group_rows]
                     zeros = np.zeros(len(part), np.int32)
-                    writer.put(Rows(part, zeros, zeros, zeros))
                     done, tensor = done + len(part), tensor[len(part) :]
+                    ends = done % placement.group_rows == 0 or done == index.rows
+                    writer.put(Rows(part, zeros, zeros, zeros), start if ends else None)
 
     took = {
         "capture": machine.seconds(
             lambda: captured.extend(capture(lm, *each, dtype) for each in zip(ids, keeps)), device
         )
     }
-    moments = Moments.zero(index.n_layers, index.d_acts, device)
+    moments = Moments.zero(index.n_layers, index.d_acts).to(device)
     took["statistics"] = machine.seconds(lambda: [moments.add(rows) for rows in captured], device)
     host = [rows.cpu() for rows in captured]
     took["writing"] = machine.seconds(write, device)

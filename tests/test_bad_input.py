@@ -183,7 +183,7 @@ def test_a_store_of_another_model(train_overrides, lm_path, copied, script, tmp_
     before = digests(copied)
     keys = [f"lm.model={path}", f"data.store={copied}", f"run.dir={tmp_path / 'run'}"]
     found = script(*train_overrides, *keys)
-    assert "width D: found 16, wanted 20" in found
+    assert "d_acts: found 16, wanted 20" in found
     assert "layers: found [0, 1, 2], wanted [0, 1]" in found
     assert "set data.store to another directory" in found
     assert found == script("--prepare", *train_overrides, *keys)

@@ -16,7 +16,7 @@ def describe(path: str | Path) -> str:
     index, statistics = read_index(path), read_statistics(Path(path) / STATISTICS, "np")
     for shard in index.shards:
         dataset_offsets(Path(path) / shard["file"], shard["rows"], index.n_layers, index.d_acts, index.dtype)
-    text = {key: value for key, value in index.text.items() if value is not None}
+    text = ", ".join(f"{key} {value}" for key, value in index.text.items() if value is not None)
     size = sum((Path(path) / shard["file"]).stat().st_size for shard in index.shards) / 1e9
     lines = [
         f"store     {path} (format {index.format_version})",
@@ -24,17 +24,15 @@ def describe(path: str | Path) -> str:
         f"rows      (2, L={index.n_layers}, D={index.d_acts}) {index.dtype}",
         f"model     {index.model}, revision {index.revision}, tokenizer {index.tokenizer_hash}",
         f"sites     {index.input_sites[0]} -> {index.output_sites[0]} (first layer)",
-        f"text      {', '.join(f'{key} {value}' for key, value in text.items())}",
+        f"text      {text}",
         f"windows   {index.context} tokens, shuffled with seed {index.seed}",
         "layer     input rms  target rms",
     ]
     inputs, targets = (
-        ((statistics[f"{side}_mean"] ** 2 + statistics[f"{side}_sd"] ** 2).mean(1) ** 0.5).tolist()
-        for side in ("input", "target")
+        (statistics[f"{side}_mean"] ** 2 + statistics[f"{side}_sd"] ** 2).mean(1) ** 0.5 for side in ("input", "target")
     )
-    for layer, x, y in zip(index.layers, inputs, targets):
-        lines.append(f"{layer:5d}    {x:10.4g}  {y:10.4g}")
-    return "\n".join(lines)
+    rms = [f"{layer:5d}    {x:10.4g}  {y:10.4g}" for layer, x, y in zip(index.layers, inputs, targets)]
+    return "\n".join(lines + rms)
 
 
 def verify(path: str | Path) -> None:

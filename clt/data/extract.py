@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +13,20 @@ import torch
 from tqdm import tqdm
 
 from clt.config import Config
-from clt.data.groups import Placement, rows_by_group
-from clt.data.index import FORMAT_VERSION, INDEX, STATISTICS, ShardEntry, StoreIndex, read_index, write_index
+from clt.data.index import INDEX, STATISTICS, StoreIndex, read_index, write_index
 from clt.data.lock import locked
 from clt.data.shards import is_full_disk, row_bytes
 from clt.data.state import STATE, ExtractionState, load_state
 from clt.data.statistics import Moments
-from clt.data.writer import Writer
+from clt.data.writer import Placement, Writer
 from clt.errors import UserError, mismatches
+from clt.lm.forward import Rows, check_finite, forward_text
 from clt.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from clt.lm.documents import Part
     from clt.lm.load import LanguageModel
+    from clt.lm.text import Window
 
 
 def extract_all(config: Config, progress: bool = True) -> list[StoreIndex]:
@@ -42,28 +45,23 @@ def extract(config: Config, part: Part, lm: LanguageModel | None = None, progres
     the storage dtype, and a full disk.
     """
     path = Path(config.data.store) / part
-    if (path / INDEX).exists():
-        return _finished(path, config)
-    lm = lm or _load(config)
-    path.mkdir(parents=True, exist_ok=True)
-    with locked(path):
-        if (path / INDEX).exists():  # another process has made it
-            return _finished(path, config)
-        return _extract(path, config, part, lm, progress)
+    if not (path / INDEX).exists():
+        lm = lm or _load(config)
+        path.mkdir(parents=True, exist_ok=True)
+        with locked(path):
+            if not (path / INDEX).exists():  # else another process has just finished it
+                return _extract(path, config, part, lm, progress)
+    index = read_index(path)
+    check_store(index, config)
+    if (path / STATE).exists():  # the extraction was killed just before it deleted it
+        (path / STATE).unlink()
+    return index
 
 
 def _load(config: Config) -> LanguageModel:
     from clt.lm.load import load_language_model
 
     return load_language_model(config.lm, "cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _finished(path: Path, config: Config) -> StoreIndex:
-    index = read_index(path)
-    check_store(index, config)
-    if (path / STATE).exists():
-        (path / STATE).unlink()
-    return index
 
 
 def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress: bool) -> StoreIndex:
@@ -78,9 +76,10 @@ def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress
     state = load_state(path, identity) or ExtractionState([], 0, 0, zero)
     _check_room(placement, state)
     try:
-        shards, moments = _write_groups(config, placement, lm, state, identity, progress)
-        moments.statistics().save(path / STATISTICS)
-        index = dataclasses.replace(placement.index, shards=shards)
+        with Writer(placement, state, identity) as writer:
+            _write_rows(config, placement, lm, writer, progress)
+        writer.state.moments.statistics().save(path / STATISTICS)
+        index = dataclasses.replace(placement.index, shards=writer.state.shards)
         write_index(path, index)
     except OSError as error:
         if not is_full_disk(error):
@@ -93,34 +92,61 @@ def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress
     return index
 
 
-def _write_groups(
-    config: Config, placement: Placement, lm: LanguageModel, state: ExtractionState, identity: dict[str, Any], bar: bool
-) -> tuple[list[ShardEntry], Moments]:
-    """Extract the groups that follow `state` and record each; returns the shards and moments of the whole store."""
-    done, total, part = state.rows, placement.index.rows, placement.index.text["part"]
-    shards, moments = list(state.shards), state.moments
+def _write_rows(config: Config, placement: Placement, lm: LanguageModel, writer: Writer, progress: bool) -> None:
+    """Hand the rows that follow the writer's state to the writer, in host memory, cut where groups end.
 
-    def record(entries: list[ShardEntry], reached: ExtractionState | None) -> None:
-        assert reached is not None
-        shards.extend(entries)
-        dataclasses.replace(reached, shards=shards).save(placement.path, identity)
+    On a GPU a second stream updates the moments and copies the rows while the model computes the next batch. On a CPU
+    the model uses all cores, and a thread beside it gained nothing (measured). Raises UserError for too little text and
+    for a value that overflows the storage dtype.
+    """
+    state, part, total = writer.state, placement.index.text["part"], placement.index.rows
+    done, windows, skip = state.rows, state.windows, state.skip_rows
+    side = torch.cuda.Stream(lm.device) if lm.device.type == "cuda" else None
+    with torch.cuda.stream(side):  # allocated on that stream, so that the model's stream does not reuse the memory
+        moments = state.moments.to(lm.device)
+    with tqdm(total=total, initial=done, unit="row", desc=part, disable=not progress) as bar:
+        for batch, rows, computed in _passes(config, part, lm, windows):
+            while skip < len(rows) and done < total:
+                group_end = min((done // placement.group_rows + 1) * placement.group_rows, total)
+                piece = rows[skip : skip + group_end - done]
+                done, skip = done + len(piece), skip + len(piece)
+                with torch.cuda.stream(side):
+                    if side is not None and computed is not None:
+                        side.wait_event(computed)
+                        piece.activations.record_stream(side)
+                    moments.add(piece.activations)
+                    reached = ExtractionState([], windows, skip, moments.to("cpu")) if done == group_end else None
+                    if side is not None:
+                        host = torch.empty_like(piece.activations, device="cpu", pin_memory=True)
+                        piece = dataclasses.replace(piece, activations=host.copy_(piece.activations, non_blocking=True))
+                    # A value that is not finite makes its sum of squares not finite: the rows need no check of their
+                    # own. On a GPU this waits for the side stream, and so for the copy.
+                    if not moments.squares.isfinite().all():
+                        check_finite(lm, batch, piece)
+                writer.put(piece, reached)
+                bar.update(len(piece))
+            if done == total:
+                return
+            skip, windows = 0, windows + len(batch)
+    raise UserError(
+        f"the {part} text of {config.text.source!r} ends after {done} rows, wanted {total}: "
+        f"lower data.{part}_tokens={done}, or give more text"
+    )
 
-    if done < total:
-        with (
-            tqdm(total=total, initial=done, unit="row", desc=part, disable=not bar) as meter,
-            Writer(placement, done // placement.group_rows, record) as writer,
-        ):
-            for rows, reached in rows_by_group(config, placement, lm, state):
-                writer.put(rows, reached)
-                moments = moments if reached is None else reached.moments
-                meter.update(len(rows))
-                done += len(rows)
-            if done < total:
-                raise UserError(
-                    f"the {part} text of {config.text.source!r} ends after {done} rows, wanted {total}: "
-                    f"lower data.{part}_tokens={done}, or give more text"
-                )
-    return shards, moments
+
+def _passes(
+    config: Config, part: Part, lm: LanguageModel, windows: int
+) -> Iterator[tuple[list[Window], Rows, torch.Event | None]]:
+    """`forward_text`; on a GPU with the event after each pass, and one pass late, so that the GPU always has work."""
+    waiting: list[tuple[list[Window], Rows, torch.Event]] = []
+    for batch, rows in forward_text(config, part, lm, windows):
+        if lm.device.type == "cpu":
+            yield batch, rows, None
+            continue
+        computed = torch.cuda.current_stream(lm.device).record_event()
+        yield from waiting
+        waiting = [(batch, rows, computed)]
+    yield from waiting
 
 
 def check_store(index: StoreIndex, config: Config) -> None:
@@ -134,7 +160,7 @@ def check_store(index: StoreIndex, config: Config) -> None:
 
 def differences(index: StoreIndex, config: Config) -> str:
     """The fields in which a store differs from the config: what was found and what was wanted; empty if none."""
-    lm, tokens = config.lm, f"{index.text['part']}_tokens"
+    lm = config.lm
     found = {
         "lm.model": index.model,
         "lm.revision": index.revision if lm.revision == index.revision else index.lm_revision,
@@ -144,13 +170,11 @@ def differences(index: StoreIndex, config: Config) -> str:
         "lm.input_site": index.input_sites,
         "lm.output_site": index.output_sites,
         "data.dtype": index.dtype,
-        f"data.{tokens}": index.rows,
+        f"data.{index.text['part']}_tokens": index.rows,
         "data.seed": index.seed,
-        **{f"text.{key}": value for key, value in index.text.items()},
+        **{f"text.{key}": index.text.get(key) for key in vars(config.text)},
     }
-    wanted = {key: getattr(lm, key.removeprefix("lm.")) for key in found if key.startswith("lm.")}
-    wanted |= {f"data.{key}": getattr(config.data, key) for key in ("dtype", tokens, "seed")}
-    wanted |= {f"text.{key}": value for key, value in dataclasses.asdict(config.text).items()}
+    wanted = {key: attrgetter(key)(config) for key in found}
     if lm.layers is None:
         wanted["lm.layers"] = list(range(index.lm_layers or index.n_layers))
     for key in ("lm.input_site", "lm.output_site"):
@@ -162,50 +186,40 @@ def differences(index: StoreIndex, config: Config) -> str:
 
 def check_model(index: StoreIndex, lm: LanguageModel) -> None:
     """Raise UserError, naming what differs, unless a store holds activations of this language model."""
-    found = {
-        "width D": index.d_acts,
-        "layers": index.layers,
-        "input sites": index.input_sites,
-        "output sites": index.output_sites,
-        "revision": index.revision,
-        "tokenizer": index.tokenizer_hash,
-    }
-    wanted = {
-        "width D": lm.d_model,
-        "layers": lm.layers,
-        "input sites": [site.input_path for site in lm.sites],
-        "output sites": [site.output_path for site in lm.sites],
-        "revision": lm.revision,
-        "tokenizer": lm.tokenizer_hash,
-    }
-    if odd := mismatches(found, wanted):
+    if odd := mismatches(dataclasses.asdict(index), _read_from(lm)):
         raise UserError(
             f"the store was not extracted from the model that {lm.name!r} is now: {odd}; "
             "set lm.model or lm.revision to the one it was, or set data.store to another directory and extract again"
         )
 
 
+def _read_from(lm: LanguageModel) -> dict[str, Any]:
+    """The fields of an index that say which activations of which language model were read."""
+    return {
+        "d_acts": lm.d_model,
+        "layers": list(lm.layers),
+        "input_sites": [site.input_path for site in lm.sites],
+        "output_sites": [site.output_path for site in lm.sites],
+        "revision": lm.revision,
+        "tokenizer_hash": lm.tokenizer_hash,
+    }
+
+
 def _blank_index(config: Config, part: Part, lm: LanguageModel) -> StoreIndex:
     """The index of the store that will be extracted, without its shards."""
     return StoreIndex(
-        format_version=FORMAT_VERSION,
         model=lm.name,
-        revision=lm.revision,
-        tokenizer_hash=lm.tokenizer_hash,
-        layers=list(lm.layers),
         lm_layers=lm.model.config.get_text_config().num_hidden_layers,
         lm_dtype=config.lm.dtype,
         lm_revision=config.lm.revision,
-        input_sites=[site.input_path for site in lm.sites],
-        output_sites=[site.output_path for site in lm.sites],
         text={"part": part, **dataclasses.asdict(config.text)},
         seed=config.data.seed,
         context=config.lm.context,
         n_layers=len(lm.layers),
-        d_acts=lm.d_model,
         dtype=config.data.dtype,
         rows=getattr(config.data, f"{part}_tokens"),
         shards=[],
+        **_read_from(lm),
     )
 
 

@@ -16,8 +16,7 @@ FORMAT_VERSION = 1
 INDEX = "index.json"
 STATISTICS = "stats.safetensors"
 STATISTICS_TENSORS = ("input_mean", "input_sd", "target_mean", "target_sd", "rows")
-PARTIAL = ".partial"
-"""Suffix of an unfinished file."""
+PARTIAL = ".partial"  # suffix of an unfinished file
 
 
 class ShardEntry(TypedDict):
@@ -28,11 +27,11 @@ class ShardEntry(TypedDict):
     checksum: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StoreIndex:
     """What index.json says of a store."""
 
-    format_version: int
+    format_version: int = FORMAT_VERSION
     model: str
     revision: str | None
     tokenizer_hash: str
@@ -42,22 +41,17 @@ class StoreIndex:
     output_sites: list[str]
     text: dict[str, Any]
     """`part` (train or heldout) and the fields of the config's text section."""
-    seed: int
-    """Seed of the shuffle."""
-    context: int
-    """Tokens per window."""
-    n_layers: int
-    """L"""
-    d_acts: int
-    """D"""
-    dtype: str
-    """float16, bfloat16 or float32"""
+    seed: int  # of the shuffle
+    context: int  # tokens per window
+    n_layers: int  # L
+    d_acts: int  # D
+    dtype: str  # float16, bfloat16 or float32
     rows: int
     shards: list[ShardEntry]
+    # Older stores lack these.
     lm_layers: int | None = None
     """Number of layers of the language model, chosen or not; None if unknown."""
-    lm_dtype: str = "float32"
-    """Dtype that the language model computed in."""
+    lm_dtype: str = "float32"  # that the language model computed in
     lm_revision: str | None = None
     """The revision that the config asked for; `revision` is the commit that it named."""
 
@@ -72,8 +66,7 @@ def read_index(path: str | Path) -> StoreIndex:
 
     Raises UserError for a missing directory or index, damaged JSON, missing fields and unknown format versions.
     """
-    path = Path(path)
-    file = path / INDEX
+    path, file = Path(path), Path(path) / INDEX
     if not path.is_dir():
         raise UserError(f"store {path} does not exist; run `clt extract CONFIG` to make it, or set data.store")
     if not file.is_file():
@@ -92,7 +85,7 @@ def read_index(path: str | Path) -> StoreIndex:
         )
     fields = dataclasses.fields(StoreIndex)
     known = {field.name for field in fields}
-    wanted = {field.name for field in fields if field.default is dataclasses.MISSING}  # older stores lack the others
+    wanted = {field.name for field in fields if field.default is dataclasses.MISSING}
     if not wanted <= tree.keys() <= known:
         odd = ", ".join(sorted((wanted - tree.keys()) | (tree.keys() - known)))
         raise UserError(f"{file} is damaged: missing or unknown fields {odd}; copy it again or extract it again")
@@ -107,18 +100,16 @@ def read_statistics(file: Path, framework: str) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
-        raise UserError(f"statistics {file} are missing; copy the store again, or extract it again")
+        raise UserError(f"statistics {file} are missing; copy or extract the store again")
     try:
         with safe_open(str(file), framework=framework) as tensors:
             return {name: tensors.get_tensor(name) for name in STATISTICS_TENSORS}
     except SafetensorError as error:
-        raise UserError(
-            f"statistics {file} are damaged ({error}); copy the store again, or extract it again"
-        ) from error
+        raise UserError(f"statistics {file} are damaged ({error}); copy or extract the store again") from error
 
 
 def write_index(path: str | Path, index: StoreIndex) -> None:
-    """Write the index of the store in directory `path`, atomically. It is written last."""
+    """Write the index of the store in directory `path`: the last of its files."""
     write_json(Path(path) / INDEX, dataclasses.asdict(index))
 
 
@@ -128,7 +119,7 @@ def write_json(file: Path, tree: Any) -> None:
 
 
 def write_whole(file: Path, data: bytes) -> None:
-    """Write a small file atomically and durably: readers see the old file or the new one, even after a power cut."""
+    """Write a small file atomically: readers see the old file or the new one, even after a power cut."""
     partial = file.with_name(file.name + PARTIAL)
     try:
         partial.write_bytes(data)
@@ -138,8 +129,14 @@ def write_whole(file: Path, data: bytes) -> None:
         raise
 
 
+def delete_unfinished(path: Path) -> None:
+    """Delete the unfinished files in directory `path`."""
+    for partial in path.glob(f"*{PARTIAL}"):
+        partial.unlink()
+
+
 def rename_synced(partial: Path, path: Path) -> None:
-    """Rename a finished file durably: even after a power cut the name never stands for an incomplete file."""
+    """Sync and rename a finished file: even after a power cut its name never stands for an incomplete one."""
     sync(partial)
     os.replace(partial, path)
     sync(path.parent)

@@ -21,30 +21,22 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
     If another process holds the lock, wait for it, or without `wait` raise a UserError that names it. The lock file
     says who holds the lock and is deleted afterwards. The file that a killed process leaves is not locked.
     """
-    file = path / LOCK
-    fd = _acquire(file, wait)
-    try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-        os.close(fd)
-
-
-def _acquire(file: Path, wait: bool) -> int:
-    """Create or open the file and lock it; again if its last holder deleted it before it was locked here."""
     while True:
-        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if os.fstat(fd).st_nlink:
-                return fd
-        except BlockingIOError as error:
-            holder = os.read(fd, 1000).decode() or "another process"
-            os.close(fd)
-            raise UserError(
-                f"{file.parent} is being extracted by {holder}: wait until it is done and run this again, "
-                "end it, or set data.store to another directory"
-            ) from error
-        os.close(fd)
+        with open(path / LOCK, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                file.seek(0)
+                raise UserError(
+                    f"{path} is being extracted by {file.read() or 'another process'}: wait until it is done and run "
+                    "this again, end it, or set data.store to another directory"
+                ) from error
+            if os.fstat(file.fileno()).st_nlink == 0:
+                continue  # its last holder deleted it before it was locked here
+            try:
+                file.truncate(0)
+                print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
+                yield
+            finally:
+                (path / LOCK).unlink(missing_ok=True)
+            return

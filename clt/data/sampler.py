@@ -1,9 +1,9 @@
 """Which rows are read at which step: pure functions of (seed, step, rank, world).
 
-Reading is one endless stream of rows. Epoch e of the stream is all rows of the store, block by block, the blocks in an
-order that (seed, e) determines. Step t takes the next `batch` rows of the stream; the ranks split those. So there is
-no ragged batch, each row comes once per epoch, the global batch does not depend on the number of ranks, and a run
-that resumes needs to know its step and nothing else.
+Training reads an endless stream of rows. An epoch of it is all rows of the store, block by block, in an order of the
+blocks that the seed and the epoch determine. Each step takes the next `batch` rows, and the ranks split them. So each
+row comes once per epoch, all batches are of one size and do not depend on the number of ranks, and a run resumes from
+its step alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ def permutation(n: int, seed: int, number: int, stream: int) -> np.ndarray:
 def _block_order(n_blocks: int, seed: int, epoch: int) -> tuple[np.ndarray, int]:
     """The blocks in the order in which an epoch reads them, and the place of the last (perhaps ragged) block in it."""
     order = permutation(n_blocks, seed, epoch, READING)
-    order.setflags(write=False)
     return order, int(np.flatnonzero(order == n_blocks - 1)[0])
 
 
@@ -52,26 +51,21 @@ def batch_rows(
         )
     assert 0 <= rank < world, (rank, world)
     first, end = (step * batch + batch * i // world for i in (rank, rank + 1))
-    epochs = range(first // n_rows, max(end - 1, first) // n_rows + 1)
-    starts = [max(first - epoch * n_rows, 0) for epoch in epochs]
-    ends = [min(end - epoch * n_rows, n_rows) for epoch in epochs]
-    return np.concatenate([_epoch_rows(n_rows, block_rows, seed, *span) for span in zip(epochs, starts, ends)])
-
-
-def _epoch_rows(n_rows: int, block_rows: int, seed: int, epoch: int, start: int, end: int) -> np.ndarray:
-    """The rows at the places start .. end - 1 (each in [0, n_rows)) of one epoch."""
     n_blocks = -(-n_rows // block_rows)
-    order, last = _block_order(n_blocks, seed, epoch)
-    missing = n_blocks * block_rows - n_rows
-    at = np.arange(start, end)
-    # After the ragged block every row comes `missing` places early: count as if that block were complete.
-    at[max((last + 1) * block_rows - missing - start, 0) :] += missing
-    block, within = np.divmod(at, block_rows)
-    return order[block] * block_rows + within
+    missing = n_blocks * block_rows - n_rows  # rows that the ragged block lacks
+    parts = []
+    for epoch in range(first // n_rows, max(end - 1, first) // n_rows + 1):
+        order, ragged = _block_order(n_blocks, seed, epoch)
+        places = np.arange(max(first - epoch * n_rows, 0), min(end - epoch * n_rows, n_rows))
+        # After the ragged block every row comes `missing` places early: count as if that block were complete.
+        places[places >= (ragged + 1) * block_rows - missing] += missing
+        block, within = np.divmod(places, block_rows)
+        parts.append(order[block] * block_rows + within)
+    return np.concatenate(parts)
 
 
 class DistributedSampler(Sampler[np.ndarray]):
-    """The row numbers of one rank's batches, one array a step, from `start_step` on and up to `stop_step` (or forever).
+    """The rows (n,) of one rank's batches, one array a step, from `start_step` up to `stop_step` (None: for ever).
 
     Raises UserError when the batch is larger than the store or has fewer rows than there are ranks.
     """
@@ -96,7 +90,5 @@ class DistributedSampler(Sampler[np.ndarray]):
         self.rows_at(start_step)  # a batch that cannot be made is an error here, not in a reader thread
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for step in itertools.count(self.start_step):
-            if step == self.stop_step:
-                return
-            yield self.rows_at(step)
+        steps = itertools.count(self.start_step) if self.stop_step is None else range(self.start_step, self.stop_step)
+        return map(self.rows_at, steps)

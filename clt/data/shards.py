@@ -1,8 +1,7 @@
-"""One shard file <-> numpy: HDF5 for the metadata, plain positioned reads and writes for the bytes.
+"""Shard files: HDF5 says where each dataset starts, plain positioned reads and writes move the bytes.
 
-Every dataset is contiguous, uncompressed and allocated when the file is created, so HDF5 only says where it starts;
-the bytes then move by `pread` and `pwrite`, which know no global lock, release the GIL and, unlike a memory map of a
-truncated file, end in an error and not in a dead process.
+Every dataset is contiguous, uncompressed and allocated when the file is created. `preadv` and `pwrite` take no global
+lock and release the GIL. A truncated file is an error for them; a memory map of it would kill the process.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -90,18 +90,15 @@ def dataset_offsets(path: Path, rows: int, n_layers: int, d_acts: int, dtype: st
     return offsets
 
 
-def read_at(fd: int, views: list[memoryview], offset: int, path: Path) -> None:
-    """Fill `views` (of bytes), one after the other, with the file's bytes from `offset` on.
-
-    Raises UserError when the file ends early.
-    """
+def read_at(file: FileIO, views: list[memoryview], offset: int) -> None:
+    """Fill `views`, one after the other, with the bytes from `offset` on. Raises UserError when the file ends early."""
     end = offset + sum(map(len, views))
     while views:
         first = views[:_VIEWS]
-        count = os.preadv(fd, first, offset)
+        count = os.preadv(file.fileno(), first, offset)
         if count == 0:
             raise UserError(
-                f"shard {path} is truncated: found {os.fstat(fd).st_size} bytes, wanted {end}; "
+                f"shard {file.name} is truncated: found {os.fstat(file.fileno()).st_size} bytes, wanted {end}; "
                 "it changed while it was read: copy this file again"
             )
         offset += count
@@ -126,18 +123,19 @@ def write_at(fd: int, view: memoryview, offset: int) -> None:
 
 
 def checksum(path: Path, kind: str = "xxh3_128") -> str:
-    """`kind:` and the hexadecimal digest of the file's bytes, as `xxhsum -H2` prints it.
+    """`kind:` and the hexadecimal digest of the file's bytes, as `xxhsum -H2` prints it; sha256 in older stores.
 
-    12 GB/s where sha256 reaches 1.4 (measured), which is what older stores have. Raises UserError for any other kind.
+    xxh3 hashes 12 GB/s where sha256 reaches 1.4 (measured). Raises UserError for any other kind.
     """
     import xxhash  # here: training does not need it
 
     kinds: dict[str, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
     if kind not in kinds:
-        raise UserError(f"checksum kind {kind!r} of {path.name} is unknown, wanted one of {', '.join(kinds)}; "
-                        "read the store with the version that made it, or correct index.json")  # fmt: skip
-    digest = kinds[kind]()
-    chunk = memoryview(bytearray(_CHUNK))
+        raise UserError(
+            f"checksum kind {kind!r} of {path.name} is unknown, wanted one of {', '.join(kinds)}; "
+            "read the store with the version that made it, or correct index.json"
+        )
+    digest, chunk = kinds[kind](), memoryview(bytearray(_CHUNK))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(chunk):
             digest.update(chunk[:count])
@@ -145,5 +143,5 @@ def checksum(path: Path, kind: str = "xxh3_128") -> str:
 
 
 def is_full_disk(error: OSError) -> bool:
-    """Whether an error says that no more can be written: disk, quota or file size limit."""
+    """Whether an error means that no more can be written: disk, quota or file size limit."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from clt.data.index import INDEX, PARTIAL, STATISTICS, ShardEntry, write_whole
+from clt.data.index import INDEX, STATISTICS, ShardEntry, delete_unfinished, write_whole
 from clt.data.statistics import Moments
 from clt.errors import UserError, mismatches
 
@@ -19,7 +19,7 @@ STATE = "state.safetensors"
 
 @dataclass(frozen=True)
 class ExtractionState:
-    """An extraction between two groups of shards, as it is recorded on disk."""
+    """How far an extraction has come: always to the end of a group of shards."""
 
     shards: list[ShardEntry]
     windows: int
@@ -34,20 +34,19 @@ class ExtractionState:
         return sum(shard["rows"] for shard in self.shards)
 
     def save(self, path: Path, identity: dict[str, Any]) -> None:
-        """Record the state in the store's directory `path`; `identity` says which extraction it belongs to."""
+        """Write the state into the store's directory `path`; `identity` says which extraction it belongs to."""
         fields = {"identity": identity, "shards": self.shards, "windows": self.windows, "skip_rows": self.skip_rows}
         tensors = {"mean": self.moments.mean, "squares": self.moments.squares}
         write_whole(path / STATE, save(tensors, {"state": json.dumps(fields)}))
 
 
 def load_state(path: Path, identity: dict[str, Any]) -> ExtractionState | None:
-    """The state recorded in `path`, or None if there is none. Deletes files that an interruption left unfinished.
+    """The state in directory `path`, or None if there is none. Deletes the files that an interruption left unfinished.
 
     Raises UserError for the state of another extraction (naming the differences) and for a finished store without its
     index.
     """
-    file = path / STATE
-    state = None
+    file, state = path / STATE, None
     if file.exists():
         try:
             with safe_open(str(file), framework="pt") as tensors:
@@ -68,6 +67,5 @@ def load_state(path: Path, identity: dict[str, Any]) -> ExtractionState | None:
             f"{path} holds the shards of a finished store but no {INDEX}: copy its {INDEX} there again, "
             "delete the directory to extract it again, or choose another data.store"
         )
-    for unfinished in path.glob(f"*{PARTIAL}"):
-        unfinished.unlink()
+    delete_unfinished(path)
     return state

@@ -16,16 +16,12 @@ _CHUNK = 256  # rows converted to float64 at once: they fit a CPU's cache and fi
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and population standard deviation (ddof 0) over the rows of a store as they are stored."""
+    """Mean and population standard deviation (ddof 0), (L, D) float64, over the rows of a store as they are stored."""
 
     input_mean: Tensor
-    """(L, D) float64"""
     input_sd: Tensor
-    """(L, D) float64"""
     target_mean: Tensor
-    """(L, D) float64"""
     target_sd: Tensor
-    """(L, D) float64"""
     rows: int
 
     def save(self, file: str | Path) -> None:
@@ -49,10 +45,9 @@ class Moments:
     squares: Tensor
 
     @classmethod
-    def zero(cls, n_layers: int, d_acts: int, device: torch.device | str = "cpu") -> Moments:
+    def zero(cls, n_layers: int, d_acts: int) -> Moments:
         """Moments of no rows."""
-        zero = torch.zeros(2, n_layers, d_acts, dtype=torch.float64, device=device)
-        return cls(0, zero, zero.clone())
+        return cls(0, *torch.zeros(2, 2, n_layers, d_acts, dtype=torch.float64))
 
     def add(self, rows: Tensor) -> None:
         """Add rows (n, 2, L, D) of any float dtype, on the moments' device."""
@@ -78,8 +73,8 @@ class Moments:
 
     def statistics(self) -> Statistics:
         """The statistics of all rows added so far, on the CPU."""
-        mean, sd = self.mean.cpu(), (self.squares / self.rows).sqrt().cpu()
-        return Statistics(mean[0].clone(), sd[0].clone(), mean[1].clone(), sd[1].clone(), self.rows)
+        (input_mean, target_mean), (input_sd, target_sd) = self.mean.cpu(), (self.squares / self.rows).sqrt().cpu()
+        return Statistics(input_mean, input_sd, target_mean, target_sd, self.rows)
 
     def to(self, device: torch.device | str) -> Moments:
         """A copy on `device`; rows added to one do not change the other."""

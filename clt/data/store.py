@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import resource
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable
+from functools import partialmethod
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -34,16 +35,15 @@ class DiscBuffer(Dataset[Tensor]):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.index = read_index(path)
-        shape = (self.index.n_layers, self.index.d_acts, self.index.dtype)
-        self._files = [self.path / shard["file"] for shard in self.index.shards]
-        self._offsets = [dataset_offsets(f, s["rows"], *shape) for f, s in zip(self._files, self.index.shards)]
+        shape, shards = (self.index.n_layers, self.index.d_acts, self.index.dtype), self.index.shards
+        self._offsets = [dataset_offsets(self.path / shard["file"], shard["rows"], *shape) for shard in shards]
         self._row_bytes = row_bytes(*shape)
-        self._firsts = [0, *accumulate(shard["rows"] for shard in self.index.shards)]
+        self._firsts = [0, *accumulate(shard["rows"] for shard in shards)]
         self.statistics = Statistics.load(self.path / STATISTICS)
-        _allow_descriptors(len(self._files))
-        self._descriptors: list[int] = []
-        self.close = weakref.finalize(self, _close, self._descriptors)  # also called by the garbage collector
-        self._descriptors.extend(os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in self._files)
+        _allow_descriptors(len(shards))
+        files = contextlib.ExitStack()
+        self.close = weakref.finalize(self, files.close)  # also called by the garbage collector
+        self._files = [files.enter_context((self.path / shard["file"]).open("rb", buffering=0)) for shard in shards]
 
     def __len__(self) -> int:
         return self.index.rows
@@ -53,20 +53,14 @@ class DiscBuffer(Dataset[Tensor]):
 
     def __getitem__(self, rows: Any) -> Tensor:
         if isinstance(rows, (int, np.integer)):
-            return self.read(self._row_numbers(np.array([rows])))[0]
+            return self[[rows]][0]
         return self.read(self._row_numbers(rows))
 
     def read(self, rows: np.ndarray, out: Tensor | None = None) -> Tensor:
-        """Rows (n,) in any order -> (n, 2, L, D), into `out` (contiguous, storage dtype, CPU) when it is given.
-
-        Consecutive rows are read with one call, directly into their place.
-        """
-        shape = (len(rows), 2, self.index.n_layers, self.index.d_acts)
-        if out is None:
-            out = torch.empty(shape, dtype=getattr(torch, self.index.dtype))
-        assert out.shape == shape, (out.shape, shape)
-        assert out.is_contiguous()
-        assert out.dtype == getattr(torch, self.index.dtype), out.dtype
+        """Rows (n,) in any order -> (n, 2, L, D), into `out` (contiguous, storage dtype, CPU) when it is given."""
+        shape, dtype = (len(rows), 2, self.index.n_layers, self.index.d_acts), getattr(torch, self.index.dtype)
+        out = torch.empty(shape, dtype=dtype) if out is None else out
+        assert (out.shape, out.dtype) == (shape, dtype), (out.shape, out.dtype)
         self._read("tensor", rows, out.view(-1).view(torch.uint8).numpy().data)
         return out
 
@@ -74,23 +68,16 @@ class DiscBuffer(Dataset[Tensor]):
         """Read rows (n,) in any order, each into its own of n views (as many bytes as a row has)."""
         self._read_ranges("tensor", rows, lambda start, end: views[start:end])
 
-    def tokens(self, rows: Any) -> np.ndarray:
-        """Token ids (n,) int32 of the rows."""
-        return self._column("token", rows)
-
-    def positions(self, rows: Any) -> np.ndarray:
-        """Positions in their windows (n,) int32 of the rows."""
-        return self._column("position", rows)
-
-    def documents(self, rows: Any) -> np.ndarray:
-        """Document numbers (n,) int64 of the rows."""
-        return self._column("document", rows)
-
     def _column(self, name: str, rows: Any) -> np.ndarray:
         numbers = self._row_numbers(rows)
         out = np.empty(len(numbers), COLUMN_DTYPES[name])
         self._read(name, numbers, out.view(np.uint8).data)
         return out
+
+    # Each takes rows as `buffer[rows]` does, and gives (n,) integers.
+    tokens = partialmethod(_column, "token")
+    positions = partialmethod(_column, "position")  # in the window
+    documents = partialmethod(_column, "document")  # numbers within the part of the text
 
     def _row_numbers(self, rows: Any) -> np.ndarray:
         """A slice or integers (list, array, tensor; negative ones count from the end) as row numbers (n,) int64."""
@@ -108,13 +95,11 @@ class DiscBuffer(Dataset[Tensor]):
 
     def _read(self, name: str, rows: np.ndarray, view: memoryview) -> None:
         """Read one dataset's rows (n,) into `view`, n times that dataset's row bytes."""
-        size = len(view) // max(len(rows), 1)
+        size = self._row_bytes[name]
         self._read_ranges(name, rows, lambda start, end: [view[start * size : end * size]])
 
     def _read_ranges(self, name: str, rows: np.ndarray, views: Callable[[int, int], list[memoryview]]) -> None:
         """Read one dataset's rows (n,), consecutive ones with one call; rows[start:end] go into `views(start, end)`."""
-        if len(rows) == 0:
-            return
         size, firsts = self._row_bytes[name], self._firsts
         starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
         ends = [*starts[1:].tolist(), len(rows)]
@@ -123,19 +108,13 @@ class DiscBuffer(Dataset[Tensor]):
             while start < end:  # consecutive rows may continue in the next shard
                 stop = min(end, start + firsts[shard + 1] - row)
                 offset = self._offsets[shard][name] + (row - firsts[shard]) * size
-                read_at(self._descriptors[shard], views(start, stop), offset, self._files[shard])
+                read_at(self._files[shard], views(start, stop), offset)
                 start, row, shard = stop, row + stop - start, shard + 1
-
-
-def _close(descriptors: list[int]) -> None:
-    while descriptors:
-        os.close(descriptors.pop())
 
 
 def _allow_descriptors(count: int) -> None:
     """Raise the soft limit on open files (often 1024) for a store with more shards."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 256
+    (soft, hard), wanted = resource.getrlimit(resource.RLIMIT_NOFILE), count + 256
     if soft != resource.RLIM_INFINITY and soft < wanted:
         if hard != resource.RLIM_INFINITY and hard < wanted:
             raise UserError(f"the store has {count} shards but only {hard} files may be open: raise `ulimit -n`")

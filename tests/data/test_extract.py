@@ -18,6 +18,7 @@ from clt.config import Config
 from clt.data.describe import verify
 from clt.data.extract import check_store, extract
 from clt.data.index import read_index
+from clt.data.state import ExtractionState
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
 from clt.lm.capture import capture
@@ -26,6 +27,7 @@ from clt.lm.text import windows
 from clt.parsing import to_yaml
 
 MakeConfig = Callable[..., Config]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 GROUP = 3 * 64
 
 
@@ -39,7 +41,7 @@ def digests(path: Path) -> dict[str, str]:
 
 
 def recorded_shards(path: Path) -> list[dict[str, int]]:
-    """The whole shards of an unfinished extraction."""
+    """The recorded shards of an unfinished extraction."""
     with safe_open(path / "state.safetensors", "np") as file:
         return json.loads(file.metadata()["state"])["shards"]
 
@@ -90,7 +92,7 @@ def test_the_store_holds_the_rows_of_the_text_shuffled_in_groups(
     assert names == {"index.json", "stats.safetensors", *(shard["file"] for shard in index.shards)}
 
 
-def test_the_seed_changes_the_order_and_only_that(config: MakeConfig, lm: LanguageModel, tmp_path: Path) -> None:
+def test_the_seed_changes_only_the_order(config: MakeConfig, lm: LanguageModel, tmp_path: Path) -> None:
     stores = []
     for seed, name in ((0, "a"), (0, "b"), (1, "c")):
         made = config(f"data.seed={seed}", f"data.store={tmp_path / name}")
@@ -108,6 +110,32 @@ def test_a_finished_store_is_returned_as_it_is(config: MakeConfig, lm: LanguageM
     before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
     assert extract(config(), "train", progress=False) == first == read_index(path)
     assert {file.name: file.stat().st_mtime_ns for file in path.iterdir()} == before
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_extraction_resumes_after_any_group_to_the_same_bytes(
+    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """A group of 192 rows ends within a pass of at most 60: the rest of that pass belongs to the next group."""
+    lm, whole = load_language_model(config().lm, device), config(f"data.store={tmp_path / 'whole'}")
+    save = ExtractionState.save
+    states: list[tuple[int, int, int]] = []
+
+    def stopping(state: ExtractionState, path: Path, identity: dict[str, object]) -> None:
+        save(state, path, identity)
+        states.append((state.rows, state.windows, state.skip_rows))
+        raise KeyboardInterrupt
+
+    extract(whole, "train", lm, progress=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(ExtractionState, "save", stopping)
+        for _ in range(6):
+            with pytest.raises(KeyboardInterrupt):
+                extract(config(), "train", lm, progress=False)
+    assert [rows for rows, _, _ in states] == [192, 384, 576, 768, 960, 1000]
+    assert any(skip for _, _, skip in states)
+    extract(config(), "train", lm, progress=False)
+    assert digests(Path(config().data.store) / "train") == digests(tmp_path / "whole" / "train")
 
 
 # A fork for every point at which the process is killed: just before the n-th time that a file gets its final name.
@@ -135,13 +163,13 @@ for store, *renames in (argument.split(",") for argument in sys.argv[2:]):
 """
 
 
-@pytest.mark.timeout(900)  # a second interpreter and six extractions: minutes where the machine is busy
-def test_a_killed_extraction_goes_on_to_the_same_bytes(config: MakeConfig, lm: LanguageModel, tmp_path: Path) -> None:
+@pytest.mark.timeout(900)  # a second interpreter and five extractions: minutes where the machine is busy
+def test_a_killed_extraction_resumes_to_the_same_bytes(config: MakeConfig, lm: LanguageModel, tmp_path: Path) -> None:
     extract(config(), "train", lm, progress=False)
     wanted = digests(Path(config().data.store) / "train")
     (tmp_path / "config.yaml").write_text(to_yaml(config()))
     # A group makes four names: three shards and the state. The last two are the statistics and the index.
-    killed = [[3], [11], [23], [6, 0, 7]]
+    killed = [[3], [23], [6, 0, 7]]
     stores = [tmp_path / f"killed{number}" for number in range(len(killed))]
     arguments = [",".join([str(store), *map(str, points)]) for store, points in zip(stores, killed)]
     command = [sys.executable, "-c", KILLER, str(tmp_path / "config.yaml"), *arguments]
@@ -157,7 +185,7 @@ def test_a_killed_extraction_goes_on_to_the_same_bytes(config: MakeConfig, lm: L
         assert digests(store / "train") == wanted, points
 
 
-def test_leftovers_of_another_config_are_refused(config: MakeConfig, lm: LanguageModel) -> None:
+def test_an_unfinished_extraction_of_another_config_is_refused(config: MakeConfig, lm: LanguageModel) -> None:
     with pytest.raises(UserError):
         extract(config("data.train_tokens=1000000"), "train", lm, progress=False)
     before = digests(Path(config().data.store) / "train")
@@ -170,7 +198,7 @@ def test_leftovers_of_another_config_are_refused(config: MakeConfig, lm: Languag
     assert digests(Path(config().data.store) / "train") == before
 
 
-def test_text_that_is_too_short_says_how_far_it_went(config: MakeConfig, lm: LanguageModel, tmp_path: Path) -> None:
+def test_text_that_is_too_short_names_the_rows_it_gave(config: MakeConfig, lm: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"text of '.*text.jsonl' ends after \d+ rows, wanted 1000000: lower") as error:
         extract(config("data.train_tokens=1000000"), "train", lm, progress=False)
     store = Path(config().data.store) / "train"
@@ -248,7 +276,7 @@ def test_a_store_that_the_config_does_not_ask_for(
         extract(other, "heldout", lm, progress=False)
 
 
-def test_a_revision_goes_by_its_name_and_by_its_commit(config: MakeConfig) -> None:
+def test_a_revision_matches_by_name_and_by_commit(config: MakeConfig) -> None:
     index = dataclasses.replace(extract(config(), "heldout", progress=False), revision="c0ffee", lm_revision="main")
     check_store(index, config("lm.revision=main"))
     check_store(index, config("lm.revision=c0ffee"))
@@ -256,7 +284,7 @@ def test_a_revision_goes_by_its_name_and_by_its_commit(config: MakeConfig) -> No
         check_store(index, config("lm.revision=step3000"))
 
 
-def test_a_store_of_some_layers_is_not_one_of_all(config: MakeConfig) -> None:
+def test_a_store_of_some_layers_does_not_match_a_config_for_all(config: MakeConfig) -> None:
     index = extract(config("lm.layers=[0, 1]"), "heldout", progress=False)
     assert (index.layers, index.n_layers, index.lm_layers) == ([0, 1], 2, 3)
     check_store(index, config("lm.layers=[0, 1]"))

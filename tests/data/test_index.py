@@ -19,7 +19,7 @@ def test_write_and_read(store: Path, tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "other").iterdir()] == ["index.json"]
 
 
-def test_fields_that_older_stores_lack_and_fields_that_all_have(store: Path) -> None:
+def test_optional_and_required_fields(store: Path) -> None:
     index, tree = read_index(store), json.loads((store / "index.json").read_text())
     (store / "index.json").write_text(json.dumps({key: tree[key] for key in tree if not key.startswith("lm_")}))
     assert read_index(store) == dataclasses.replace(index, lm_layers=None, lm_dtype="float32", lm_revision=None)

@@ -69,6 +69,26 @@ def test_an_error_of_the_reader_reaches_the_consumer(buffer: DiscBuffer) -> None
     assert not readers()
 
 
+def test_ready_waits_for_a_batch_and_names_what_it_will_raise(buffer: DiscBuffer, tensor: torch.Tensor) -> None:
+    released = threading.Event()
+
+    def read(rows: np.ndarray, out: torch.Tensor) -> torch.Tensor:
+        assert released.wait(60)
+        return buffer.read(rows, out)
+
+    slow = SimpleNamespace(index=buffer.index, threads=1, read=read)
+    with Loader(slow, [np.array([5]), np.array([99])]) as loader:
+        assert not loader.ready(0.01)
+        released.set()
+        assert loader.ready(60)
+        assert loader.failure is None
+        assert torch.equal(next(loader), tensor[5:6])
+        assert loader.ready(60)
+        assert isinstance(loader.failure, IndexError)
+        with pytest.raises(IndexError):
+            next(loader)
+
+
 def test_every_reader_sets_its_gpu_before_it_pins_memory(buffer: DiscBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen without a GPU: what each thread asks of CUDA, in order."""
     asked: dict[int, list[str]] = {}

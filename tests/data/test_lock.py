@@ -23,7 +23,7 @@ with locked(Path(sys.argv[1])):
 """
 
 
-def test_an_extraction_is_told_which_process_does_another(config: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_second_extraction_names_the_process_of_the_first(config: Callable[..., Config], tmp_path: Path) -> None:
     store = tmp_path / "stores" / "train"
     store.mkdir(parents=True)
     command = [sys.executable, "-c", HOLDER, str(store)]
@@ -39,7 +39,7 @@ def test_an_extraction_is_told_which_process_does_another(config: Callable[..., 
     assert not (store / "lock").exists()
 
 
-def test_who_waits_for_the_lock_comes_after_the_one_who_has_it(tmp_path: Path) -> None:
+def test_waiting_for_the_lock_of_another_process(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None

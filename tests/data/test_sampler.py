@@ -49,7 +49,7 @@ def test_blocks_stay_whole(reading: dict[str, int]) -> None:
         np.testing.assert_array_equal(run, np.arange(run[0], min(run[0] + b, reading["n_rows"])))
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_epochs_and_seeds_have_different_orders() -> None:
     orders = [batch_rows(1000, 10, 1000, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
     assert batch_rows(1000, 10, 1000, 0, 1).tolist() == orders[1]
@@ -57,7 +57,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     assert len({tuple(order) for order in largest}) == 3
 
 
-def test_the_order_is_this_one_for_good() -> None:
+def test_the_order_never_changes() -> None:
     assert permutation(8, seed=1, number=2, stream=0).tolist() == [4, 2, 0, 6, 1, 5, 7, 3]
     assert batch_rows(7, 2, 7, seed=0, step=0).tolist() == [0, 1, 4, 5, 2, 3, 6]
 
@@ -74,7 +74,7 @@ def test_a_batch_smaller_than_the_world_is_refused() -> None:
         DistributedSampler(10, 2, 3, 0, rank=0, world=4)
 
 
-def test_the_sampler_goes_from_step_to_step() -> None:
+def test_the_sampler_yields_one_batch_a_step_and_resumes() -> None:
     whole = list(DistributedSampler(50, 8, 12, 3, rank=1, world=2, stop_step=9))
     assert [len(rows) for rows in whole] == [6] * 9
     resumed = list(DistributedSampler(50, 8, 12, 3, rank=1, world=2, start_step=4, stop_step=9))

@@ -52,7 +52,7 @@ def test_a_truncated_shard_is_named_with_its_sizes(tmp_path: Path, missing: int)
         shards.dataset_offsets(path, 50, 2, 3, "float32")
 
 
-def test_what_is_no_shard_or_another_one_is_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_the_expected_shard_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "shard.h5"
     with pytest.raises(UserError, match="is missing"):
         shards.dataset_offsets(path, 5, 2, 3, "float16")
@@ -75,14 +75,15 @@ def test_what_is_no_shard_or_another_one_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_ends_early_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "short"
     path.write_bytes(b"x" * 10)
-    fd = os.open(path, os.O_RDONLY)
-    with pytest.raises(UserError, match="truncated: found 10 bytes, wanted 12"):
-        shards.read_at(fd, [memoryview(bytearray(8))], 4, path)
-    os.close(fd)
+    with (
+        open(path, "rb", buffering=0) as file,
+        pytest.raises(UserError, match=f"shard {path} is truncated: found 10 bytes, wanted 12"),
+    ):
+        shards.read_at(file, [memoryview(bytearray(8))], 4)
 
 
 @pytest.mark.parametrize("most", [1, 3, 4, 7, 100])
-def test_reads_that_come_in_parts_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """As from a network file system, and with more views than one call takes."""
     path, data, whole = tmp_path / "bytes", os.urandom(100), os.preadv
 
@@ -100,8 +101,8 @@ def test_reads_that_come_in_parts_are_put_together(tmp_path: Path, monkeypatch: 
     path.write_bytes(data)
     out = memoryview(bytearray(90))
     ends = [0, 4, 5, 12, 20, 21, 30, 44, 45, 60, 75, 80, 90]
-    with open(path, "rb") as file:
-        shards.read_at(file.fileno(), [out[a:b] for a, b in pairwise(ends)], 10, path)
+    with open(path, "rb", buffering=0) as file:
+        shards.read_at(file, [out[a:b] for a, b in pairwise(ends)], 10)
     assert out == data[10:]
 
 
@@ -120,7 +121,7 @@ def test_checksums_are_those_of_the_published_algorithms(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kib", [0, 1, 3, 8])
-def test_creating_a_shard_where_it_does_not_fit_says_so(tmp_path: Path, kib: int) -> None:
+def test_a_shard_that_does_not_fit_on_the_disk(tmp_path: Path, kib: int) -> None:
     code = (
         "import resource, signal, sys; from pathlib import Path; from clt.data import shards\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({kib << 10}, resource.RLIM_INFINITY))\n"

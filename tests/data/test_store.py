@@ -1,7 +1,7 @@
-import multiprocessing
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import h5py
@@ -83,7 +83,7 @@ def test_reading_into_a_buffer(buffer: DiscBuffer, tensor: torch.Tensor) -> None
     assert not out[11].any()
 
 
-def test_reading_each_row_into_a_place_of_its_own(buffer: DiscBuffer, tensor: torch.Tensor) -> None:
+def test_reading_each_row_into_its_own_view(buffer: DiscBuffer, tensor: torch.Tensor) -> None:
     numbers = np.array([*range(3, 30), 52, 7, 8, 0])
     out = torch.zeros(N, *tensor.shape[1:], dtype=tensor.dtype)
     places = np.random.default_rng(0).permutation(N)[: len(numbers)]
@@ -112,10 +112,12 @@ def test_threads_and_forked_processes_read_the_same(buffer: DiscBuffer, tensor: 
     os.close(writer)
 
 
-def test_a_dataloader_takes_it(buffer: DiscBuffer, tensor: torch.Tensor) -> None:
-    context = multiprocessing.get_context("forkserver")
-    batches = list(DataLoader(buffer, batch_size=20, num_workers=1, multiprocessing_context=context))
-    assert torch.equal(torch.cat(batches), tensor)
+def test_a_dataloader_takes_it_and_a_spawned_worker_opens_it_again(buffer: DiscBuffer, tensor: torch.Tensor) -> None:
+    assert torch.equal(torch.cat(list(DataLoader(buffer, batch_size=20))), tensor)
+    there = ForkingPickler.loads(ForkingPickler.dumps(buffer))  # how multiprocessing hands it over
+    assert torch.equal(there[:], tensor)
+    there.close()
+    assert torch.equal(buffer[:], tensor)
 
 
 def test_closing_closes_the_files(buffer: DiscBuffer, store: Path) -> None:

@@ -23,9 +23,9 @@ def base(train_overrides, tmp_path):
 def test_a_store_of_another_width_is_refused(base, stores):
     index, lm = read_index(stores / "train"), load_language_model(base.lm)
     check_model(index, lm)
-    with pytest.raises(UserError, match=r"width D: found 16, wanted 20; set lm\.model"):
+    with pytest.raises(UserError, match=r"d_acts: found 16, wanted 20; set lm\.model"):
         check_model(index, dataclasses.replace(lm, d_model=20))
-    with pytest.raises(UserError, match=r"tokenizer: found '.*', wanted 'other'"):
+    with pytest.raises(UserError, match=r"tokenizer_hash: found '.*', wanted 'other'"):
         check_model(index, dataclasses.replace(lm, tokenizer_hash="other"))
 
 
