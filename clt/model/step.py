@@ -51,7 +51,7 @@ def transpose_into(out: Tensor, x: Tensor) -> None:
 
 
 def add_scaled_rows(out: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> None:
-    """out (F, T, D) = x + weight * scale, of x and weight (F, T, D) and scale (F, 1, 1), in out's dtype."""
+    """out (F, T, D) = x (F, T, D) + weight (F, T, D) * scale (F, 1, 1), in out's dtype."""
     torch.addcmul(x, weight, scale, out=out)
 
 
@@ -100,18 +100,15 @@ class Kernels(NamedTuple):
         """
         # Inductor warns of every kernel that reads float16 and writes bf16; in between, it computes in float32.
         warnings.filterwarnings("ignore", "bf16 and fp16 are mixed in the scheduler node")
-        known = torch._inductor.list_options()  # type: ignore[attr-defined]
-        pinned: dict[str, Any] = {name: value for name, value in _PINNED.items() if name in known}
+        pinned: dict[str, Any] = {"dynamic_scale_rblock": False}
+        if "deterministic" in torch._inductor.list_options():  # type: ignore[attr-defined]
+            pinned["deterministic"] = True  # since torch 2.10
         # Decoders have a shape of their own in every layer: one kernel for all.
         kernels = {
             name: torch.compile(kernel, dynamic=name == "add_scaled_rows", options=pinned)
             for name, kernel in self._asdict().items()
         }
         return Kernels(**kernels)
-
-
-_PINNED = {"dynamic_scale_rblock": False, "deterministic": True}
-"""Options of inductor; torch before 2.10 lacks `deterministic`, and does not need it where the first is off."""
 
 
 class Step(NamedTuple):
@@ -155,9 +152,6 @@ class Write(torch.autograd.Function):
     (B, L * F) and y~ (B, L, D) are filled in place, from the first layer to the last; y~ is of the products' dtype, or
     of float32 where the partial y~ of several shards are still to be added up. Returns y~, the sums over features and
     tokens of the penalty () and of the pre-activation loss (), and for how many tokens each feature fires (F,).
-
-    y~_s is one product, which adds up in float32. Row f of W_dec is everything feature f writes, so that the gradient
-    of a_s is one product of it, and that of W_dec another.
 
     There is one such function per layer, not one for all, so that DDP can sum a layer's decoder gradient over the ranks
     while the earlier layers' are computed. (The encoder is one tensor for all layers, so its gradient comes last.)
