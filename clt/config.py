@@ -258,10 +258,10 @@ class Config:
     server: Annotated[ServerConfig, FREE] = field(default_factory=ServerConfig)
 
 
-_PACKAGE = Path(__file__).parent
-_CONFIGS = _PACKAGE / "configs"  # where a wheel has them; in a checkout they lie beside the package
-DEFAULT_CONFIG = (_CONFIGS if _CONFIGS.is_dir() else _PACKAGE.parent / "configs") / "quickstart.yaml"
-PRESETS = {name: _PACKAGE / "server" / "presets" / f"{name}.yaml" for name in ("test", "production", "large-scale")}
+PACKAGE = Path(__file__).parent
+_CONFIGS = PACKAGE / "configs"  # where a wheel has them; in a checkout they lie beside the package
+DEFAULT_CONFIG = (_CONFIGS if _CONFIGS.is_dir() else PACKAGE.parent / "configs") / "quickstart.yaml"
+PRESETS = {name: PACKAGE / "server" / "presets" / f"{name}.yaml" for name in ("test", "production", "large-scale")}
 """Sizes of the activation server, by name."""
 
 
@@ -277,14 +277,12 @@ def load_config(
     a missing file, an unknown key, and a value of the wrong type or out of range.
     """
     config = Config()
-    if path is not None:
-        if not Path(path).is_file():
-            raise UserError(f"config {path} does not exist; the shipped ones are configs/*.yaml")
-        merge_file(config, path)
-    if preset is not None:
-        file = PRESETS.get(str(preset), Path(preset))
-        if not file.is_file():
-            raise UserError(f"{preset} is neither a preset ({', '.join(PRESETS)}) nor an existing YAML file")
+    for file in (path, PRESETS.get(str(preset), preset)):
+        if file is None:
+            continue
+        if not Path(file).is_file():
+            known = f"configs/*.yaml and the presets {', '.join(PRESETS)}"
+            raise UserError(f"config {file} does not exist; the shipped ones are {known}")
         merge_file(config, file)
     for place, texts in (("the environment", environment), ("the command line", overrides)):
         for text in texts:

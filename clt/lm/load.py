@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clt.config import LMConfig
+from clt.config import PACKAGE, LMConfig
 from clt.errors import UserError
 from clt.lm.sites import Site, find_sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ASSETS = Path(__file__).parents[1] / "assets"
-"""Where the embedded language model and its text are."""
+ASSETS = PACKAGE / "assets"  # the embedded language model and its text
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ def run_with_mlps(
     """Logits (N, T, V) of the model with all chosen MLPs replaced at once.
 
     `replace` takes a layer index and that layer's x (N, T, D) in float32 and returns the MLP output (N, T, D). Layers
-    are visited in order, and x comes from the stream that the earlier replacements already changed. Where `keep`
-    (N, T) is False (position 0, special tokens) the model's own MLP output stays: a transcoder is never trained there.
+    come in order, x from the stream that the earlier replacements already changed. Where `keep` (N, T) is False
+    (position 0, special tokens) the model's own MLP output stays: a transcoder is never trained there.
 
     Raises UserError when a site's output runs before its input.
     """
@@ -77,10 +77,8 @@ def ablated_logits(lm: LanguageModel, mean: Tensor, input_ids: Tensor, keep: Ten
 class Replaced(NamedTuple):
     """One run of a ReplacementModel."""
 
-    logits: Tensor
-    """(N, T, V)"""
-    features: list[Tensor]
-    """L tensors (N, T, F), after any intervention; at positions that are not kept they write nothing."""
+    logits: Tensor  # (N, T, V)
+    features: list[Tensor]  # L of (N, T, F), after any intervention; at positions that are not kept they write nothing
 
 
 class ReplacementModel:

@@ -15,10 +15,8 @@ class Site(NamedTuple):
     """The two hooked modules of one layer, by dotted path in the Hugging Face model."""
 
     layer: int
-    input_path: str
-    """Module whose input is x, the residual stream before the MLP block's norm."""
-    output_path: str
-    """Module whose output is y, the MLP output as it is added to the residual stream."""
+    input_path: str  # the module whose input is x, the residual stream before the MLP block's norm
+    output_path: str  # the module whose output is y, the MLP's output as it is added to the residual stream
 
 
 _PRE_NORM = ("model.layers.{layer}.post_attention_layernorm", "model.layers.{layer}.mlp")

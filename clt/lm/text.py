@@ -24,12 +24,9 @@ _DOCUMENTS, _CHARACTERS = 64, 200_000  # limits of what is tokenised in one call
 class Window(NamedTuple):
     """One row of a language model's input, and where each of its T tokens comes from."""
 
-    tokens: np.ndarray
-    """(T,) int32. The first is the special token that starts windows, where the tokenizer has one."""
-    documents: np.ndarray
-    """(T,) int64 index, within its part of the text, of the document that each token belongs to."""
-    keep: np.ndarray
-    """(T,) bool. False at position 0 and at special tokens, whose activations are neither stored nor replaced."""
+    tokens: np.ndarray  # (T,) int32; the first is the special token that starts windows, where the tokenizer has one
+    documents: np.ndarray  # (T,) int64 number of each token's document, within its part of the text
+    keep: np.ndarray  # (T,) bool; False at position 0 and at special tokens, which are neither stored nor replaced
 
 
 def pack(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, context: int) -> Iterator[Window]:
@@ -63,7 +60,7 @@ def pack(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, context: 
 def _tokenised(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, prefix: list[int]
 ) -> Iterator[list[np.ndarray]]:
-    """(3, n) of the stream for each document, many documents a call: a fast tokenizer then releases the GIL."""
+    """The columns (3, n) of the stream for each document. Many are tokenised in a call, which releases the GIL."""
     first = 0
     for texts in _batches(documents):
         # verbose=False: documents longer than the model's context are expected here.
@@ -74,7 +71,7 @@ def _tokenised(
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """A few documents at a time, fewer if they are long, so that the first window comes soon."""
+    """Some documents at a time, fewer if they are long, so that the first window comes soon."""
     batch, length = [], 0
     for text in documents:
         batch.append(text)

@@ -27,9 +27,9 @@ _NO_NORM = 1e-30  # a decoder row that is shorter counts as zero
 
 
 class Target(NamedTuple):
-    """activations (B, 2, L, D) as they are stored, whose second half is the target; its normalisation; and the unit."""
+    """What y~ should be, and how the error is measured."""
 
-    activations: Tensor
+    activations: Tensor  # (B, 2, L, D) as they are stored, whose second half is the target
     mean: Tensor  # (L, D)
     sd: Tensor  # (L, 1) or (L, D)
     unit: Tensor | None  # of the error, (L, 1) or (L, D) normalised target units; None: 1
@@ -119,8 +119,7 @@ class Step(NamedTuple):
     kernels: Kernels
     gradient_memory: Callable[[Tensor], Tensor | None]
     """Gives the memory to write a parameter's gradient into, which is its `.grad` already; or None, for autograd's."""
-    decoders: Sequence[Tensor]
-    """W_dec.{s} (F, T_s, D): row f is everything that feature f of layer s writes, to layers s .. s + T_s - 1."""
+    decoders: Sequence[Tensor]  # W_dec.{s} (F, T_s, D)
 
 
 class Encode(torch.autograd.Function):

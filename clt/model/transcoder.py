@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clt.errors import UserError
 from clt.model.activations import fire, thresholds
 from clt.model.normalization import Normalization
 from clt.model.spec import CLTConfig
@@ -43,7 +45,7 @@ class CrossLayerTranscoder(nn.Module):
     `sum_shards` must add up a partial reconstruction over all shards, in place. Its initial weights are that part of
     the whole transcoder's.
 
-    Raises UserError for a value of `spec` that is out of its range, and ValueError when n does not divide the features.
+    Raises UserError for a value of `spec` that is out of its range, ValueError when n does not divide the features.
     """
 
     def __init__(
@@ -119,20 +121,18 @@ class CrossLayerTranscoder(nn.Module):
 
         Raises ValueError for `token`, which is not an affine map.
         """
-        norm = self.normalization
+        norm = deepcopy(self.normalization).double()
         if norm.kind == "token":
             raise ValueError("normalization 'token' is not affine and cannot be folded; train with 'layer' or 'dim'")
         spec = replace(self.spec, normalization="none")
         folded = CrossLayerTranscoder(self.n_layers, self.d_acts, spec).to(self.b_dec.device)
-        mean_in, sd_in = norm.input_mean.double(), norm.input_sd.double()
-        mean_out, sd_out = norm.target_mean.double(), norm.target_sd.double()
-        W_enc = self.W_enc.double() / sd_in.expand_as(mean_in).unsqueeze(-1)
+        W_enc = self.W_enc.double() / norm.input_sd.unsqueeze(-1)
         folded.W_enc.copy_(W_enc)
-        folded.b_enc.copy_(self.b_enc.double() - torch.einsum("ld,ldf->lf", mean_in, W_enc))
+        folded.b_enc.copy_(self.b_enc.double() - torch.einsum("ld,ldf->lf", norm.input_mean, W_enc))
         folded.threshold.copy_(self.threshold)
         for s, weight in enumerate(self.W_dec):
-            folded.W_dec[s].copy_(weight.double() * sd_out[s : s + weight.shape[1]])  # the target layers' scale
-        folded.b_dec.copy_(self.b_dec.double() * sd_out + mean_out)
+            folded.W_dec[s].copy_(weight.double() * norm.target_sd[s : s + weight.shape[1]])  # the target layers' scale
+        folded.b_dec.copy_(norm.output(self.b_dec.double()))
         return folded
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -146,20 +146,17 @@ class CrossLayerTranscoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> CrossLayerTranscoder:
-        """Read what `save_pretrained` wrote. Raises ValueError naming what is missing or does not fit."""
+        """Read what `save_pretrained` wrote. Raises UserError when a file is missing or damaged."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         directory = Path(directory)
-        for name in ("config.json", "model.safetensors"):
-            if not (directory / name).is_file():
-                raise ValueError(f"{directory} has no {name}; wanted a directory written by save_pretrained")
         try:
             config = json.loads((directory / "config.json").read_text())
             model = cls(config.pop("n_layers"), config.pop("d_acts"), CLTConfig(**config))
             model.load_state_dict(load_file(directory / "model.safetensors"))
-        except (SafetensorError, RuntimeError, TypeError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{directory} is damaged, or its files do not belong together: {error}") from error
+        except (OSError, SafetensorError, RuntimeError, TypeError, KeyError, json.JSONDecodeError) as error:
+            raise UserError(f"{directory} does not hold a transcoder as save_pretrained writes it: {error}") from error
         return model
 
 

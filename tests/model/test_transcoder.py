@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from clt.errors import UserError
 from clt.model.spec import CLTConfig
 from clt.model.transcoder import CrossLayerTranscoder
 from tests.model.naive import VARIANTS, B, D, F, L, batch, make, naive_features, naive_reconstruction
@@ -65,11 +66,11 @@ def test_save_and_load(tmp_path):
     loaded = CrossLayerTranscoder.from_pretrained(tmp_path / "out")
     assert loaded.config == clt.config
     assert all(torch.equal(a, b) for a, b in zip(clt.state_dict().values(), loaded.state_dict().values()))
-    with pytest.raises(ValueError, match=r"has no config\.json"):
+    with pytest.raises(UserError, match=r"does not hold a transcoder as save_pretrained writes it: .*config\.json"):
         CrossLayerTranscoder.from_pretrained(tmp_path)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     save_file({**tensors, "W_enc": tensors["W_enc"][1:].clone()}, tmp_path / "out" / "model.safetensors")
-    with pytest.raises(ValueError, match="is damaged, or its files do not belong together"):
+    with pytest.raises(UserError, match=r"(?s)does not hold a transcoder.*size mismatch for W_enc"):
         CrossLayerTranscoder.from_pretrained(tmp_path / "out")
 
 
@@ -83,7 +84,7 @@ def test_save_and_load(tmp_path):
     ],
 )
 def test_values_out_of_range_are_named(option, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         CrossLayerTranscoder(L, D, CLTConfig(**option))
 
 
