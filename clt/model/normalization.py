@@ -33,11 +33,7 @@ class Normalization(nn.Module):
     def set(self, input_mean: Tensor, input_sd: Tensor, target_mean: Tensor, target_sd: Tensor) -> None:
         """Take statistics (L, D) per layer and dimension (float64, as stored with the data), reduced to this kind."""
         for side, mean, sd in (("input", input_mean, input_sd), ("target", target_mean, target_sd)):
-            if mean.shape != self.input_mean.shape:
-                raise ValueError(
-                    f"the statistics are of {tuple(mean.shape)} (layers, width), "
-                    f"the transcoder of {tuple(self.input_mean.shape)}"
-                )
+            assert mean.shape == self.input_mean.shape, "the statistics are of other activations"
             if self.kind == "none" or (self.kind == "token" and side == "input"):
                 continue
             if self.kind != "dim":
