@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clt.model.activations import thresholds
 from clt.model.spec import LossConfig
-from clt.model.step import Encode, Kernels, SquaredError, Step, Target, Write
+from clt.model.step import Encode, SquaredError, Step, Target, Write, make_kernels
 from clt.model.transcoder import CrossLayerTranscoder
 
 
@@ -84,7 +84,7 @@ class Objective(nn.Module):
     def __init__(self, transcoder: CrossLayerTranscoder, loss: LossConfig, *, compile: bool = False) -> None:
         super().__init__()
         self.transcoder, self.loss = transcoder, loss
-        self.kernels = Kernels().compiled() if compile else Kernels()
+        self.kernels = make_kernels(compile)
         self.gradient_memory: Callable[[Tensor], Tensor | None] = lambda parameter: None  # autograd makes it
 
     def forward(self, activations: Tensor, coefficients: dict[str, float]) -> Losses:
