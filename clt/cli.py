@@ -16,9 +16,9 @@ from clt.parsing import to_yaml
 
 
 def exit_on_user_error(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `work`; a UserError, or a disk that is full, is one message on stderr and ends the process with status 2.
+    """Call `work`. A UserError or a full disk ends the process with one message on stderr and status 2.
 
-    Ctrl-C ends it with status 130 and no word.
+    Ctrl-C ends the process with status 130 and no message.
     """
     try:
         return work(*arguments)

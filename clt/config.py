@@ -77,7 +77,7 @@ class DataConfig:
     """Activations at rest and how they are read."""
 
     source: Literal["store", "server"] = "store"
-    """Read a store of one's own, or what an activation server streams."""
+    """Read the run's own store, or rows that an activation server streams."""
     url: Annotated[str | None, FREE] = None
     """The server of `source: server`, e.g. http://127.0.0.1:8000."""
     token_file: Annotated[str | None, FREE] = None
@@ -153,7 +153,7 @@ class EvalConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the ranks share the work. Not part of what a run computes: a run may go on in another layout."""
+    """How the ranks share the work. A run may resume in another layout."""
 
     feature_shards: Annotated[int, POSITIVE] = 1
     """Ranks that the features of one transcoder are split over; the other factor of the ranks splits the batch."""
@@ -207,7 +207,7 @@ class ProfileConfig:
 
 @dataclass
 class Config:
-    """Everything a run is determined by."""
+    """Everything that determines a run."""
 
     run: RunConfig = field(default_factory=RunConfig)
     lm: LMConfig = field(default_factory=LMConfig)

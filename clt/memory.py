@@ -1,4 +1,4 @@
-"""What the process asks of the C library's malloc, and whether the machine has what is asked of it."""
+"""How malloc keeps freed memory, and whether the machine has enough memory."""
 
 from __future__ import annotations
 

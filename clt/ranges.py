@@ -16,7 +16,7 @@ FREE = object()
 
 
 class Range(NamedTuple):
-    """The values that a field may have; null beside them if its type says so."""
+    """The values that a field may have, besides null where its type allows it."""
 
     holds: Callable[[Any], bool]
     wanted: str

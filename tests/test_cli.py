@@ -61,7 +61,7 @@ def test_help_and_config_errors(here):
 
 
 @pytest.mark.skipif(find_spec("starlette") is None, reason="starlette is not installed")
-def test_serve_says_what_is_wrong_before_it_makes_anything():
+def test_serve_refuses_mistakes_before_it_creates_anything():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         found = refused(clt("serve", "configs/quickstart.yaml", "--config", "test", f"server.port={port}"))
@@ -93,7 +93,7 @@ def test_extract_then_inspect_then_verify(config, here, tmp_path):
     assert "shard_00001.h5" in refused(here("inspect", tmp_path / "s" / "train", "--verify"))
 
 
-def test_inspect_refuses_what_is_no_store(here, tmp_path):
+def test_inspect_refuses_a_directory_that_is_not_a_store(here, tmp_path):
     assert "index.json" in refused(here("inspect", tmp_path))
 
 
@@ -125,13 +125,13 @@ def test_eval_repeats_the_summary_from_the_checkpoint(train, stores, here, tmp_p
     assert "fraction of variance explained" in result.stdout
 
 
-def test_eval_refuses_what_is_not_there(train, here, tmp_path):
+def test_eval_refuses_a_run_or_checkpoint_that_does_not_exist(train, here, tmp_path):
     assert "has no config.yaml" in refused(here("eval", tmp_path))
     run = train()
     assert "has no checkpoint of step 3; found [10]" in refused(here("eval", run.dir, "--step", "3"))
 
 
-def test_ctrl_c_ends_a_command_without_a_word(capsys):
+def test_ctrl_c_ends_a_command_without_a_message(capsys):
     def work():
         raise KeyboardInterrupt
 

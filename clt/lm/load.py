@@ -42,7 +42,7 @@ class LanguageModel:
 def load_language_model(config: LMConfig, device: torch.device | str = "cpu") -> LanguageModel:
     """Load `config.model` in `config.dtype` onto `device`, with the hook sites of `config.layers`.
 
-    Raises UserError when the model, its tokenizer, a layer or a hook site cannot be had.
+    Raises UserError when the model, its tokenizer, a layer or a hook site cannot be found or loaded.
     """
     source, gguf = locate(config.model)
     model, tokenizer = _load_pretrained(config, source, gguf)

@@ -32,9 +32,9 @@ class Window(NamedTuple):
 def pack(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, context: int) -> Iterator[Window]:
     """Cut the stream [BOS] document [BOS] document ... into windows of exactly `context` tokens that start with BOS.
 
-    A window that continues a document gets a BOS of its own, which counts as that document's: attention rests on it.
-    BOS is the tokenizer's bos, else its eos, else there is none. Documents without tokens are skipped; an incomplete
-    last window is dropped.
+    Where a window continues a document, a BOS is inserted, because models expect one there; it counts as that
+    document's. BOS is the tokenizer's bos, else its eos, else there is none. Documents without tokens are skipped; an
+    incomplete last window is dropped.
     """
     bos = bos_token(tokenizer)
     prefix = [] if bos is None else [bos]

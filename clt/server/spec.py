@@ -17,9 +17,9 @@ class ServerConfig:
     source: Literal["model", "store"] = "model"
     """Fill the buffer by running the language model over the training text, or from the training store, endlessly."""
     rows: Annotated[int, POSITIVE] = 32_768
-    """Rows (tokens) that the shared buffer holds, about: it consists of blocks of 2 MB."""
+    """About how many rows (tokens) the shared buffer holds; it consists of blocks of 2 MB."""
     open_share: Annotated[float, SHARE] = 0.5
-    """Share of the buffer over which new rows are scattered: the larger, the better they are mixed."""
+    """Share of the buffer over which new rows are scattered; a larger share mixes them better."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where the language model runs; `auto` takes a GPU if there is one."""
     statistics_tokens: Annotated[int, POSITIVE] = 100_000
@@ -31,12 +31,12 @@ class ServerConfig:
     workers: Annotated[int, POSITIVE] = 1
     """Serving processes, 1 to 128 on one buffer."""
     token_file: str | None = None
-    """File, its owner's alone, with the bearer token that clients must send; null: CLT_SERVER_TOKEN, or none."""
+    """File, readable by its owner alone, with the token that clients must send; null takes CLT_SERVER_TOKEN, if set."""
     max_batch: Annotated[int, POSITIVE] = 8192
-    """Rows in a batch at most; in JSON 64, as a tensor 16 MB or a block."""
+    """Most rows in a batch. A JSON batch has at most 64 rows, a tensor 16 MB or one block."""
     max_streams: Annotated[int, POSITIVE] = 64
-    """Clients that are sent rows at once, over all workers."""
+    """Clients that receive rows at the same time, over all workers."""
     wait_seconds: Annotated[float, POSITIVE] = 30.0
-    """How long a request waits for rows before it is told to come again."""
+    """Seconds that a request waits for rows before it is answered 503."""
     idle_seconds: Annotated[float, POSITIVE] = 60.0
-    """How long a client may take to read what it was sent, 2 MB at most, before it is dropped."""
+    """Seconds that a client may take to read what it was sent (2 MB at most) before it is dropped."""
