@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import typing
@@ -35,6 +36,7 @@ ASCENDING = Range(
 SITE = Range(lambda value: "{layer}" in value, "a path with {layer}, e.g. transformer.h.{layer}.mlp")
 
 
+@functools.cache
 def hints(cls: type) -> dict[str, Any]:
     """The types of a dataclass' fields, with their ranges, by field name."""
     return typing.get_type_hints(cls, include_extras=True)
