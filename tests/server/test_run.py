@@ -152,10 +152,10 @@ def test_presets_and_their_mistakes(tmp_path: Path) -> None:
     ):
         load_config(None, [], "larg")
     for text, message in {
-        "open_share=1.5": "wanted a share of the buffer between 0 and 1",
+        "open_share=1.5": "wanted a share between 0 and 1",
         "name=a/b": "wanted letters, digits, dots and dashes",
         "port=0": "wanted a port number",
-        "device=tpu": "wanted auto or cpu or gpu",
+        "device=tpu": "wanted one of auto, cpu, gpu",
     }.items():
         with pytest.raises(UserError, match=message):
             load_config(None, [f"server.{text}"])
