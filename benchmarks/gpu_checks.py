@@ -80,7 +80,8 @@ def _away_from_edges(objective: Objective, batch: Tensor) -> Tensor:
     There are a few among millions, and one of them changes a gradient by more than rounding does.
     """
     clt = objective.transcoder
-    pre = clt.preactivations(clt.normalization.input(batch[:, 0].double()))  # (L, B, F)
+    x = clt.normalization.input(batch[:, 0].double()).transpose(0, 1)  # (L, B, D)
+    pre = x @ clt.W_enc + clt.b_enc.unsqueeze(1)  # (L, B, F)
     distance = (pre - clt.threshold.view(clt.n_layers, 1, -1)).abs()
     near = torch.minimum(distance, (distance - clt.spec.bandwidth / 2).abs()) < 1e-6
     return batch[~near.any(2).any(0)]

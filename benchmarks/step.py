@@ -19,8 +19,8 @@ from clt.config import load_config
 from clt.data.store import DiscBuffer
 from clt.data.writer import write_store
 from clt.memory import keep_freed_memory
-from clt.model.decode import unsharded
 from clt.model.loss import Objective, value_names
+from clt.model.transcoder import unsharded
 from clt.train.distributed import ALONE, Axis, GradientMemory, accumulate_in_float32
 from clt.train.metrics import coefficients
 from clt.train.optim import Update, autocast_dtype

@@ -1,4 +1,4 @@
-"""`clt extract | inspect | eval | serve | config`. Each imports what it needs when it runs: help, errors are quick."""
+"""The `clt` command. Each subcommand imports what it needs when it runs, so that help and errors are quick."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from clt.parsing import to_yaml
 
 
 def exit_on_user_error(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `work`; a UserError, or a disk that is full, is one message on stderr and ends the process with status 2.
+    """Call `work`. A UserError or a full disk ends the process with one message on stderr and status 2.
 
-    Ctrl-C ends it with status 130 and no word.
+    Ctrl-C ends the process with status 130 and no message.
     """
     try:
         return work(*arguments)
@@ -48,55 +48,55 @@ def run_arguments(doc: str | None) -> tuple[Config, bool]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the `clt` command."""
-    parser = argparse.ArgumentParser(prog="clt", description=__doc__)
+    parser = argparse.ArgumentParser(prog="clt", description="Train and study cross-layer transcoders.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("extract", help="write the activation stores of a config")
-    _add_config(command)
-    command.set_defaults(run=_extract)
+    def add(name: str, run: Callable[[argparse.Namespace], None], what: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=what)
+        command.set_defaults(run=run)
+        return command
 
-    command = commands.add_parser("inspect", help="sizes and statistics of an activation store")
+    _add_config(add("extract", _extract, "write the activation stores of a config"))
+
+    command = add("inspect", _inspect, "sizes and statistics of an activation store")
     command.add_argument("store", help="directory with an index.json")
     command.add_argument("--verify", action="store_true", help="recompute every shard's checksum")
-    command.set_defaults(run=_inspect)
 
-    command = commands.add_parser("eval", help="evaluate a run's checkpoint again")
+    command = add("eval", _eval, "evaluate a run's checkpoint again")
     command.add_argument("run_dir", help="run directory")
     command.add_argument("--step", type=int, help="checkpoint to evaluate (default: the newest)")
     command.add_argument("--nnsight", action="store_true", help="replace the MLPs through nnsight, not forward hooks")
-    command.set_defaults(run=_eval)
 
-    command = commands.add_parser("serve", help="serve activations over HTTP")
+    command = add("serve", _serve, "serve activations over HTTP")
     _add_config(command)
     command.add_argument("--config", dest="preset", help="test, production, large-scale, or a YAML file over CONFIG")
     command.add_argument("--without-token", action="store_true", help="serve other machines without asking for a token")
     command.add_argument("--ssl-certfile", help="TLS certificate (uvicorn's option)")
     command.add_argument("--ssl-keyfile", help="TLS key (uvicorn's option)")
-    command.set_defaults(run=_serve)
 
-    command = commands.add_parser("config", help="print a config with every default resolved")
-    _add_config(command)
-    command.set_defaults(run=lambda arguments: print(to_yaml(_config(arguments), docs=True), end=""))
+    _add_config(add("config", _print_config, "print a config with every default resolved"))
 
     arguments, rest = parser.parse_known_args(argv)
-    stray = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(arguments, "overrides")]
-    if stray:
-        parser.error(f"unrecognized arguments: {' '.join(stray)}")
+    if rest and (not hasattr(arguments, "config") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # overrides behind an option, which argparse does not take
-        arguments.overrides += rest
+        arguments.config += rest
     exit_on_user_error(arguments.run, arguments)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", default=None, metavar="CONFIG", help=f"YAML file [{DEFAULT_CONFIG.name}]")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the file")
+    what = f"a YAML file [{DEFAULT_CONFIG.name}], then overrides section.key=value"
+    parser.add_argument("config", nargs="*", metavar="CONFIG", help=what)
 
 
 def _config(arguments: argparse.Namespace, preset: str | None = None, environment: Sequence[str] = ()) -> Config:
-    path, overrides = arguments.config, arguments.overrides
-    if path is not None and "=" in path:  # no file, only overrides
-        path, overrides = None, [path, *overrides]
-    return load_config(path or DEFAULT_CONFIG, overrides, preset, environment)
+    words = arguments.config
+    path, overrides = (words[0], words[1:]) if words and "=" not in words[0] else (DEFAULT_CONFIG, words)
+    return load_config(path, overrides, preset, environment)
+
+
+def _print_config(arguments: argparse.Namespace) -> None:
+    print(to_yaml(_config(arguments), docs=True), end="")
 
 
 def _extract(arguments: argparse.Namespace) -> None:
@@ -136,6 +136,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     from clt.data.index import STATISTICS
     from clt.data.statistics import Statistics
+    from clt.lm.replacement import nnsight_logits
     from clt.train import checkpoint
     from clt.train.distributed import World, accumulate_in_float32
     from clt.train.optim import autocast_dtype
@@ -160,15 +161,10 @@ def _eval(arguments: argparse.Namespace) -> None:
     # Of the training set only its mean outputs are wanted; its shards may be gone.
     mean_output = Statistics.load(Path(config.data.store) / "train" / STATISTICS).target_mean
     evaluate = Evaluator(config, heldout, mean_output, world, autocast_dtype(config.train.precision, world.device))
-    run = None
-    if arguments.nnsight and evaluate.lm is not None:
-        from clt.lm.replacement import ReplacementModel
-
-        model = ReplacementModel(evaluate.lm, transcoder)
-        run = lambda lm, transcoder, tokens, keep: model.logits(tokens, keep)  # noqa: E731
     last_fired = checkpoint.read_tensor(path, "last_fired").to(world.device)
+    evaluation = evaluate(transcoder, last_fired, step, run=nnsight_logits if arguments.nnsight else None)
     report = f"report_step_{step:08d}"
-    conclude(run_dir, evaluate(transcoder, last_fired, step, run=run), f"{report}/evaluation.json", report)
+    conclude(run_dir, evaluation, f"{report}/evaluation.json", report)
 
 
 if __name__ == "__main__":

@@ -8,30 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import typing
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from clt.errors import UserError
 from clt.model.spec import CLTConfig, LossConfig
-from clt.parsing import merge, names, override
-from clt.ranges import (
-    ASCENDING,
-    DECAY_RATES,
-    FREE,
-    NAME,
-    NOT_NEGATIVE,
-    PORT,
-    POSITIVE,
-    POSITIVE_OR_NULL,
-    SEED,
-    SHARE_OF_BUFFER,
-    SHARE_OF_STEPS,
-    SITE,
-    marks,
-    out_of_range,
-)
+from clt.parsing import merge_file, merge_text
+from clt.ranges import ASCENDING, DECAY_RATES, FREE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, SITE, free
+from clt.server.spec import ServerConfig
 
 StorageDtype = Literal["float16", "bfloat16", "float32"]
 
@@ -91,7 +77,7 @@ class DataConfig:
     """Activations at rest and how they are read."""
 
     source: Literal["store", "server"] = "store"
-    """Read a store of one's own, or what an activation server streams."""
+    """Read the run's own store, or rows that an activation server streams."""
     url: Annotated[str | None, FREE] = None
     """The server of `source: server`, e.g. http://127.0.0.1:8000."""
     token_file: Annotated[str | None, FREE] = None
@@ -127,11 +113,11 @@ class OptimConfig:
     """Adam's two moment decay rates."""
     eps: Annotated[float, NOT_NEGATIVE] = 1e-8
     """Adam's epsilon."""
-    warmup: Annotated[float, SHARE_OF_STEPS] = 0.0
+    warmup: Annotated[float, SHARE] = 0.0
     """Share of the run's steps over which the learning rate rises linearly from 0."""
-    decay: Annotated[float, SHARE_OF_STEPS] = 0.0
+    decay: Annotated[float, SHARE] = 0.0
     """Share of the run's steps, at its end, over which the learning rate falls linearly to 0."""
-    clip_norm: Annotated[float | None, POSITIVE_OR_NULL] = 1.0
+    clip_norm: Annotated[float | None, POSITIVE] = 1.0
     """Clip the gradient's global norm to this; null does not clip."""
 
 
@@ -167,7 +153,7 @@ class EvalConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the ranks share the work. Not part of what a run computes: a run may go on in another layout."""
+    """How the ranks share the work. A run may resume in another layout."""
 
     feature_shards: Annotated[int, POSITIVE] = 1
     """Ranks that the features of one transcoder are split over; the other factor of the ranks splits the batch."""
@@ -220,128 +206,68 @@ class ProfileConfig:
 
 
 @dataclass
-class ServerConfig:
-    """Activations over the network: the shared buffer, the generator that fills it, and the limits of its clients."""
-
-    name: Annotated[str | None, NAME] = None
-    """Name of the buffer in shared memory; null derives it from `data.store`."""
-    source: Literal["model", "store"] = "model"
-    """Fill the buffer by running the language model over the training text, or from the training store, endlessly."""
-    rows: Annotated[int, POSITIVE] = 32_768
-    """Rows (tokens) that the shared buffer holds, about: it consists of blocks of 2 MB."""
-    open_share: Annotated[float, SHARE_OF_BUFFER] = 0.5
-    """Share of the buffer over which new rows are scattered: the larger, the better they are mixed."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where the language model runs; `auto` takes a GPU if there is one."""
-    statistics_tokens: Annotated[int, POSITIVE] = 100_000
-    """Rows (tokens) that the statistics of `source: model` are computed from, once."""
-    host: str = "127.0.0.1"
-    """Address to listen on; anything but the loopback should have a `token_file`."""
-    port: Annotated[int, PORT] = 8000
-    """Port to listen on."""
-    workers: Annotated[int, POSITIVE] = 1
-    """Serving processes, 1 to 128 on one buffer."""
-    token_file: str | None = None
-    """File, its owner's alone, with the bearer token that clients must send; null: CLT_SERVER_TOKEN, or none."""
-    max_batch: Annotated[int, POSITIVE] = 8192
-    """Rows in a batch at most; in JSON 64, as a tensor 16 MB or a block."""
-    max_streams: Annotated[int, POSITIVE] = 64
-    """Clients that are sent rows at once, over all workers."""
-    wait_seconds: Annotated[float, POSITIVE] = 30.0
-    """How long a request waits for rows before it is told to come again."""
-    idle_seconds: Annotated[float, POSITIVE] = 60.0
-    """How long a client may take to read what it was sent, 2 MB at most, before it is dropped."""
-
-
-@dataclass
 class Config:
-    """Everything a run is determined by."""
+    """Everything that determines a run."""
 
     run: RunConfig = field(default_factory=RunConfig)
-    """Run directory and seed."""
     lm: LMConfig = field(default_factory=LMConfig)
-    """Language model."""
     text: TextConfig = field(default_factory=TextConfig)
-    """Text."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Activation store and reader."""
     clt: CLTConfig = field(default_factory=CLTConfig)
-    """Cross-layer transcoder."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """Objective."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimizer and schedule."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """Training loop."""
     eval: Annotated[EvalConfig, FREE] = field(default_factory=EvalConfig)
-    """Evaluation."""
     parallel: Annotated[ParallelConfig, FREE] = field(default_factory=ParallelConfig)
-    """Ranks."""
     checkpoint: Annotated[CheckpointConfig, FREE] = field(default_factory=CheckpointConfig)
-    """Checkpoints."""
     log: Annotated[LogConfig, FREE] = field(default_factory=LogConfig)
-    """Metrics."""
     profile: Annotated[ProfileConfig, FREE] = field(default_factory=ProfileConfig)
-    """Profiler."""
     server: Annotated[ServerConfig, FREE] = field(default_factory=ServerConfig)
-    """Activation server."""
+
+
+PACKAGE = Path(__file__).parent
+_CONFIGS = PACKAGE / "configs"  # where a wheel has them; in a checkout they lie beside the package
+DEFAULT_CONFIG = (_CONFIGS if _CONFIGS.is_dir() else PACKAGE.parent / "configs") / "quickstart.yaml"
+PRESETS = {name: PACKAGE / "server" / "presets" / f"{name}.yaml" for name in ("test", "production", "large-scale")}
+"""Sizes of the activation server, by name."""
 
 
 def load_config(
     path: str | Path | None = None,
-    overrides: typing.Sequence[str] = (),
+    overrides: Sequence[str] = (),
     preset: str | Path | None = None,
-    environment: typing.Sequence[str] = (),
+    environment: Sequence[str] = (),
 ) -> Config:
-    """Read a YAML file over the defaults, a preset over it, and `section.key=value` overrides over all.
+    """The defaults, over them a YAML file, a preset, and `section.key=value` overrides: the later wins.
 
     `preset` is one of PRESETS or another YAML file; `environment` are overrides below the others. Raises UserError for
-    a missing file, an unknown key (naming the nearest), a value of the wrong type or out of range.
+    a missing file, an unknown key, and a value of the wrong type or out of range.
     """
     config = Config()
-    if path is not None:
-        if not Path(path).is_file():
-            raise UserError(f"config {path} does not exist; the shipped ones are configs/*.yaml")
-        merge(config, path)
-    if preset is not None:
-        file = PRESETS.get(str(preset), Path(preset))
-        if not file.is_file():
-            raise UserError(f"{preset} is neither a preset ({', '.join(PRESETS)}) nor an existing YAML file")
-        merge(config, file)
-    places = (("the environment", environment), ("the command line", overrides))
-    given = {override(config, text, place): place for place, texts in places for text in texts}
-    files = " and ".join(str(name) for name in (path, preset) if name is not None)
-    _check(config, lambda key: given.get(key, files or "the defaults"))
-    return config
-
-
-_PACKAGE = Path(__file__).parent
-_CONFIGS = _PACKAGE / "configs"  # where a wheel has them; in a checkout they lie beside the package
-DEFAULT_CONFIG = (_CONFIGS if _CONFIGS.is_dir() else _PACKAGE.parent / "configs") / "quickstart.yaml"
-PRESETS = {name: _PACKAGE / "server" / "presets" / f"{name}.yaml" for name in ("test", "production", "large-scale")}
-"""Sizes of the activation server, by name."""
-
-
-def _check(config: Config, where: typing.Callable[[str], str]) -> None:
-    """Check every field's range, and what two fields must agree on; `where` says where a key's value came from."""
-    for section in names(config):
-        for name, found, wanted in out_of_range(getattr(config, section)):
-            key = f"{section}.{name}"
-            raise UserError(f"{key} in {where(key)} is {found!r}; wanted {wanted}")
+    for file in (path, PRESETS.get(str(preset), preset)):
+        if file is None:
+            continue
+        if not Path(file).is_file():
+            known = f"configs/*.yaml and the presets {', '.join(PRESETS)}"
+            raise UserError(f"config {file} does not exist; the shipped ones are {known}")
+        merge_file(config, file)
+    for place, texts in (("the environment", environment), ("the command line", overrides)):
+        for text in texts:
+            merge_text(config, text, place)
     if config.data.source == "server" and config.data.url is None:
         raise UserError("data.source=server but data.url is null: set it to the server's, e.g. http://127.0.0.1:8000")
     if (config.lm.input_site is None) != (config.lm.output_site is None):
         raise UserError("lm.input_site and lm.output_site go together: set both, or neither")
+    return config
 
 
 def identity(config: Config) -> dict[str, Any]:
     """The flat {key: value} of every field that determines the trained weights: of all that are not marked FREE."""
     return {
-        f"{section}.{name}": getattr(getattr(config, section), name)
-        for section, of_section in marks(Config).items()
-        if FREE not in of_section
-        for name, of_field in marks(type(getattr(config, section))).items()
-        if FREE not in of_field
+        f"{section}.{name}": value
+        for section, fields in asdict(config).items()
+        for name, value in fields.items()
+        if section not in free(Config) and name not in free(type(getattr(config, section)))
     }
 
 

@@ -15,6 +15,6 @@ class UserError(ValueError):
 
 
 def mismatches(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """What a message says of the keys of `wanted` that `found` has otherwise; empty when there are none."""
+    """The keys whose values in `found` are not those in `wanted`, as part of a message; empty when there are none."""
     odd = [key for key in wanted if found.get(key) != wanted[key]]
     return "; ".join(f"{key}: found {found.get(key)!r}, wanted {wanted[key]!r}" for key in odd)

@@ -2,64 +2,86 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import math
 import re
 import typing
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+
+from clt.errors import UserError
+
+FREE = object()
+"""Marks a field, or a whole section, that does not change the numbers of a run: a resumed run may have another."""
 
 
-@dataclass(frozen=True)
-class Range:
-    """The values that a field may have."""
+class Range(NamedTuple):
+    """The values that a field may have, besides null where its type allows it."""
 
     holds: Callable[[Any], bool]
     wanted: str
-    """What the error message says was wanted."""
 
 
-@dataclass(frozen=True)
-class Free:
-    """Marks a field, or a whole section, that does not change the numbers of a run: a resumed run may have another."""
-
-
-FREE = Free()
 POSITIVE = Range(lambda value: value > 0, "a positive number")
 NOT_NEGATIVE = Range(lambda value: value >= 0, "zero or a positive number")
-SHARE_OF_STEPS = Range(lambda value: 0 <= value <= 1, "a share of the run's steps between 0 and 1")
-SHARE_OF_BUFFER = Range(lambda value: 0 <= value <= 1, "a share of the buffer between 0 and 1")
+SHARE = Range(lambda value: 0 <= value <= 1, "a share between 0 and 1")
 SEED = Range(lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 PORT = Range(lambda value: 0 < value < 65536, "a port number, 1 to 65535")
-NAME = Range(
-    lambda value: value is None or bool(re.fullmatch(r"[\w.-]{1,64}", value)),
-    "letters, digits, dots and dashes, or null",
-)
+NAME = Range(lambda value: re.fullmatch(r"[\w.-]{1,64}", value) is not None, "letters, digits, dots and dashes")
 DECAY_RATES = Range(lambda value: len(value) == 2 and all(0 <= v < 1 for v in value), "two numbers in [0, 1)")
-POSITIVE_OR_NULL = Range(lambda value: value is None or value > 0, "a positive number or null")
 ASCENDING = Range(
-    lambda value: value is None or bool(value and value == sorted(set(value)) and value[0] >= 0),
-    "ascending layer numbers",
+    lambda value: bool(value) and value == sorted(set(value)) and value[0] >= 0, "ascending layer numbers"
 )
-SITE = Range(lambda value: value is None or "{layer}" in value, "a path with {layer}, e.g. transformer.h.{layer}.mlp")
+SITE = Range(lambda value: "{layer}" in value, "a path with {layer}, e.g. transformer.h.{layer}.mlp")
 
 
-def marks(cls: type) -> dict[str, tuple[Any, ...]]:
-    """What stands in the Annotated type of each field of a dataclass, by field name; () for a bare type."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: getattr(hints[field.name], "__metadata__", ()) for field in dataclasses.fields(cls)}
+@functools.cache
+def hints(cls: type) -> dict[str, Any]:
+    """The types of a dataclass' fields, with their ranges, by field name."""
+    return typing.get_type_hints(cls, include_extras=True)
 
 
-def out_of_range(node: Any) -> Iterator[tuple[str, Any, str]]:
-    """The fields of a dataclass whose value is not in their range: name, value found, what was wanted.
+def free(cls: type) -> set[str]:
+    """The fields of a dataclass that are marked FREE."""
+    return {name for name, hint in hints(cls).items() if FREE in get_args(hint)}
 
-    A field of a Literal type must be one of its choices.
-    """
-    hints = typing.get_type_hints(type(node))
-    for name, of_field in marks(type(node)).items():
-        value, choices = getattr(node, name), typing.get_args(hints[name])
-        if typing.get_origin(hints[name]) is typing.Literal and value not in choices:
-            yield name, value, f"one of {', '.join(map(str, choices))}"
-        for mark in of_field:
-            if isinstance(mark, Range) and not mark.holds(value):
-                yield name, value, mark.wanted
+
+def fit(name: str, hint: Any, value: Any) -> Any:
+    """The value as a field of this type and range holds it, or UserError: NAME is VALUE; wanted this or that."""
+    base, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    kind, *null = get_args(base) if isinstance(base, UnionType) else (base,)  # the only union is with null
+    if value is None and null:
+        return None
+    fitted = _typed(kind, value)
+    if fitted is None:
+        unmet = [_describe(kind)]
+    else:
+        unmet = [mark.wanted for mark in marks if isinstance(mark, Range) and not mark.holds(fitted)]
+    if unmet:
+        raise UserError(f"{name} is {value!r}; wanted {unmet[0]}{' or null' if null else ''}")
+    return fitted
+
+
+def _describe(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    return str(kind) if get_args(kind) else kind.__name__
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """The value as this type, or None. YAML reads 1e-3 as a string and 1 as an int: both may be floats."""
+    if get_origin(kind) is Literal:
+        return value if value in get_args(kind) else None
+    if get_origin(kind) is list and isinstance(value, list):
+        items = [_typed(get_args(kind)[0], item) for item in value]
+        return None if None in items else items
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            return None
+        return number if math.isfinite(number) else None
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if type(value) is kind else None

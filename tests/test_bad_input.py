@@ -89,7 +89,7 @@ def half_written(directory: Path) -> list[str]:
 
 
 def write_nan(store: Path, shard: int) -> None:
-    """Every value of a shard becomes NaN, behind the back of its checksum."""
+    """Every value of a shard becomes NaN, while its checksum stays."""
     index = read_index(store)
     entry = index.shards[shard]
     shape = (index.n_layers, index.d_acts, index.dtype)
@@ -100,19 +100,19 @@ def write_nan(store: Path, shard: int) -> None:
 
 
 @pytest.fixture
-def sick(lm_path, lm_overrides, tmp_path):
-    """sick(value) -> overrides for a GPT-2 that embeds tokens with a j as `value`; its text begins without."""
+def broken(lm_path, lm_overrides, tmp_path):
+    """broken(value) -> overrides for a GPT-2 that embeds tokens with a j as `value`; its text begins without."""
     from transformers import AutoTokenizer, GPT2LMHeadModel
 
     def make(value: float) -> list[str]:
-        path = shutil.copytree(lm_path, tmp_path / "sick")
+        path = shutil.copytree(lm_path, tmp_path / "broken")
         model, tokenizer = GPT2LMHeadModel.from_pretrained(lm_path), AutoTokenizer.from_pretrained(lm_path)
         with torch.no_grad():
             model.transformer.wte.weight[[i for token, i in tokenizer.get_vocab().items() if "j" in token]] = value
         model.save_pretrained(path)
         documents = (lm_path / "text.jsonl").read_text().splitlines(keepends=True)
-        well = [document.replace("j", "") for document in documents[:30]]
-        (path / "text.jsonl").write_text("".join(well + documents[30:]))
+        fine = [document.replace("j", "") for document in documents[:30]]
+        (path / "text.jsonl").write_text("".join(fine + documents[30:]))
         keys = [f"lm.model={path}", f"text.source={path / 'text.jsonl'}", f"data.store={tmp_path / 'stores'}"]
         return [*lm_overrides, *keys]
 
@@ -127,8 +127,8 @@ def sick(lm_path, lm_overrides, tmp_path):
         (-1e5, "overflows float16, which ends at 65504: set data.dtype=bfloat16 or data.dtype=float32"),
     ],
 )
-def test_activations_that_cannot_be_stored(sick, clt, tmp_path, value, wanted):
-    overrides = sick(value)
+def test_activations_that_cannot_be_stored(broken, clt, tmp_path, value, wanted):
+    overrides = broken(value)
     found = refused("-m", "clt.cli", "extract", *overrides) if np.isnan(value) else clt("extract", *overrides)
     assert wanted in found
     assert "input activation" in found
@@ -159,7 +159,7 @@ def test_a_disk_that_is_full_at_a_checkpoint(train_overrides, script, small_disk
     """The first checkpoint fits, the second does not; with more room the same command ends the run."""
     disk = small_disk(128 << 10)
     arguments = [*train_overrides, f"run.dir={disk / 'run'}", "checkpoint.every=5"]
-    found = refused("train_ddp.py", *arguments)
+    found = script(*arguments)
     assert f"no checkpoint could be written to {disk / 'run' / 'checkpoints'}" in found
     assert "step 5 is kept. Free disk space and run again to go on." in found
     assert half_written(disk) == []

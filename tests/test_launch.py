@@ -136,7 +136,7 @@ def test_the_environment_is_installed_once(recorded, tmp_path):
 @pytest.mark.usefixtures("no_gpu_for_several_ranks")
 @pytest.mark.skipif(not Path(sys.prefix, "installed").exists(), reason="the tests' environment is not launch.sh's own")
 def test_a_real_run_ends_with_the_table_and_the_place(train_overrides, tmp_path):
-    command = ["bash", "launch.sh", *train_overrides, f"run.dir={tmp_path / 'run'}", f"data.store={tmp_path / 'store'}"]
+    command = ["bash", "launch.sh", *train_overrides, f"run.dir={tmp_path / 'run'}"]
     env = CLEAN | {"VENV": sys.prefix, "NPROC": "2"}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from clt.errors import UserError
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -23,17 +25,21 @@ def test_a_run_and_its_evaluation(bare_environment, train_overrides, tmp_path):
     """Extraction included."""
     run_dir = str(tmp_path / "run")
     options = [*train_overrides, f"data.store={tmp_path / 'store'}", f"run.dir={run_dir}"]
-    result = run(bare_environment, "train_ddp.py", *options)
-    assert result.returncode == 0, result.stderr
-    result = run(bare_environment, "-m", "clt.cli", "eval", run_dir)
+    code = (
+        "import sys, train_ddp; from clt import cli; from clt.config import load_config\n"
+        "train_ddp.main(load_config(sys.argv[1], sys.argv[2:]), prepare=False)\n"
+        f"cli.main(['eval', {run_dir!r}])"
+    )
+    result = run(bare_environment, "-c", code, *options)
     assert result.returncode == 0, result.stderr
     again = json.loads((tmp_path / "run" / "report_step_00000010" / "evaluation.json").read_text())
     assert again["fve"] == pytest.approx(json.loads((tmp_path / "run" / "summary.json").read_text())["fve"])
 
 
-def test_what_does_need_one_says_which(bare_environment, train_overrides, tmp_path):
-    result = run(bare_environment, "train_ddp.py", *train_overrides, f"run.dir={tmp_path}", "log.wandb=true")
-    assert (result.returncode, "pip install 'clt-trainer[wandb]'" in result.stderr) == (2, True), result.stderr
+def test_what_does_need_one_says_which(bare_environment, train, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install 'clt-trainer\[wandb\]'"):
+        train("log.wandb=true")
     result = run(bare_environment, "-m", "clt.cli", "serve")
     assert (result.returncode, "pip install 'clt-trainer[serve]'" in result.stderr) == (2, True), result.stderr
 

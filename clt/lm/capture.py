@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clt.errors import UserError
 from clt.lm.load import LanguageModel
@@ -23,20 +25,19 @@ def capture(
     """Run the model on (N, T) token ids up to its last hooked module; returns (N, T, 2, L, D) on its device.
 
     [..., 0, :, :] is x, the residual stream entering each MLP block (before its norm); [..., 1, :, :] is y, the MLP's
-    output as it is added to the residual stream; both in `dtype`, the model's if None. There is no padding. With `keep`
-    (N, T) bool only the n kept tokens are returned, (n, 2, L, D), without another copy. Raises UserError for a hooked
-    module that the forward pass does not call.
+    output as it is added to the residual stream; both in `dtype`, the model's if None. With `keep` (N, T) bool only the
+    n kept tokens are returned, (n, 2, L, D), without another copy. Raises UserError for a hooked module that the
+    forward pass does not call.
     """
-    model, layers = lm.model, range(len(lm.sites))
-    input_ids = input_ids.to(model.device)
+    input_ids = input_ids.to(lm.device)
     spans = [(0, input_ids.numel())] if keep is None else _spans(keep.reshape(-1))
-    shape = (sum(end - start for start, end in spans), 2, len(layers), lm.d_model)
+    shape = (sum(end - start for start, end in spans), 2, len(lm.sites), lm.d_model)
     # Allocated outside inference mode, so that the caller may train on it.
-    out = torch.empty(shape, dtype=dtype or model.dtype, device=model.device)  # (n, 2, L, D)
-    missing = {(side, layer) for side in (0, 1) for layer in layers}
+    out = torch.empty(shape, dtype=dtype or lm.model.dtype, device=lm.device)  # (n, 2, L, D)
+    missing = {(side, layer) for side in (0, 1) for layer in range(len(lm.sites))}
 
-    def write(side: int, layer: int, value: Tensor) -> None:
-        value, at = value.flatten(0, 1), 0  # (N * T, D)
+    def write(side: int, layer: int, value: Any) -> None:
+        value, at = (value[0] if isinstance(value, tuple) else value).flatten(0, 1), 0  # (N * T, D)
         for start, end in spans:
             out[at : at + end - start, side, layer].copy_(value[start:end])
             at += end - start
@@ -44,28 +45,13 @@ def capture(
         if not missing:
             raise _Done
 
-    def on_input(layer: int) -> Callable[..., None]:
-        return lambda module, args, kwargs: write(0, layer, site_input(args, kwargs))
-
-    def on_output(layer: int) -> Callable[..., None]:
-        return lambda module, args, output: write(1, layer, output[0] if isinstance(output, tuple) else output)
-
-    handles = []
     try:
-        for layer, site in enumerate(lm.sites):
-            reads, writes = model.get_submodule(site.input_path), model.get_submodule(site.output_path)
-            handles.append(reads.register_forward_pre_hook(on_input(layer), with_kwargs=True))
-            handles.append(writes.register_forward_hook(on_output(layer)))
-        with torch.inference_mode():
-            model(input_ids=input_ids, use_cache=False)
+        with torch.inference_mode(), hooked(lm, partial(write, 0), partial(write, 1)):
+            lm.model(input_ids=input_ids, use_cache=False)
     except _Done:
         return out if keep is not None else out.view(*input_ids.shape, *shape[1:])
-    finally:
-        for handle in handles:
-            handle.remove()
     side, layer = min(missing)
-    site = lm.sites[layer][1 + side]
-    raise UserError(f"module {site!r} never ran in the model's forward pass; choose another hook site")
+    raise UserError(f"module {lm.sites[layer][1 + side]!r} never ran in the forward pass; choose another hook site")
 
 
 def _spans(keep: np.ndarray) -> list[tuple[int, int]]:
@@ -74,6 +60,28 @@ def _spans(keep: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2]))
 
 
-def site_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The residual stream among a module's arguments: the first positional one, or `hidden_states`."""
-    return args[0] if args else kwargs["hidden_states"]
+@contextmanager
+def hooked(
+    lm: LanguageModel, on_input: Callable[[int, Tensor], None], on_output: Callable[[int, Any], Any]
+) -> Iterator[None]:
+    """Call on_input(layer index, x (N, T, D)) and on_output(layer index, output) as the hooked modules run.
+
+    What `on_output` returns, unless it is None, replaces the module's output.
+    """
+
+    def before(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        on_input(layer, args[0] if args else kwargs["hidden_states"])
+
+    def after(layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return on_output(layer, output)
+
+    handles = []
+    try:
+        for layer, site in enumerate(lm.sites):
+            reads, writes = lm.model.get_submodule(site.input_path), lm.model.get_submodule(site.output_path)
+            handles.append(reads.register_forward_pre_hook(partial(before, layer), with_kwargs=True))
+            handles.append(writes.register_forward_hook(partial(after, layer)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

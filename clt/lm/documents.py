@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from clt.config import TextConfig
 from clt.errors import UserError
-from clt.lm.load import first_line
+from clt.lm.load import ASSETS, first_line
 
 Part = Literal["train", "heldout"]
 
@@ -20,18 +20,16 @@ Part = Literal["train", "heldout"]
 def read_documents(config: TextConfig, part: Part) -> Iterator[str]:
     """The documents of one part of the text, in a fixed order.
 
-    Raises UserError for a source that does not exist or cannot be read and for a record without the text field.
+    Raises UserError for a source that cannot be read and for a record without the text field.
     """
     if part == "heldout" and config.heldout is not None:
         # A split name is not a path, even where a folder of that name happens to exist.
-        is_split = _files(config.source, "text.source") is None and not _looks_like_path(config.heldout)
-        if is_split:
+        looks_like_path = _kind(Path(config.heldout)) or "/" in config.heldout or config.heldout.startswith((".", "~"))
+        if not looks_like_path and config.source != "embedded" and _files(config.source, "text.source") is None:
             return _hub_documents(config, config.source, config.heldout)
         return _documents(config, config.heldout, "text.heldout")
     if config.source == "embedded":
-        from importlib.resources import files
-
-        return _file_documents(Path(str(files("clt") / "assets" / "text" / f"{part}.jsonl.gz")), "text")
+        return _file_documents(ASSETS / "text" / f"{part}.jsonl.gz", "text")
     documents = _documents(config, config.source, "text.source")
     if config.heldout is not None:
         return documents
@@ -52,14 +50,8 @@ def _kind(path: Path) -> str | None:
     return suffix if suffix in (".txt", ".jsonl") else None
 
 
-def _looks_like_path(name: str) -> bool:
-    return _kind(Path(name)) is not None or "/" in name or name.startswith((".", "~"))
-
-
 def _files(source: str, key: str) -> list[Path] | None:
     """The sorted files of a local source; None for a hub id or a folder of other files, which `datasets` loads."""
-    if source == "embedded":
-        return []
     path = Path(source).expanduser()
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file() and _kind(file)) or None
@@ -76,8 +68,6 @@ def _files(source: str, key: str) -> list[Path] | None:
 
 def _file_documents(path: Path, field: str) -> Iterator[str]:
     """The text of a .txt file as one document, or one document for each line of a .jsonl file."""
-    if not path.is_file():
-        raise UserError(f"the text file {path} is missing")
     opener: Any = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
@@ -97,9 +87,9 @@ def _file_documents(path: Path, field: str) -> Iterator[str]:
 
 
 def _field_text(record: Any, field: str, where: str) -> str:
-    if not isinstance(record, dict) or field not in record:
-        found = f"the fields {', '.join(map(str, record))}" if isinstance(record, dict) else "no fields"
-        raise UserError(f"{where} has no field {field!r} but {found}; set text.field")
+    fields = list(map(str, record)) if isinstance(record, dict) else []
+    if field not in fields:
+        raise UserError(f"{where} has no field {field!r}, only {', '.join(fields) or 'none'}; set text.field")
     if not isinstance(record[field], str):
         raise UserError(f"{where}: field {field!r} is a {type(record[field]).__name__}, not text; set text.field")
     return record[field]

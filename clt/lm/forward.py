@@ -22,14 +22,10 @@ from clt.lm.text import Window, windows
 class Rows:
     """Activations of n tokens, and the place of each token in the text."""
 
-    activations: Tensor
-    """(n, 2, L, D): the inputs of the MLPs are [:, 0], their outputs [:, 1]"""
-    token: np.ndarray
-    """(n,) int32"""
-    position: np.ndarray
-    """(n,) int32 place in the window"""
-    document: np.ndarray
-    """(n,) int64 number within the part of the text"""
+    activations: Tensor  # (n, 2, L, D): the inputs of the MLPs are [:, 0], their outputs [:, 1]
+    token: np.ndarray  # (n,) int32
+    position: np.ndarray  # (n,) int32 place in the window
+    document: np.ndarray  # (n,) int64 number within the part of the text
 
     def __len__(self) -> int:
         return len(self.token)
@@ -47,9 +43,8 @@ class Rows:
 def forward_text(config: Config, part: Part, lm: LanguageModel, skip: int = 0) -> Iterator[tuple[list[Window], Rows]]:
     """Run the model on one part of the text from window `skip` on, `lm.batch_windows` windows a pass.
 
-    Yields the windows of each pass and their kept rows, on the model's device in `data.dtype`. Values may have
-    overflowed that dtype: see `check_finite`.
-    Raises UserError as `windows` does.
+    Yields the windows of each pass and their kept rows, on the model's device in `data.dtype`; values that overflow it
+    are for `check_finite` to find. Raises UserError as `windows` does.
     """
     stream = windows(config.text, part, lm, config.lm.context, skip)
     while batch := list(islice(stream, config.lm.batch_windows)):

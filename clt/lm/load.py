@@ -11,33 +11,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clt.config import LMConfig
+from clt.config import PACKAGE, LMConfig
 from clt.errors import UserError
 from clt.lm.sites import Site, find_sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+ASSETS = PACKAGE / "assets"  # the embedded language model and its text
+
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A frozen Hugging Face causal language model and what is needed to read it."""
+    """A Hugging Face causal language model in eval mode, whose parameters require no gradient."""
 
     model: PreTrainedModel
-    """In eval mode, no parameter requires a gradient."""
     tokenizer: PreTrainedTokenizerBase
-    sites: list[Site]
-    """Hooked modules, one per chosen layer."""
-    layers: list[int]
-    """The chosen layers, ascending."""
-    d_model: int
-    """Residual width D."""
-    name: str
-    """What `lm.model` said."""
-    revision: str | None
-    """Commit hash of a model from the hub; None for local files."""
-    tokenizer_hash: str
-    """sha256 of the serialised tokenizer and its special tokens."""
+    sites: list[Site]  # the hooked modules, one pair per chosen layer
+    layers: list[int]  # the chosen layers, ascending
+    d_model: int  # residual width D
+    name: str  # what `lm.model` said
+    revision: str | None  # commit hash of a model from the hub; None for local files
+    tokenizer_hash: str  # of `hash_tokenizer`
 
     @property
     def device(self) -> torch.device:
@@ -47,24 +42,20 @@ class LanguageModel:
 def load_language_model(config: LMConfig, device: torch.device | str = "cpu") -> LanguageModel:
     """Load `config.model` in `config.dtype` onto `device`, with the hook sites of `config.layers`.
 
-    Raises UserError when the model or its tokenizer cannot be loaded, for layers it does not have, and for hook sites
-    that cannot be found.
+    Raises UserError when the model, its tokenizer, a layer or a hook site cannot be found or loaded.
     """
     source, gguf = locate(config.model)
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
-    if gguf is not None:
-        missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
-        if missing:
-            raise UserError(
-                f"lm.model={config.model!r} is a GGUF file and needs {' and '.join(missing)}: "
-                "pip install 'clt-trainer[gguf]'"
-            )
-        options["gguf_file"] = gguf
-    model, tokenizer = _load_pretrained(config, source, options)
+    model, tokenizer = _load_pretrained(config, source, gguf)
     _fuse_gelu(model)
     model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
     text_config = model.config.get_text_config()  # a multimodal model's language part
-    layers = _choose_layers(config, text_config.num_hidden_layers)
+    count = text_config.num_hidden_layers
+    layers = list(range(count)) if config.layers is None else config.layers
+    if layers[-1] >= count:  # they ascend
+        raise UserError(
+            f"lm.layers={layers} does not fit {config.model!r}, which has {count} layers: wanted numbers up to "
+            f"{count - 1}, or null for all of them"
+        )
     return LanguageModel(
         model=model,
         tokenizer=tokenizer,
@@ -98,14 +89,9 @@ def _commit(source: str, revision: str | None) -> str | None:
 
 
 def locate(name: str) -> tuple[str, str | None]:
-    """Find `lm.model`: (directory or hub id, name of the .gguf file in that directory or None).
-
-    Raises UserError for a file or a package that does not exist.
-    """
+    """Find `lm.model`: (directory or hub id, name of the .gguf file in that directory or None). Raises UserError."""
     if name == "embedded":
-        from importlib.resources import files
-
-        return str(files("clt") / "assets" / "model"), None
+        return str(ASSETS / "model"), None
     path = _in_package(name) if name.startswith("package:") else Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -132,11 +118,20 @@ def _in_package(name: str) -> Path:
 
 
 def _load_pretrained(
-    config: LMConfig, source: str, options: dict[str, Any]
+    config: LMConfig, source: str, gguf: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
+    if gguf is not None:
+        options["gguf_file"] = gguf
+        missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+        if missing:
+            raise UserError(
+                f"lm.model={config.model!r} is a GGUF file and needs {' and '.join(missing)}: "
+                "pip install 'clt-trainer[gguf]'"
+            )
     what = "the model"
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
@@ -162,18 +157,6 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _choose_layers(config: LMConfig, count: int) -> list[int]:
-    if config.layers is None:
-        return list(range(count))
-    unknown = [layer for layer in config.layers if not 0 <= layer < count]
-    if unknown or not config.layers or config.layers != sorted(set(config.layers)):
-        raise UserError(
-            f"lm.layers={config.layers} does not fit {config.model!r}, which has {count} layers: wanted ascending "
-            f"numbers from 0 to {count - 1}, or null for all of them"
-        )
-    return list(config.layers)
-
-
 def bos_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id that starts every document and window: bos, else eos, else None (the tokenizer has neither)."""
     return next((id for id in (tokenizer.bos_token_id, tokenizer.eos_token_id) if isinstance(id, int)), None)
@@ -182,12 +165,8 @@ def bos_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 of everything that decides which ids a text becomes; equal for two loads of the same tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        content: Any = tokenizer.get_vocab()
-    else:
-        content = json.loads(backend.to_str())
-        # Set by the last call of the tokenizer; they do not define it.
-        content.pop("truncation", None)
-        content.pop("padding", None)
+    content = {"vocabulary": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
+    for option in ("truncation", "padding"):  # set by the last call of the tokenizer; they do not define it
+        content.pop(option, None)
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids)]
     return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clt.errors import UserError
-from clt.lm.capture import site_input
+from clt.lm.capture import hooked
 from clt.lm.load import LanguageModel
 
 
@@ -25,10 +25,6 @@ class Transcoder(Protocol):
         ...
 
 
-Intervention = Callable[[int, Tensor], Tensor]
-"""(layer index, features (N, T, F)) -> features (N, T, F)."""
-
-
 @torch.no_grad()
 def run_with_mlps(
     lm: LanguageModel, input_ids: Tensor, keep: Tensor, replace: Callable[[int, Tensor], Tensor]
@@ -36,40 +32,22 @@ def run_with_mlps(
     """Logits (N, T, V) of the model with all chosen MLPs replaced at once.
 
     `replace` takes a layer index and that layer's x (N, T, D) in float32 and returns the MLP output (N, T, D). Layers
-    are visited in order, and x comes from the stream that the earlier replacements already changed. Where `keep`
-    (N, T) is False (position 0, special tokens) the model's own MLP output stays: a transcoder is never trained there.
-    `replace` must not call the hooked modules themselves. Raises UserError when a site's output runs before its input.
+    come in order, x from the stream that the earlier replacements already changed. Where `keep` (N, T) is False
+    (position 0, special tokens) the model's own MLP output stays: a transcoder is never trained there.
+
+    Raises UserError when a site's output runs before its input.
     """
     input_ids, mask = input_ids.to(lm.device), keep.to(lm.device)[..., None]
     entering: dict[int, Tensor] = {}
-    handles = []
 
-    def reader(index: int) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entering[index] = site_input(args, kwargs)
+    def on_output(layer: int, output: Any) -> Any:
+        if layer not in entering:
+            site = lm.sites[layer]
+            raise UserError(f"hook site {site.output_path!r} runs before {site.input_path!r}, so x is not known yet")
+        return _swap(output, mask, replace(layer, entering.pop(layer).float()))
 
-        return hook
-
-    def replacer(index: int) -> Callable[..., Any]:
-        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if index not in entering:
-                site = lm.sites[index]
-                raise UserError(
-                    f"hook site {site.output_path!r} runs before {site.input_path!r}, so x is not known yet"
-                )
-            return _swap(output, mask, replace(index, entering.pop(index).float()))
-
-        return hook
-
-    try:
-        for index, site in enumerate(lm.sites):
-            reads, writes = lm.model.get_submodule(site.input_path), lm.model.get_submodule(site.output_path)
-            handles.append(reads.register_forward_pre_hook(reader(index), with_kwargs=True))
-            handles.append(writes.register_forward_hook(replacer(index)))
+    with hooked(lm, entering.__setitem__, on_output):
         return lm.model(input_ids=input_ids, use_cache=False).logits
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _swap(output: Any, mask: Tensor, replaced: Tensor) -> Any:
@@ -83,9 +61,9 @@ def replaced_logits(lm: LanguageModel, transcoder: Transcoder, input_ids: Tensor
     """Logits (N, T, V) with every chosen MLP computed by the transcoder from the live residual stream."""
     features: list[Tensor] = []  # L x (N * T, F)
 
-    def replace(index: int, x: Tensor) -> Tensor:
-        features.append(transcoder.encode_layer(x.flatten(0, 1), index))
-        return transcoder.decode_layer(features, index).view_as(x)
+    def replace(layer: int, x: Tensor) -> Tensor:
+        features.append(transcoder.encode_layer(x.flatten(0, 1), layer))
+        return transcoder.decode_layer(features, layer).view_as(x)
 
     return run_with_mlps(lm, input_ids, keep, replace)
 
@@ -93,16 +71,14 @@ def replaced_logits(lm: LanguageModel, transcoder: Transcoder, input_ids: Tensor
 def ablated_logits(lm: LanguageModel, mean: Tensor, input_ids: Tensor, keep: Tensor) -> Tensor:
     """Logits (N, T, V) with every chosen MLP output replaced by its training-set mean (L, D): the floor to beat."""
     mean = mean.to(lm.device)
-    return run_with_mlps(lm, input_ids, keep, lambda index, x: mean[index].expand_as(x))
+    return run_with_mlps(lm, input_ids, keep, lambda layer, x: mean[layer].expand_as(x))
 
 
 class Replaced(NamedTuple):
     """One run of a ReplacementModel."""
 
-    logits: Tensor
-    """(N, T, V)"""
-    features: list[Tensor]
-    """L tensors (N, T, F), after any intervention; at positions that are not kept they write nothing."""
+    logits: Tensor  # (N, T, V)
+    features: list[Tensor]  # L of (N, T, F), after any intervention; at positions that are not kept they write nothing
 
 
 class ReplacementModel:
@@ -118,15 +94,11 @@ class ReplacementModel:
             from nnsight import NNsight  # noqa: TID251
         except ImportError as error:
             raise UserError("ReplacementModel needs nnsight: pip install 'clt-trainer[nnsight]'") from error
-        self.lm = lm
-        self.transcoder = transcoder
-        self.nnsight = NNsight(lm.model)
+        self.lm, self.transcoder, self.nnsight = lm, transcoder, NNsight(lm.model)
 
-    def logits(self, input_ids: Tensor, keep: Tensor, intervene: Intervention | None = None) -> Tensor:
-        """Logits (N, T, V) for (N, T) ids; `keep` and `intervene` as in `run`."""
-        return self.run(input_ids, keep, intervene).logits
-
-    def run(self, input_ids: Tensor, keep: Tensor, intervene: Intervention | None = None) -> Replaced:
+    def run(
+        self, input_ids: Tensor, keep: Tensor, intervene: Callable[[int, Tensor], Tensor] | None = None
+    ) -> Replaced:
         """Logits and features of (N, T) ids, the MLPs replaced where `keep` (N, T).
 
         `intervene(layer index, features (N, T, F))` returns the features that are decoded in their place: this layer
@@ -137,12 +109,17 @@ class ReplacementModel:
         logits: Any = None
         with self.nnsight.trace(input_ids=input_ids, use_cache=False):
             # Inside a trace nnsight runs this body along with the forward pass: modules are visited in its order.
-            for index, site in enumerate(self.lm.sites):
+            for layer, site in enumerate(self.lm.sites):
                 x = self.nnsight.get(site.input_path).input
                 target = self.nnsight.get(site.output_path)
-                encoded = self.transcoder.encode_layer(x.float().flatten(0, 1), index).unflatten(0, x.shape[:2])
-                features.append(encoded if intervene is None else intervene(index, encoded))
-                written = self.transcoder.decode_layer([f.flatten(0, 1) for f in features], index).view_as(x)
+                encoded = self.transcoder.encode_layer(x.float().flatten(0, 1), layer).unflatten(0, x.shape[:2])
+                features.append(encoded if intervene is None else intervene(layer, encoded))
+                written = self.transcoder.decode_layer([f.flatten(0, 1) for f in features], layer).view_as(x)
                 target.output = _swap(target.output, mask, written)
             logits = self.nnsight.output.logits.save()
         return Replaced(logits, features)
+
+
+def nnsight_logits(lm: LanguageModel, transcoder: Transcoder, input_ids: Tensor, keep: Tensor) -> Tensor:
+    """`replaced_logits` through nnsight."""
+    return ReplacementModel(lm, transcoder).run(input_ids, keep).logits

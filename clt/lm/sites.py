@@ -15,15 +15,14 @@ class Site(NamedTuple):
     """The two hooked modules of one layer, by dotted path in the Hugging Face model."""
 
     layer: int
-    input_path: str
-    """Module whose input is x, the residual stream before the MLP block's norm."""
-    output_path: str
-    """Module whose output is y, the MLP output as it is added to the residual stream."""
+    input_path: str  # the module whose input is x, the residual stream before the MLP block's norm
+    output_path: str  # the module whose output is y, the MLP's output as it is added to the residual stream
 
 
 _PRE_NORM = ("model.layers.{layer}.post_attention_layernorm", "model.layers.{layer}.mlp")
 # Gemma normalises the MLP's output before adding it, so what reaches the residual stream is the norm's output.
 _SANDWICH = ("model.layers.{layer}.pre_feedforward_layernorm", "model.layers.{layer}.post_feedforward_layernorm")
+_MULTIMODAL = ("model.", "model.language_model.", 1)
 
 # config.model_type -> (input site, output site). With GPT-NeoX's parallel residual the same module's input is the
 # layer's own input, which is what that MLP reads.
@@ -36,10 +35,7 @@ ARCHITECTURES: dict[str, tuple[str, str]] = {
     "qwen3": _PRE_NORM,
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
-    "gemma3": (
-        _SANDWICH[0].replace("model.", "model.language_model.", 1),
-        _SANDWICH[1].replace("model.", "model.language_model.", 1),
-    ),
+    "gemma3": (_SANDWICH[0].replace(*_MULTIMODAL), _SANDWICH[1].replace(*_MULTIMODAL)),
 }
 
 
@@ -48,8 +44,7 @@ def find_sites(
 ) -> list[Site]:
     """The hooked modules of `layers`, from the table above or from two dotted paths that contain `{layer}`.
 
-    Raises UserError for an architecture that is not in the table when no paths are given, and for a path that names no
-    module of the model (the message names the nearest one that exists).
+    Raises UserError for an architecture that is not in the table, and for a path that names no module of the model.
     """
     if input_site is None or output_site is None:
         architecture = getattr(model.config, "model_type", type(model).__name__)
@@ -60,14 +55,16 @@ def find_sites(
                 "the module whose output is added to it, e.g. model.layers.{layer}.mlp"
             )
         input_site, output_site = ARCHITECTURES[architecture]
-    modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    known = set(modules)
-    paths = [[site.replace("{layer}", str(layer)) for site in (input_site, output_site)] for layer in layers]
-    sites = [Site(layer, *pair) for layer, pair in zip(layers, paths)]
-    for site in sites:
-        for key, path in (("lm.input_site", site.input_path), ("lm.output_site", site.output_path)):
-            if path not in known:
-                near = difflib.get_close_matches(path, modules, 1, cutoff=0.0)
-                hint = f"the nearest module is {near[0]!r}" if near else "the model has no submodules"
-                raise UserError(f"{key}: the model has no module {path!r} (layer {site.layer}); {hint}")
-    return sites
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+
+    def path(key: str, site: str, layer: int) -> str:
+        found = site.replace("{layer}", str(layer))
+        if found not in modules:
+            (near,) = difflib.get_close_matches(found, modules, 1, cutoff=0.0)
+            raise UserError(f"{key}: the model has no module {found!r} (layer {layer}); the nearest module is {near!r}")
+        return found
+
+    return [
+        Site(layer, path("lm.input_site", input_site, layer), path("lm.output_site", output_site, layer))
+        for layer in layers
+    ]

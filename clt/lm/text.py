@@ -6,7 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,27 +18,23 @@ from clt.lm.load import LanguageModel, bos_token
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-T = TypeVar("T")
 _DOCUMENTS, _CHARACTERS = 64, 200_000  # limits of what is tokenised in one call
 
 
 class Window(NamedTuple):
     """One row of a language model's input, and where each of its T tokens comes from."""
 
-    tokens: np.ndarray
-    """(T,) int32. The first is the special token that starts windows, where the tokenizer has one."""
-    documents: np.ndarray
-    """(T,) int64 index, within its part of the text, of the document that each token belongs to."""
-    keep: np.ndarray
-    """(T,) bool. False at position 0 and at special tokens, whose activations are neither stored nor replaced."""
+    tokens: np.ndarray  # (T,) int32; the first is the special token that starts windows, where the tokenizer has one
+    documents: np.ndarray  # (T,) int64 number of each token's document, within its part of the text
+    keep: np.ndarray  # (T,) bool; False at position 0 and at special tokens, which are neither stored nor replaced
 
 
 def pack(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, context: int) -> Iterator[Window]:
     """Cut the stream [BOS] document [BOS] document ... into windows of exactly `context` tokens that start with BOS.
 
-    A window that continues a document gets a BOS of its own, so that attention has its usual resting
-    place; it belongs to that document. BOS is the tokenizer's bos, else its eos, else there is none. Documents without
-    tokens are skipped; an incomplete last window is dropped.
+    Where a window continues a document, a BOS is inserted, because models expect one there; it counts as that
+    document's. BOS is the tokenizer's bos, else its eos, else there is none. Documents without tokens are skipped; an
+    incomplete last window is dropped.
     """
     bos = bos_token(tokenizer)
     prefix = [] if bos is None else [bos]
@@ -64,7 +60,7 @@ def pack(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, context: 
 def _tokenised(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, prefix: list[int]
 ) -> Iterator[list[np.ndarray]]:
-    """(3, n) of the stream for each document, many documents a call: a fast tokenizer then releases the GIL."""
+    """The columns (3, n) of the stream for each document. Many are tokenised in a call, which releases the GIL."""
     first = 0
     for texts in _batches(documents):
         # verbose=False: documents longer than the model's context are expected here.
@@ -75,7 +71,7 @@ def _tokenised(
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """A few documents at a time, fewer if they are long, so that the first window comes soon."""
+    """Some documents at a time, fewer if they are long, so that the first window comes soon."""
     batch, length = [], 0
     for text in documents:
         batch.append(text)
@@ -88,10 +84,9 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def windows(config: TextConfig, part: Part, lm: LanguageModel, context: int, skip: int = 0) -> Iterator[Window]:
-    """Windows of one part of the text, read, tokenised and packed in a background thread that runs a little ahead.
+    """Windows of one part of the text, without the first `skip`; a background thread reads and packs a little ahead.
 
-    `skip` leaves out the first windows, for a resumed extraction. Errors in the thread are raised by the iterator; the
-    thread ends when the iterator is exhausted, closed or dropped.
+    Errors in the thread are raised by the iterator; the thread ends when the iterator is exhausted, closed or dropped.
     Raises UserError for a context that the model or the packing does not allow, and for text shorter than one window.
     """
     limit = getattr(lm.model.config, "max_position_embeddings", None)
@@ -100,33 +95,26 @@ def windows(config: TextConfig, part: Part, lm: LanguageModel, context: int, ski
             f"lm.context={context}: wanted 2 to {limit or 'any number of'} tokens, the limit of {lm.name!r}"
         )
     packed = pack(read_documents(config, part), lm.tokenizer, context)
-    return _ahead(itertools.islice(_at_least_one(packed, config, part, context), skip, None))
-
-
-def _at_least_one(packed: Iterator[Window], config: TextConfig, part: Part, context: int) -> Iterator[Window]:
-    count = 0
-    for window in packed:
-        count += 1
-        yield window
-    if count == 0:
-        first = f" after its first {config.heldout_documents} documents, which text.heldout_documents holds out"
-        splits = part == "train" and config.heldout is None and config.source != "embedded"
+    first = next(packed, None)
+    if first is None:
+        split = part == "train" and config.heldout is None and config.source != "embedded"
+        after = f" after its first {config.heldout_documents} documents, which text.heldout_documents holds out"
         raise UserError(
             f"the {part} part of text.source={config.source!r} has fewer tokens than one window of "
-            f"lm.context={context}{first if splits else ''}; give more text or a smaller context"
+            f"lm.context={context}{after if split else ''}; give more text or a smaller context"
         )
+    return _ahead(itertools.islice(itertools.chain([first], packed), skip, None))
 
 
-def _ahead(items: Iterator[T], depth: int = 32) -> Iterator[T]:
+def _ahead(items: Iterator[Window], depth: int = 32) -> Iterator[Window]:
     """`items`, computed by a background thread at most `depth` ahead of the consumer."""
-    end: Any = object()
     with ThreadPoolExecutor(1, "clt-text") as thread:
-        pending = deque(thread.submit(next, items, end) for _ in range(depth))
+        pending = deque(thread.submit(next, items, None) for _ in range(depth))
         try:
-            # A future carries an item, the end or the exception that reading it raised.
-            while (item := pending.popleft().result()) is not end:
-                pending.append(thread.submit(next, items, end))
-                yield item
+            # A future carries a window, None for the end, or the exception that reading it raised.
+            while (window := pending.popleft().result()) is not None:
+                pending.append(thread.submit(next, items, None))
+                yield window
         finally:
             for future in pending:
                 future.cancel()

@@ -1,9 +1,9 @@
 """What happens to one layer's pre-activations, element by element, and the gradient of it.
 
-An activation function is a rule for the threshold: `fire` is the only phi, and training, encoding, evaluation and
-replacement all call it. To try another activation function or penalty, change `fire` or the pair `gate` and
-`gate_gradients`. The pair reads every element once, so that torch.compile makes each a single pass over memory.
-Pre-activations come as (F, B): a feature's sums over the tokens are then sums along memory.
+`fire` is the only activation function: training, encoding, evaluation and replacement all call it. To try another one,
+or another penalty, change `fire` or the pair `gate` and `gate_gradients`. Each of the pair reads every element once, so
+that torch.compile makes it a single pass over memory. Pre-activations come as (F, B): a feature's sums over the tokens
+are then sums along memory.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ class Fired(NamedTuple):
 
 
 def fire(pre: Tensor, threshold: Tensor) -> Fired:
-    """phi: a = pre * 1[pre > theta and pre > 0], of a threshold that broadcasts against pre.
-
-    The mask is of floats, because CPU kernels on bools are not vectorised: this is ten times faster than `where`.
-    """
+    """phi: a = pre * 1[pre > theta and pre > 0], of a threshold that broadcasts against pre."""
+    # The mask is of floats, because CPU kernels on bools are not vectorised: `where` takes ten times longer.
     slope = pre.clone().gt_(threshold.clamp_min(0))
     return Fired(pre * slope, slope)
 
@@ -82,9 +80,9 @@ def gate_gradients(
     grad_sparsity: Tensor,
     grad_pre_activation: Tensor,
 ) -> Gradients:
-    """The gradients of `gate`. The step's is replaced by a rectangle of width bw (Rajamanoharan et al. 2024):
+    """The gradients of `gate`; in place of that of the step, a rectangle of width bw (arXiv 2407.14435):
 
-        d/dtheta = -(theta / bw) * 1[|pre - theta| < bw / 2] * g, summed over the batch (arXiv 2407.14435)
+        d/dtheta = -(theta / bw) * 1[|pre - theta| < bw / 2] * g, summed over the batch
         d/dpre   = 1[pre fires] * g   (+ (theta / bw) * 1[|pre - theta| < bw / 2] * g with `straight_through_pre`)
 
     where g is the whole gradient to the features: that of what they write plus that of the penalty.

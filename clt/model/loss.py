@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from clt.model.activations import thresholds
-from clt.model.decode import SumOverShards
 from clt.model.spec import LossConfig
-from clt.model.step import Encode, Kernels, SquaredError, Step, Target, Write
+from clt.model.step import Encode, SquaredError, Step, Target, Write, make_kernels
 from clt.model.transcoder import CrossLayerTranscoder
 
 
@@ -37,11 +36,10 @@ def pre_activation(batch: Batch) -> Tensor:
 
 
 TERMS: dict[str, Callable[[Batch], Tensor]] = {"sparsity": sparsity, "pre_activation": pre_activation}
-"""The terms beside the squared error; the field of this name in LossConfig is the coefficient.
+"""The terms beside the squared error, each a mean over tokens (); LossConfig has the coefficient under the same name.
 
-Each returns the mean over tokens (); on a feature shard, summed over its own features only. To add one, write
-the function here and the field there: the loss, the metrics, the check for numbers that are not finite and the sum over
-ranks follow.
+To add one, write the function here and the field there: the loss, the metrics, the check for numbers that are not
+finite and the sum over ranks follow.
 """
 
 
@@ -54,15 +52,26 @@ class Losses(NamedTuple):
     """What one batch costs. All are means over its tokens; scalars unless a shape is given."""
 
     total: Tensor
-    values: dict[str, Tensor]
-    """The squared error as `mse`, and each of TERMS, without their coefficients."""
+    values: dict[str, Tensor]  # the squared error as `mse`, and each of TERMS, without their coefficients
     mse_per_layer: Tensor  # (L,)
     l0_per_layer: Tensor  # (L,)
     fired: Tensor  # (L, F) bool: features that fired at least once
 
 
-def no_memory(parameter: Tensor) -> None:
-    """Let autograd make the memory of a gradient."""
+class SumOverShards(torch.autograd.Function):
+    """Adds up, in place, the partial reconstructions of all shards.
+
+    Every shard then computes the same loss from the same sum, so that the gradient to its own part is the sum's.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, sum_shards: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+        ctx.mark_dirty(y)
+        return sum_shards(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return grad, None
 
 
 class Objective(nn.Module):
@@ -75,8 +84,8 @@ class Objective(nn.Module):
     def __init__(self, transcoder: CrossLayerTranscoder, loss: LossConfig, *, compile: bool = False) -> None:
         super().__init__()
         self.transcoder, self.loss = transcoder, loss
-        self.kernels = Kernels().compiled() if compile else Kernels()
-        self.gradient_memory: Callable[[Tensor], Tensor | None] = no_memory
+        self.kernels = make_kernels(compile)
+        self.gradient_memory: Callable[[Tensor], Tensor | None] = lambda parameter: None  # autograd makes it
 
     def forward(self, activations: Tensor, coefficients: dict[str, float]) -> Losses:
         """activations (B, 2, L, D) of any float dtype; coefficients: of each of TERMS in this step."""

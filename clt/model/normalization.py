@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 TINY = 1e-6  # keeps a dimension that never varies (sd 0) finite
+ALL = slice(None)
 
 
 class Normalization(nn.Module):
@@ -32,11 +33,7 @@ class Normalization(nn.Module):
     def set(self, input_mean: Tensor, input_sd: Tensor, target_mean: Tensor, target_sd: Tensor) -> None:
         """Take statistics (L, D) per layer and dimension (float64, as stored with the data), reduced to this kind."""
         for side, mean, sd in (("input", input_mean, input_sd), ("target", target_mean, target_sd)):
-            if mean.shape != self.input_mean.shape:
-                raise ValueError(
-                    f"the statistics are of {tuple(mean.shape)} (layers, width), "
-                    f"the transcoder of {tuple(self.input_mean.shape)}"
-                )
+            assert mean.shape == self.input_mean.shape, "the statistics are of other activations"
             if self.kind == "none" or (self.kind == "token" and side == "input"):
                 continue
             if self.kind != "dim":
@@ -44,25 +41,15 @@ class Normalization(nn.Module):
             getattr(self, f"{side}_mean").copy_(mean)
             getattr(self, f"{side}_sd").copy_(sd.clamp_min(TINY))
 
-    def input(self, x: Tensor) -> Tensor:
-        """x (..., L, D) in model units -> x~, in at least float32."""
-        return self._normalize_input(x, self.input_mean, self.input_sd)
-
-    def input_layer(self, x: Tensor, layer: int) -> Tensor:
-        """x (..., D) of one layer -> x~."""
-        return self._normalize_input(x, self.input_mean[layer], self.input_sd[layer])
-
-    def _normalize_input(self, x: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
+    def input(self, x: Tensor, layer: int | slice = ALL) -> Tensor:
+        """x (..., L, D), or (..., D) of one layer, in model units -> x~, in at least float32."""
+        mean, sd = self.input_mean[layer], self.input_sd[layer]
         x = x.to(mean.dtype)
         if self.kind == "token":
             x = x - x.mean(-1, keepdim=True)
             return x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(TINY)
         return (x - mean) / sd
 
-    def output(self, y: Tensor) -> Tensor:
-        """y~ (..., L, D) -> yhat in model units."""
-        return y * self.target_sd + self.target_mean
-
-    def output_layer(self, y: Tensor, layer: int) -> Tensor:
-        """y~ (..., D) of one layer -> yhat."""
+    def output(self, y: Tensor, layer: int | slice = ALL) -> Tensor:
+        """y~ (..., L, D), or (..., D) of one layer -> yhat, in model units."""
         return y * self.target_sd[layer] + self.target_mean[layer]

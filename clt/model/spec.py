@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from clt.ranges import NOT_NEGATIVE, POSITIVE, SHARE_OF_STEPS
+from clt.ranges import NOT_NEGATIVE, POSITIVE, SHARE
 
 
 @dataclass
@@ -34,7 +34,7 @@ class LossConfig:
 
     sparsity: Annotated[float, NOT_NEGATIVE] = 2e-4
     """Coefficient lambda of the tanh sparsity penalty, at the end of its ramp."""
-    sparsity_ramp: Annotated[float, SHARE_OF_STEPS] = 1.0
+    sparsity_ramp: Annotated[float, SHARE] = 1.0
     """Share of the run's steps over which lambda rises linearly from 0."""
     sparsity_scale: Annotated[float, POSITIVE] = 0.1
     """c in tanh(c * decoder norm * activation)."""

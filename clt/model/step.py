@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +28,9 @@ _NO_NORM = 1e-30  # a decoder row that is shorter counts as zero
 
 
 class Target(NamedTuple):
-    """activations (B, 2, L, D) as they are stored, whose second half is the target; its normalisation; and the unit."""
+    """What y~ should be, and how the error is measured."""
 
-    activations: Tensor
+    activations: Tensor  # (B, 2, L, D) as they are stored, whose second half is the target
     mean: Tensor  # (L, D)
     sd: Tensor  # (L, 1) or (L, D)
     unit: Tensor | None  # of the error, (L, 1) or (L, D) normalised target units; None: 1
@@ -51,7 +52,7 @@ def transpose_into(out: Tensor, x: Tensor) -> None:
 
 
 def add_scaled_rows(out: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> None:
-    """out (F, T, D) = x + weight * scale, of x and weight (F, T, D) and scale (F, 1, 1), in out's dtype."""
+    """out (F, T, D) = x (F, T, D) + weight (F, T, D) * scale (F, 1, 1), in out's dtype."""
     torch.addcmul(x, weight, scale, out=out)
 
 
@@ -78,40 +79,25 @@ def _error(y: Tensor, b_dec: Tensor, target: Target) -> Tensor:
     return error if target.unit is None else error * target.unit
 
 
-class Kernels(NamedTuple):
-    """What a step does besides matrix products: each is one pass over memory once it is compiled."""
+def make_kernels(compile: bool) -> SimpleNamespace:
+    """What a step does besides matrix products, by name: each is one pass over memory once it is compiled.
 
-    normalized: Callable[..., Tensor] = normalized
-    gate: Callable[..., Any] = gate
-    gate_gradients: Callable[..., Any] = gate_gradients
-    transposed: Callable[..., Tensor] = transposed
-    transpose_into: Callable[..., None] = transpose_into
-    add_scaled_rows: Callable[..., None] = add_scaled_rows
-    mean_squares: Callable[..., Tensor] = mean_squares
-    mean_squares_gradient: Callable[..., Tensor] = mean_squares_gradient
-    sum_over_tokens: Callable[..., Tensor] = sum_over_tokens
-
-    def compiled(self) -> Kernels:
-        """Each compiled, for up to eight sizes of F or B in one process (dynamo's limit).
-
-        Bits must not depend on timing: on CUDA, inductor would choose a reduction's block size by measuring in every
-        process, and a resumed run would add up in another order. The options travel with each kernel, because settings
-        of torch._inductor.config are per thread and the backward pass of CUDA compiles in autograd's own.
-        """
+    Dynamo compiles each for up to eight sizes of F or B in one process. Bits must not depend on timing: on CUDA,
+    inductor would choose a reduction's block size by measuring in every process, and a resumed run would add up in
+    another order. The options travel with each kernel, because settings of torch._inductor.config are per thread and
+    the backward pass of CUDA compiles in autograd's own.
+    """
+    kernels: list[Callable[..., Any]] = [normalized, gate, gate_gradients, transposed, transpose_into, add_scaled_rows]
+    kernels += [mean_squares, mean_squares_gradient, sum_over_tokens]
+    if compile:
         # Inductor warns of every kernel that reads float16 and writes bf16; in between, it computes in float32.
         warnings.filterwarnings("ignore", "bf16 and fp16 are mixed in the scheduler node")
-        known = torch._inductor.list_options()  # type: ignore[attr-defined]
-        pinned: dict[str, Any] = {name: value for name, value in _PINNED.items() if name in known}
+        pinned: dict[str, Any] = {"dynamic_scale_rblock": False}
+        if "deterministic" in torch._inductor.list_options():  # type: ignore[attr-defined]
+            pinned["deterministic"] = True  # since torch 2.10
         # Decoders have a shape of their own in every layer: one kernel for all.
-        kernels = {
-            name: torch.compile(kernel, dynamic=name == "add_scaled_rows", options=pinned)
-            for name, kernel in self._asdict().items()
-        }
-        return Kernels(**kernels)
-
-
-_PINNED = {"dynamic_scale_rblock": False, "deterministic": True}
-"""Options of inductor; torch before 2.10 lacks `deterministic`, and does not need it where the first is off."""
+        kernels = [torch.compile(kernel, dynamic=kernel is add_scaled_rows, options=pinned) for kernel in kernels]
+    return SimpleNamespace(**{kernel.__name__: kernel for kernel in kernels})
 
 
 class Step(NamedTuple):
@@ -119,11 +105,10 @@ class Step(NamedTuple):
 
     clt: CLTConfig
     loss: LossConfig
-    kernels: Kernels
+    kernels: SimpleNamespace
     gradient_memory: Callable[[Tensor], Tensor | None]
     """Gives the memory to write a parameter's gradient into, which is its `.grad` already; or None, for autograd's."""
-    decoders: Sequence[Tensor]
-    """W_dec.{s} (F, T_s, D): row f is everything that feature f of layer s writes, to layers s .. s + T_s - 1."""
+    decoders: Sequence[Tensor]  # W_dec.{s} (F, T_s, D)
 
 
 class Encode(torch.autograd.Function):
@@ -139,8 +124,6 @@ class Encode(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_products: Tensor):  # type: ignore[override]
-        if not ctx.needs_input_grad[1]:
-            return None, None, None
         (x,), memory = ctx.saved_tensors, ctx.step.gradient_memory(ctx.weight)
         grad_W_enc = torch.empty_like(ctx.weight) if memory is None else memory
         for out, of_layer, grad in zip(grad_W_enc, x.unbind(1), grad_products):
@@ -155,9 +138,6 @@ class Write(torch.autograd.Function):
     (B, L * F) and y~ (B, L, D) are filled in place, from the first layer to the last; y~ is of the products' dtype, or
     of float32 where the partial y~ of several shards are still to be added up. Returns y~, the sums over features and
     tokens of the penalty () and of the pre-activation loss (), and for how many tokens each feature fires (F,).
-
-    y~_s is one product, which adds up in float32. Row f of W_dec is everything feature f writes, so that the gradient
-    of a_s is one product of it, and that of W_dec another.
 
     There is one such function per layer, not one for all, so that DDP can sum a layer's decoder gradient over the ranks
     while the earlier layers' are computed. (The encoder is one tensor for all layers, so its gradient comes last.)
@@ -229,7 +209,7 @@ class SquaredError(torch.autograd.Function):
     """`mean_squares`. The error itself, in float32 the largest tensor of a step, is computed again, not kept."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, b_dec: Tensor, target: Target, kernels: Kernels) -> Tensor:  # type: ignore[override]
+    def forward(ctx, y: Tensor, b_dec: Tensor, target: Target, kernels: SimpleNamespace) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(y, b_dec, *target)
         ctx.kernels = kernels
         return kernels.mean_squares(y, b_dec, target)

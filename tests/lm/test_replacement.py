@@ -12,7 +12,7 @@ from clt.config import LMConfig
 from clt.errors import UserError
 from clt.lm.capture import capture
 from clt.lm.load import LanguageModel, load_language_model
-from clt.lm.replacement import ReplacementModel, ablated_logits, replaced_logits, run_with_mlps
+from clt.lm.replacement import ReplacementModel, ablated_logits, nnsight_logits, replaced_logits, run_with_mlps
 from clt.lm.sites import Site
 from tests.lm.conftest import blocks, hooks, mlp_branch
 
@@ -152,7 +152,7 @@ def test_the_nnsight_model_computes_the_same(some_lm: LanguageModel, input_ids: 
     expected = replaced_logits(some_lm, transcoder, input_ids, keep)
     logits, features = replacement.run(input_ids, keep)
     assert torch.allclose(logits, expected, atol=1e-4, rtol=1e-5)
-    assert torch.allclose(replacement.logits(input_ids, keep), expected, atol=1e-4, rtol=1e-5)
+    assert torch.allclose(nnsight_logits(some_lm, transcoder, input_ids, keep), expected, atol=1e-4, rtol=1e-5)
     assert [f.shape for f in features] == [(3, 10, 12)] * len(some_lm.layers)
     # The first layer's features are those of the original stream: nothing before it was replaced.
     first = transcoder.encode_layer(capture(some_lm, input_ids)[:, :, 0, 0], 0)
@@ -171,7 +171,7 @@ def test_interventions_reach_later_layers(tiny: Callable[..., LanguageModel], in
 
     logits, features = replacement.run(input_ids, keep, silence)
     assert not features[1].any()
-    assert not torch.allclose(logits, replacement.logits(input_ids, keep), atol=1e-3)
+    assert not torch.allclose(logits, replacement.run(input_ids, keep).logits, atol=1e-3)
     with torch.no_grad():
         transcoder.encoders[1] = 0
     assert torch.allclose(logits, replaced_logits(lm, transcoder, input_ids, keep), atol=1e-4)
@@ -197,7 +197,7 @@ def test_an_error_in_an_intervention_reaches_the_caller(tiny: Callable[..., Lang
     with pytest.raises(ValueError, match="a mistake in the intervention"):
         replacement.run(input_ids, keep, broken)
     expected = replaced_logits(lm, transcoder, input_ids, keep)
-    assert torch.allclose(replacement.logits(input_ids, keep), expected, atol=1e-4, rtol=1e-5)
+    assert torch.allclose(replacement.run(input_ids, keep).logits, expected, atol=1e-4, rtol=1e-5)
 
 
 def test_without_nnsight_installed(tiny: Callable[..., LanguageModel], monkeypatch: pytest.MonkeyPatch) -> None:

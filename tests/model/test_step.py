@@ -7,7 +7,7 @@ import torch
 
 from clt.model.loss import Objective
 from clt.model.spec import LossConfig
-from clt.model.step import Kernels, multiply_into
+from clt.model.step import make_kernels, multiply_into
 from clt.model.transcoder import feature_dim
 from clt.train.distributed import GradientMemory
 from tests.model.naive import F, batch, coefficients, losses, make
@@ -133,7 +133,7 @@ def test_reductions_are_pinned_in_whichever_thread_compiles_them(monkeypatch, tm
     monkeypatch.setattr(GraphLowering, "run", recorded)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # what lies in the cache is not compiled again
     torch._dynamo.reset()
-    kernels, grad_y = Kernels().compiled(), torch.randn(5, 3, 7)
+    kernels, grad_y = make_kernels(compile=True), torch.randn(5, 3, 7)
     sums = [kernels.sum_over_tokens(grad_y, torch.float32)]
     thread = threading.Thread(target=lambda: sums.append(kernels.transposed(grad_y[0])))
     thread.start()

@@ -147,13 +147,15 @@ def test_presets_and_their_mistakes(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("server: {rows: 1, workers: 3}\n")
     made = load_config(tmp_path / "base.yaml", ["lm.context=98"], tmp_path / "mine.yaml")
     assert (made.server.rows, made.server.workers, made.lm.context) == (77, 3, 98)
-    with pytest.raises(UserError, match=r"larg is neither a preset \(test, production, large-scale\) nor an existing"):
+    with pytest.raises(
+        UserError, match=r"larg does not exist; the shipped ones are .* presets test, production, large-scale"
+    ):
         load_config(None, [], "larg")
     for text, message in {
-        "open_share=1.5": "wanted a share of the buffer between 0 and 1",
+        "open_share=1.5": "wanted a share between 0 and 1",
         "name=a/b": "wanted letters, digits, dots and dashes",
         "port=0": "wanted a port number",
-        "device=tpu": "wanted auto or cpu or gpu",
+        "device=tpu": "wanted one of auto, cpu, gpu",
     }.items():
         with pytest.raises(UserError, match=message):
             load_config(None, [f"server.{text}"])
