@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from clt.config import Config
@@ -17,13 +16,13 @@ from clt.data.index import INDEX, STATISTICS, read_index
 from clt.data.lock import locked
 from clt.data.shards import COLUMN_DTYPES
 from clt.data.writer import write_store
-from clt.errors import UserError
+from clt.errors import UserError, mismatches
 from clt.server.client import ActivationClient, ServerError, read_token
-from clt.server.wire import Batch, Shape, as_bytes
+from clt.server.wire import Shape, as_bytes, empty_batch
 
 _PATIENCE = 600.0  # seconds that a run waits for a server that is away
 _OWN = ("format_version", "n_layers", "d_acts", "dtype", "rows", "shards")  # what write_store says itself
-_FRAME_BYTES = 8 << 20  # small enough to be received while the last one is copied
+_BATCH_BYTES = 8 << 20  # small enough to be received while the last one is copied
 
 
 class ServerStore:
@@ -35,15 +34,13 @@ class ServerStore:
 
     threads = 1  # the rows come in the stream's order
 
-    consumed: dict[str, int]
-    """Rows read, by the buffer of the server (its `segment`) that they came from."""
-
     def __init__(self, client: ActivationClient, rows: int) -> None:
-        self.client, self.path, self.consumed = client, client.url, {}
+        self.client, self.path = client, client.url
         self.index, self.statistics = dataclasses.replace(client.index(), rows=rows), client.statistics()
-        self._batches: Iterator[Batch] = iter(())
-        self.row_bytes = Shape(self.index.n_layers, self.index.d_acts, self.index.dtype).row_bytes
-        self._rest = torch.empty(0)
+        self.shape = Shape(self.index.n_layers, self.index.d_acts, self.index.dtype)
+        self.consumed: dict[str, int] = {}
+        """Rows read, by the buffer of the server (its `segment`) that they came from."""
+        self._batches, self._rest = self._stream(), empty_batch(0, self.shape, "").activations
 
     def __len__(self) -> int:
         return self.index.rows
@@ -53,7 +50,7 @@ class ServerStore:
         done = 0
         while done < len(rows):
             if len(self._rest) == 0:
-                self._rest = self._next()
+                self._rest = next(self._batches)
             take = min(len(self._rest), len(rows) - done)
             # Not by torch: its copy would start OpenMP's threads for this thread, too, and with more of them than
             # processors they wait asleep; a training step on two cores took twice as long.
@@ -61,30 +58,18 @@ class ServerStore:
             self._rest, done = self._rest[take:], done + take
         return out
 
-    def _next(self) -> Tensor:
-        try:
-            batch = next(self._batches)
-        except (ServerError, StopIteration) as error:  # the first call; or it was started again, with another limit
-            if isinstance(error, ServerError) and error.status != 422:
-                raise
-            most = self.client.stats()["max_batch"]
-            self._batches = self.client.stream_activations(min(most, max(1, _FRAME_BYTES // self.row_bytes)))
-            batch = next(self._batches)
-        if batch.segment not in self.consumed:
-            self._check_index()
-        self.consumed[batch.segment] = self.consumed.get(batch.segment, 0) + len(batch.row)
-        return batch.activations
-
-    def _check_index(self) -> None:
-        """A buffer that is new to this run may be that of a server that was started again with another config."""
-        wanted, found = dataclasses.asdict(self.index), dataclasses.asdict(self.client.index())
-        odd = [key for key in wanted if key not in ("rows", "shards") and found[key] != wanted[key]]
-        if odd:
-            told = "; ".join(f"{key}: found {found[key]!r}, wanted {wanted[key]!r}" for key in odd)
-            raise UserError(
-                f"{self.path} now serves other rows ({told}): it was started again with another config; start it with "
-                "the old one, or begin a new run"
-            )
+    def _stream(self) -> Iterator[Tensor]:
+        """Rows (n, 2, L, D) without end, also of a server that was started again with a smaller limit."""
+        wanted = max(1, _BATCH_BYTES // self.shape.row_bytes)
+        while True:
+            n = min(wanted, self.client.stats()["max_batch"])
+            try:
+                for batch in self.client.stream_activations(n, index=self.index):
+                    self.consumed[batch.segment] = self.consumed.get(batch.segment, 0) + len(batch.row)
+                    yield batch.activations
+            except ServerError as error:
+                if error.status != 422 or self.client.stats()["max_batch"] >= n:
+                    raise
 
 
 def open_server(config: Config) -> ServerStore:
@@ -110,37 +95,31 @@ def fetch_heldout(config: Config) -> None:
     """
     store, path = open_server(config), Path(config.data.store) / "heldout"
     index = dataclasses.asdict(store.index)
-    fields = {key: index[key] for key in index if key not in _OWN} | {"text": {**index["text"], "part": "heldout"}}
+    wanted: dict[str, Any] = {key: index[key] for key in index if key not in _OWN} | {
+        "text": {**index["text"], "part": "heldout"}
+    }
     path.mkdir(parents=True, exist_ok=True)
     with locked(path, wait=True):  # many runs may start at once on one file system
         if not (path / INDEX).exists():
-            _fetch(store, path, config.data.heldout_tokens, fields)
-        found = dataclasses.asdict(read_index(path))
-        odd = [f"{key}: found {found[key]!r}, wanted {fields[key]!r}" for key in fields if found[key] != fields[key]]
-        if odd:
+            rows, done = empty_batch(config.data.heldout_tokens, store.shape, ""), 0
+            for batch in store.client.heldout(min(64, store.client.stats()["max_batch"])):
+                end = done + len(batch.row)
+                if end > len(rows.row):
+                    raise UserError(
+                        f"the server {store.path} has more than data.heldout_tokens={len(rows.row)} held-out rows: set "
+                        "it to its number"
+                    )
+                for name in ("activations", *COLUMN_DTYPES):
+                    getattr(rows, name)[done:end] = getattr(batch, name)
+                done = end
+            columns = {name: getattr(rows, name)[:done] for name in COLUMN_DTYPES}
+            write_store(path, rows.activations[:done], columns=columns, **wanted)
+        if odd := mismatches(dataclasses.asdict(read_index(path)), wanted):
             raise UserError(
-                f"{path} does not hold the held-out rows of {store.path} ({'; '.join(odd)}): delete it, or set "
-                "data.store to another directory"
+                f"{path} does not hold the held-out rows of {store.path} ({odd}): delete it, or set data.store to "
+                "another directory"
             )
         if not (train := path.with_name("train") / STATISTICS).exists():  # `clt eval` wants them later
             train.parent.mkdir(exist_ok=True)
             store.statistics.save(train)
     check_store(read_index(path), config)
-
-
-def _fetch(store: ServerStore, path: Path, rows: int, fields: dict[str, Any]) -> None:
-    """In memory once: they may be most of what there is."""
-    shape = (rows, 2, store.index.n_layers, store.index.d_acts)
-    tensor = torch.empty(shape, dtype=getattr(torch, store.index.dtype))
-    columns, done = {name: np.zeros(rows, dtype) for name, dtype in COLUMN_DTYPES.items()}, 0
-    for batch in store.client.heldout(min(64, store.client.stats()["max_batch"])):
-        end = done + len(batch.row)
-        if end > rows:
-            raise UserError(
-                f"the server {store.path} has more than data.heldout_tokens={rows} held-out rows: set it to its number"
-            )
-        tensor[done:end] = batch.activations
-        for name, column in columns.items():
-            column[done:end] = getattr(batch, name)
-        done = end
-    write_store(path, tensor[:done], columns={name: column[:done] for name, column in columns.items()}, **fields)

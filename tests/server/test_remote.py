@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from clt.config import Config, load_config
+from clt.data.describe import verify
 from clt.data.loader import Loader
 from clt.data.statistics import Statistics
 from clt.data.store import DiscBuffer
