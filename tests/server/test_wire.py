@@ -11,8 +11,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from clt.server.wire import (
-    COLUMNS, Batch, Shape, Slice, WireError, as_bytes, body_of, empty_batch, frame, frame_bytes, read_frame,
-)  # fmt: skip
+    COLUMNS,
+    Batch,
+    Shape,
+    Slice,
+    WireError,
+    as_bytes,
+    body_of,
+    empty_batch,
+    frame,
+    frame_bytes,
+    read_frame,
+)
 
 SMALL = Shape(1, 3, "float16")
 HEAD = 48  # bytes before the safetensors payload
