@@ -49,11 +49,11 @@ class ServerError(UserError):
 
 
 class _Busy(WireError):
-    """The server has no answer yet: ask again, `after` seconds later at the earliest."""
+    """The server has no answer yet, and may say for how many seconds (`after`)."""
 
-    def __init__(self, reason: str, after: str) -> None:
+    def __init__(self, reason: str, after: str | None) -> None:
         super().__init__(reason)
-        self.after = float(after) if after.isascii() and after.isdigit() and len(after) < 9 else 0.0
+        self.after = float(after) if after and re.fullmatch("[0-9]{1,8}", after) else 0.0
 
 
 def read_token(file: str | None) -> str | None:
@@ -71,7 +71,7 @@ def read_token(file: str | None) -> str | None:
             raise UserError(f"{where}: {error.strerror}; write a token into it, `openssl rand -hex 32`") from error
         if found.st_uid == os.geteuid() and found.st_mode & 0o077:
             raise UserError(f"{where} can be read by others ({stat.filemode(found.st_mode)}): run `chmod 600 {file}`")
-    if token is not None and not (len(token) >= 16 and token.isascii() and token.isprintable() and " " not in token):
+    if token is not None and not re.fullmatch("[!-~]{16,}", token):
         raise UserError(f"the token in {where} is not 16 or more printable ASCII characters: `openssl rand -hex 32`")
     return token
 
@@ -95,8 +95,7 @@ class ActivationClient:
             raise wrong from error
         if parts.scheme not in ("http", "https") or host is None or parts.username is not None:
             raise wrong
-        token = None if token is None else token.strip()
-        if token is not None and not (token.isascii() and token.isprintable()):
+        if not re.fullmatch("[!-~]*", token or ""):
             raise UserError("the token has characters that a header cannot carry; wanted printable ASCII")
         self.url, self.timeout, self.patience = url.rstrip("/"), timeout, patience
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -200,7 +199,7 @@ class ActivationClient:
             connection.request(method, target, headers=self._headers)
             answer.response = response = connection.getresponse()
             if response.status in (408, 429, 502, 503, 504):
-                raise _Busy(answer.reason(), response.headers.get("retry-after", ""))
+                raise _Busy(answer.reason(), response.headers.get("retry-after"))
             if response.status != 200:
                 raise ServerError(answer.reason(), response.status)
             yield answer
@@ -219,15 +218,11 @@ class ActivationClient:
         shape, n, most = Shape(index.n_layers, index.d_acts, index.dtype), query["batch_size"], query.get("max_batches")
         segment = answer.response.headers.get("x-clt-segment", "")
         if not re.fullmatch(r"\w{1,16}" if most else "", segment, re.ASCII):
-            raise WireError(
-                f"found the segment {segment!r:.40}, wanted 1 to 16 letters and digits (held-out rows: none)"
-            )
-        sequence = got = 0
+            raise WireError(f"found the segment {segment!r:.40}, wanted 1 to 16 letters and digits (held out: none)")
+        sequence, got, fill = 0, 0, answer.response.readinto
         while got != most:
             batch, done = empty_batch(n, shape, segment), 0
-            while done < n and (
-                rows := read_frame(answer.response.readinto, answer.expect, shape, sequence, batch, done)
-            ):
+            while done < n and (rows := read_frame(fill, answer.expect, shape, sequence, batch, done)):
                 done, sequence = done + rows, sequence + 1
             if done < n and (most or answer.response.length):
                 raise WireError(f"the stream ended after {got} batches of {n} and {done} rows")
@@ -277,21 +272,18 @@ class _Answer(io.RawIOBase):
 
     def json(self, field: str) -> dict[str, Any]:
         """All of it: a JSON object with this field, a whole number."""
-        text = self.whole()
-        try:
+        text, found = self.whole(), None
+        with contextlib.suppress(ValueError, RecursionError):
             found = json.loads(text)
-        except (ValueError, RecursionError):
-            found = None
         if not isinstance(found, dict) or type(found.get(field)) is not int or found[field] < 0:
             raise ServerError(f"found {text[:40]!r} where an activation server answers in JSON, with {field}")
         return found
 
     def index(self) -> StoreIndex:
         """All of it: an index."""
+        tree = self.json("n_layers")
         try:
-            return parse_index(self.json("n_layers"))
-        except ServerError:
-            raise
+            return parse_index(tree)
         except ValueError as error:
             raise ServerError(f"the index is not of this version's activation server: {error!s:.500}") from error
 
@@ -312,9 +304,7 @@ class _Answer(io.RawIOBase):
 
     def reason(self) -> str:
         """What it says for itself, of a refusal."""
-        text = self.whole().decode("utf-8", "replace")
-        try:
+        text = self.whole().decode("utf-8", "replace") or self.response.reason
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             text = json.loads(text)["error"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            text = text or self.response.reason
         return f"answered {self.response.status}: {text!s:.1000}"

@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 import torch
 
 from clt.config import Config
-from clt.data.feed import from_model, from_store
+from clt.data.feed import StoredRows, from_model, from_store
 from clt.errors import UserError
 from clt.lm.forward import Rows
 from clt.memory import keep_freed_memory
@@ -31,7 +31,7 @@ _STEADY = 60.0  # seconds after which a generator counts as having worked
 _RECORD = 10.0  # seconds between two records of the place in the text
 
 
-def fill(buffer: Buffer, batches: Iterator[tuple[tuple[int, int], Rows]]) -> None:
+def fill(buffer: Buffer, batches: Iterator[tuple[tuple[int, int], Rows | StoredRows]]) -> None:
     """Put batches into the buffer as there is room, from its mark on."""
     skip = int(buffer.header["mark"][2])  # rows of the first batch that are in the buffer already
     pause = _FULL[0]

@@ -32,7 +32,7 @@ COLUMN_BYTES = 24
 """Bytes of all columns, a row."""
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-_FIXED, _SUM = struct.Struct("<4sIQ16sQ"), struct.Struct("<Q")
+_FIXED, _START = struct.Struct("<4sIQ16sQ"), 48  # bytes before the header
 _PIECE = 1 << 21  # bytes that are hashed while they are still in the cache
 
 
@@ -101,7 +101,7 @@ def header(n: int, shape: Shape, segment: str) -> bytes:
 
 def frame_bytes(n: int, shape: Shape, segment: str) -> int:
     """Bytes of a frame of n rows."""
-    return _FIXED.size + _SUM.size + len(header(n, shape, segment)) + n * (COLUMN_BYTES + shape.row_bytes)
+    return _START + len(header(n, shape, segment)) + n * (COLUMN_BYTES + shape.row_bytes)
 
 
 def count_of(slices: Sequence[Slice]) -> int:
@@ -149,7 +149,7 @@ def frame(slices: Sequence[Slice], sequence: int, shape: Shape, segment: str) ->
 def _head(n: int, sequence: int, shape: Shape, segment: str, body_sum: int) -> bytes:
     """A frame's bytes before its body."""
     fixed, text = _FIXED.pack(MAGIC, n, sequence, segment.encode(), body_sum), header(n, shape, segment)
-    return fixed + _SUM.pack(xxh3_64_intdigest(fixed + text)) + text
+    return fixed + xxh3_64_intdigest(fixed + text).to_bytes(8, "little") + text
 
 
 def read_frame(
@@ -160,7 +160,7 @@ def read_frame(
     `fill` fills a view and returns how many bytes it did: fewer at the end alone. `begin` is told how many bytes are to
     come as soon as that is known. Raises WireError for anything but an intact frame of `shape` and `out`'s segment.
     """
-    start, room = bytearray(_FIXED.size + _SUM.size), len(out.row) - at
+    start, room = bytearray(_START), len(out.row) - at
     begin(len(start))
     if (got := fill(memoryview(start))) == 0:
         return 0

@@ -16,13 +16,12 @@ import torch
 
 from clt.config import PRESETS, Config, load_config
 from clt.data.extract import extract
-from clt.data.feed import describe_feed, from_model, from_store
+from clt.data.feed import StoredRows, describe_feed, from_model, from_store
 from clt.data.index import read_index
 from clt.data.statistics import Statistics
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
 from clt.lm.capture import capture
-from clt.lm.forward import Rows
 from clt.lm.load import load_language_model
 from clt.lm.text import windows
 from clt.parsing import to_yaml
@@ -41,8 +40,8 @@ def keys(tensor: torch.Tensor, token: np.ndarray, position: np.ndarray, document
     return list(zip([row.tobytes() for row in data], token.tolist(), position.tolist(), document.tolist()))
 
 
-def stored_keys(rows: Rows) -> Keys:
-    return keys(rows.activations, rows.token, rows.position, rows.document)
+def stored_keys(rows: StoredRows) -> Keys:
+    return keys(rows.store[rows.number], rows.token, rows.position, rows.document)
 
 
 @pytest.fixture(scope="module")
