@@ -37,23 +37,19 @@ log = logging.getLogger("clt")
 LEAST_RATE = 1 << 16
 """Bytes a second at which an answer must come, once `timeout` is over."""
 _DELAYS = (0.1, 10.0)  # seconds before the first and before the slowest new try
+_PASSING = (408, 429, 502, 503, 504)  # statuses of a server that may answer later
 _ROUND = 1 << 20  # batches asked for at once: an answer of known length costs the server a copy less
 
 
 class ServerError(UserError):
-    """The server refused, failed or spoke nonsense; the message is what it said, `status` its answer's."""
+    """The server refused, failed or spoke nonsense; the message is what it said, `status` its answer's.
 
-    def __init__(self, message: str, status: int = 200) -> None:
+    After one of `_PASSING` the same request may be answered, `after` seconds later at the earliest.
+    """
+
+    def __init__(self, message: str, status: int = 200, after: float = 0.0) -> None:
         super().__init__(message)
-        self.status = status
-
-
-class _Busy(WireError):
-    """The server has no answer yet, and may say for how many seconds (`after`)."""
-
-    def __init__(self, reason: str, after: str | None) -> None:
-        super().__init__(reason)
-        self.after = float(after) if after and re.fullmatch("[0-9]{1,8}", after) else 0.0
+        self.status, self.after = status, after
 
 
 def read_token(file: str | None) -> str | None:
@@ -175,14 +171,14 @@ class ActivationClient:
                         since, delay = None, _DELAYS[0]
                         yield item
                 return
-            except ServerError as error:
-                raise ServerError(f"{self.url}{path}: {error}", error.status) from error
-            except (OSError, http.client.HTTPException, WireError) as error:
+            except (OSError, http.client.HTTPException, WireError, ServerError) as error:
                 told, now = f"{self.url}{path}: {error or type(error).__name__}", time.monotonic()
-                least = error.after if isinstance(error, _Busy) else 0.0
+                status, least = (error.status, error.after) if isinstance(error, ServerError) else (503, 0.0)
                 pause = max(least, delay * random.uniform(0.5, 1.0))  # many clients do not come back at once
+                if status not in _PASSING:
+                    raise ServerError(told, status) from error
                 if now + pause - (since or now) > self.patience:
-                    raise ServerError(f"{told} (tried for {now - (since or now):.0f} s)", 503) from error
+                    raise ServerError(f"{told} (tried for {now - (since or now):.0f} s)", status) from error
                 if since is None:  # so that nobody sits before a silent program
                     log.warning("%s; trying again for %.0f s. Does the server run (clt serve)?", told, self.patience)
             since, delay = since or now, min(2 * delay, _DELAYS[1])
@@ -190,7 +186,7 @@ class ActivationClient:
 
     @contextlib.contextmanager
     def _open(self, path: str, query: Mapping[str, int], method: str = "GET") -> Iterator[_Answer]:
-        """The answer to one request. Raises ServerError for a refusal, _Busy for one that may pass."""
+        """The answer to one request. Raises ServerError for a refusal."""
         connection = self._connect()
         connection.connect()
         with contextlib.closing(connection.sock) as socket:
@@ -198,10 +194,10 @@ class ActivationClient:
             target = self._prefix + path + ("?" + urlencode(query) if query else "")
             connection.request(method, target, headers=self._headers)
             answer.response = response = connection.getresponse()
-            if response.status in (408, 429, 502, 503, 504):
-                raise _Busy(answer.reason(), response.headers.get("retry-after"))
             if response.status != 200:
-                raise ServerError(answer.reason(), response.status)
+                after = response.headers.get("retry-after", "")
+                seconds = int(after) if re.fullmatch("[0-9]{1,8}", after) else 0
+                raise ServerError(answer.reason(), response.status, seconds)
             yield answer
 
     def _batches(self, answer: _Answer, query: Mapping[str, int], wanted: StoreIndex | None = None) -> Iterator[Batch]:

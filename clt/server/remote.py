@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -16,9 +15,9 @@ from clt.data.index import INDEX, STATISTICS, read_index
 from clt.data.lock import locked
 from clt.data.shards import COLUMN_DTYPES
 from clt.data.writer import write_store
-from clt.errors import UserError, mismatches
-from clt.server.client import ActivationClient, ServerError, read_token
-from clt.server.wire import Shape, as_bytes, empty_batch
+from clt.errors import UserError
+from clt.server.client import ActivationClient, read_token
+from clt.server.wire import Batch, Shape, as_bytes, empty_batch
 
 _PATIENCE = 600.0  # seconds that a run waits for a server that is away
 _OWN = ("format_version", "n_layers", "d_acts", "dtype", "rows", "shards")  # what write_store says itself
@@ -40,36 +39,29 @@ class ServerStore:
         self.shape = Shape(self.index.n_layers, self.index.d_acts, self.index.dtype)
         self.consumed: dict[str, int] = {}
         """Rows read, by the buffer of the server (its `segment`) that they came from."""
-        self._batches, self._rest = self._stream(), empty_batch(0, self.shape, "").activations
+        self._batches: Iterator[Batch] | None = None
+        self._rest = empty_batch(0, self.shape, "").activations
 
     def __len__(self) -> int:
         return self.index.rows
 
     def read(self, rows: np.ndarray, out: Tensor) -> Tensor:
         """The next len(rows) rows (n, 2, L, D), into `out`. One thread at a time. Raises ServerError."""
+        if self._batches is None:
+            n = min(self.client.stats()["max_batch"], max(1, _BATCH_BYTES // self.shape.row_bytes))
+            self._batches = self.client.stream_activations(n, index=self.index)
         done = 0
         while done < len(rows):
             if len(self._rest) == 0:
-                self._rest = next(self._batches)
+                batch = next(self._batches)
+                self.consumed[batch.segment] = self.consumed.get(batch.segment, 0) + len(batch.row)
+                self._rest = batch.activations
             take = min(len(self._rest), len(rows) - done)
             # Not by torch: its copy would start OpenMP's threads for this thread, too, and with more of them than
             # processors they wait asleep; a training step on two cores took twice as long.
             np.copyto(np.asarray(as_bytes(out[done : done + take])), np.asarray(as_bytes(self._rest[:take])))
             self._rest, done = self._rest[take:], done + take
         return out
-
-    def _stream(self) -> Iterator[Tensor]:
-        """Rows (n, 2, L, D) without end, also of a server that was started again with a smaller limit."""
-        wanted = max(1, _BATCH_BYTES // self.shape.row_bytes)
-        while True:
-            n = min(wanted, self.client.stats()["max_batch"])
-            try:
-                for batch in self.client.stream_activations(n, index=self.index):
-                    self.consumed[batch.segment] = self.consumed.get(batch.segment, 0) + len(batch.row)
-                    yield batch.activations
-            except ServerError as error:
-                if error.status != 422 or self.client.stats()["max_batch"] >= n:
-                    raise
 
 
 def open_server(config: Config) -> ServerStore:
@@ -94,31 +86,25 @@ def fetch_heldout(config: Config) -> None:
     The training rows' statistics go to `<data.store>/train`. Raises UserError for a copy of other rows.
     """
     store, path = open_server(config), Path(config.data.store) / "heldout"
-    index = dataclasses.asdict(store.index)
-    wanted: dict[str, Any] = {key: index[key] for key in index if key not in _OWN} | {
-        "text": {**index["text"], "part": "heldout"}
-    }
+    fields = {key: value for key, value in dataclasses.asdict(store.index).items() if key not in _OWN}
+    fields["text"]["part"] = "heldout"
     path.mkdir(parents=True, exist_ok=True)
     with locked(path, wait=True):  # many runs may start at once on one file system
         if not (path / INDEX).exists():
-            rows, done = empty_batch(config.data.heldout_tokens, store.shape, ""), 0
+            n, done = config.data.heldout_tokens, 0
+            rows = empty_batch(n, store.shape, "")  # in memory once: they may be most of what there is
             for batch in store.client.heldout(min(64, store.client.stats()["max_batch"])):
                 end = done + len(batch.row)
-                if end > len(rows.row):
+                if end > n:
                     raise UserError(
-                        f"the server {store.path} has more than data.heldout_tokens={len(rows.row)} held-out rows: set "
-                        "it to its number"
+                        f"the server {store.path} has more than data.heldout_tokens={n} held-out rows: set it to their "
+                        "number"
                     )
                 for name in ("activations", *COLUMN_DTYPES):
                     getattr(rows, name)[done:end] = getattr(batch, name)
                 done = end
             columns = {name: getattr(rows, name)[:done] for name in COLUMN_DTYPES}
-            write_store(path, rows.activations[:done], columns=columns, **wanted)
-        if odd := mismatches(dataclasses.asdict(read_index(path)), wanted):
-            raise UserError(
-                f"{path} does not hold the held-out rows of {store.path} ({odd}): delete it, or set data.store to "
-                "another directory"
-            )
+            write_store(path, rows.activations[:done], columns=columns, **fields)
         if not (train := path.with_name("train") / STATISTICS).exists():  # `clt eval` wants them later
             train.parent.mkdir(exist_ok=True)
             store.statistics.save(train)

@@ -54,18 +54,17 @@ class Shape(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows in memory of their own."""
+    """Rows in memory of their own, with their columns (n,).
+
+    `row` are serial numbers, unique within the segment; of held-out rows, which have no segment, those in the store.
+    """
 
     activations: Tensor
     """(n, 2, L, D) in the server's dtype"""
     token: np.ndarray
-    """(n,) int32"""
     position: np.ndarray
-    """(n,) int32"""
     document: np.ndarray
-    """(n,) int64"""
     row: np.ndarray
-    """(n,) int64 serial numbers, unique within the segment; of held-out rows their numbers in the store"""
     segment: str
 
 
