@@ -41,7 +41,10 @@ def from_model(
 
 @dataclass
 class StoredRows:
-    """Rows of a store whose activations have not been read yet: they go from its files straight to their places."""
+    """Rows of a store whose activations have not been read yet: they go from its files straight to their places.
+
+    To read them into `Rows` first takes the generator twice the time a row (measured).
+    """
 
     store: DiscBuffer
     number: np.ndarray

@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import types
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -83,16 +85,45 @@ def read_index(path: str | Path) -> StoreIndex:
             f"{file} has format version {version!r}, wanted {FORMAT_VERSION}: "
             "read it with the release of clt that wrote it, or extract it again"
         )
-    fields = dataclasses.fields(StoreIndex)
-    known = {field.name for field in fields}
-    wanted = {field.name for field in fields if field.default is dataclasses.MISSING}
-    if not wanted <= tree.keys() <= known:
-        odd = ", ".join(sorted((wanted - tree.keys()) | (tree.keys() - known)))
-        raise UserError(f"{file} is damaged: missing or unknown fields {odd}; copy it again or extract it again")
-    index = StoreIndex(**tree)
+    try:
+        index = parse_index(tree)
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}; copy it again or extract it again") from error
     if sum(shard["rows"] for shard in index.shards) != index.rows:
         raise UserError(f"{file} is damaged: its shards do not add up to {index.rows} rows; extract it again")
     return index
+
+
+def parse_index(tree: Any) -> StoreIndex:
+    """The index in an object of JSON, from a disk or a server. Raises ValueError that names the fields at fault."""
+    hints, fields = typing.get_type_hints(StoreIndex), dataclasses.fields(StoreIndex)
+    wanted = {field.name for field in fields if field.default is dataclasses.MISSING}  # older stores lack the others
+    if odd := (wanted - tree.keys()) | (tree.keys() - hints.keys()):
+        raise ValueError(f"missing or unknown fields {', '.join(sorted(odd))}")
+    if not (odd := {name for name in tree if not _is_of(tree[name], hints[name])}):
+        L, lists = tree["n_layers"], ("layers", "input_sites", "output_sites")
+        right = {
+            "format_version": tree["format_version"] == FORMAT_VERSION,
+            "n_layers": 0 < L < 1 << 12 and all(len(tree[name]) == L for name in lists),
+            "d_acts": 0 < tree["d_acts"] < 1 << 20,
+            "dtype": tree["dtype"] in ("float16", "bfloat16", "float32"),
+            "text": tree["text"].get("part") in ("train", "heldout"),
+        }
+        odd = {name for name, holds in right.items() if not holds}
+    if odd:
+        raise ValueError(", ".join(f"{name}={tree[name]!r:.100}" for name in sorted(odd)) + " cannot be")
+    return StoreIndex(**tree)
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is of a type, down to the items of a list and the values of a TypedDict."""
+    if isinstance(hint, types.UnionType):
+        return any(_is_of(value, option) for option in typing.get_args(hint))
+    if typing.is_typeddict(hint):
+        hints = typing.get_type_hints(hint)
+        return type(value) is dict and value.keys() == hints.keys() and all(_is_of(value[k], hints[k]) for k in hints)
+    kind = typing.get_origin(hint) or hint
+    return type(value) is kind and (kind is not list or all(_is_of(item, typing.get_args(hint)[0]) for item in value))
 
 
 def read_statistics(file: Path, framework: str) -> dict[str, Any]:

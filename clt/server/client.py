@@ -7,17 +7,17 @@ server's index, and an answer has to come at a least rate. What is wrong with an
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.client
 import io
 import json
 import logging
 import os
 import random
-import socket
+import re
 import stat
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlencode, urlsplit
@@ -27,40 +27,29 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from clt.data.index import FORMAT_VERSION, STATISTICS_TENSORS, StoreIndex
+from clt.data.index import STATISTICS_TENSORS, StoreIndex, parse_index
 from clt.data.statistics import Statistics
-from clt.errors import UserError
-from clt.server.wire import COLUMNS, ITEM_BYTES, Batch, Shape, WireError, read_frame
+from clt.errors import UserError, mismatches
+from clt.server.wire import COLUMNS, Batch, Shape, WireError, empty_batch, read_frame
 
 T = TypeVar("T")
 log = logging.getLogger("clt")
 LEAST_RATE = 1 << 16
 """Bytes a second at which an answer must come, once `timeout` is over."""
-_BACKOFF = (0.1, 10.0)  # seconds before the first and before the slowest new try
+_DELAYS = (0.1, 10.0)  # seconds before the first and before the slowest new try
+_PASSING = (408, 429, 502, 503, 504)  # statuses of a server that may answer later
 _ROUND = 1 << 20  # batches asked for at once: an answer of known length costs the server a copy less
-_WAKE, _READ_AHEAD = 1 << 21, 1 << 16  # bytes that are worth waking for, and that buffers may hold already
-_JSON_BYTES, _REASON_BYTES = 16 << 20, 1 << 16
-# An index of the right types; the fields of which the second names may also be null.
-_INDEX = {"format_version": 1, "model": "", "revision": "", "tokenizer_hash": "", "layers": [0], "input_sites": [""],
-          "output_sites": [""], "text": {}, "seed": 0, "context": 1, "n_layers": 1, "d_acts": 1, "dtype": "", "rows": 0,
-          "shards": [{}], "lm_layers": 1, "lm_dtype": "", "lm_revision": ""}  # fmt: skip
-_NULL = ("revision", "lm_layers", "lm_revision")
 
 
 class ServerError(UserError):
-    """The server refused, failed or spoke nonsense; the message is what it said, `status` its answer's."""
+    """The server refused, failed or spoke nonsense; the message is what it said, `status` its answer's.
 
-    def __init__(self, message: str, status: int = 200) -> None:
+    After one of `_PASSING` the same request may be answered, `after` seconds later at the earliest.
+    """
+
+    def __init__(self, message: str, status: int = 200, after: float = 0.0) -> None:
         super().__init__(message)
-        self.status = status
-
-
-class _Again(Exception):
-    """What may be mended by asking again, `after` seconds later at the earliest."""
-
-    def __init__(self, reason: str, after: float = 0.0) -> None:
-        super().__init__(reason)
-        self.after = after
+        self.status, self.after = status, after
 
 
 def read_token(file: str | None) -> str | None:
@@ -78,7 +67,7 @@ def read_token(file: str | None) -> str | None:
             raise UserError(f"{where}: {error.strerror}; write a token into it, `openssl rand -hex 32`") from error
         if found.st_uid == os.geteuid() and found.st_mode & 0o077:
             raise UserError(f"{where} can be read by others ({stat.filemode(found.st_mode)}): run `chmod 600 {file}`")
-    if token is not None and not (len(token) >= 16 and token.isascii() and token.isprintable() and " " not in token):
+    if token is not None and not re.fullmatch("[!-~]{16,}", token):
         raise UserError(f"the token in {where} is not 16 or more printable ASCII characters: `openssl rand -hex 32`")
     return token
 
@@ -102,8 +91,7 @@ class ActivationClient:
             raise wrong from error
         if parts.scheme not in ("http", "https") or host is None or parts.username is not None:
             raise wrong
-        token = None if token is None else token.strip()
-        if token is not None and not (token.isascii() and token.isprintable()):
+        if not re.fullmatch("[!-~]*", token or ""):
             raise UserError("the token has characters that a header cannot carry; wanted printable ASCII")
         self.url, self.timeout, self.patience = url.rstrip("/"), timeout, patience
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -122,164 +110,123 @@ class ActivationClient:
         """One batch (n, 2, L, D) in the server's dtype."""
         return next(self.stream_activations(batch_size, 1)).activations
 
-    def stream_activations(self, batch_size: int = 256, max_batches: int | None = None) -> Iterator[Batch]:
+    def stream_activations(
+        self, batch_size: int = 256, max_batches: int | None = None, index: StoreIndex | None = None
+    ) -> Iterator[Batch]:
         """Batches without end, or `max_batches` of them, each in memory of its own.
 
         Goes on by itself over broken connections and restarts of the server. No row comes twice: the server gives
-        each away once, and one that was lost on the way is lost.
+        each away once, and one that was lost on the way is lost. With an `index`, rows of another one are an error.
         """
-        had = 0
-        while max_batches is None or had < max_batches:
-            left = _ROUND if max_batches is None else min(max_batches - had, _ROUND)
-            for batch in self._batches("/activations/stream", batch_size, left, max_batches=left):
-                had += 1
+        query = {"batch_size": batch_size, "max_batches": _ROUND if max_batches is None else max_batches}
+        while query["max_batches"] > 0:
+            for batch in self._ask("/activations/stream", lambda answer: self._batches(answer, query, index), query):
+                query["max_batches"] -= 1
                 yield batch
+            if max_batches is None:
+                query["max_batches"] = _ROUND
 
     def heldout(self, batch_size: int = 64) -> Iterator[Batch]:
         """The held-out rows in their order, from the first to the last; `row` counts them from 0."""
-        at, more = 0, True
-        while more:
-            more = False
-            for batch in self._batches("/heldout", batch_size, _ROUND, start=at):
-                if batch.segment or not np.array_equal(batch.row, np.arange(at, at + len(batch.row))):
-                    raise ServerError(f"{self.url}/heldout: found other rows than those from {at} on")
-                at, more = at + len(batch.row), True
-                yield batch
+        query = {"batch_size": batch_size, "start": 0}
+        for batch in self._ask("/heldout", lambda answer: self._batches(answer, query), query):
+            start, query["start"] = query["start"], query["start"] + len(batch.row)
+            if not np.array_equal(batch.row, np.arange(start, query["start"])):
+                raise ServerError(f"{self.url}/heldout: found other rows than those from {start} on")
+            yield batch
 
     def stats(self) -> dict[str, Any]:
         """The server's counters and the generator's state."""
-        found = self._get("/stats", _read_json)
-        if not isinstance(found, dict) or type(found.get("max_batch")) is not int or found["max_batch"] < 1:
-            raise ServerError(f"{self.url}/stats is not of an activation server: {found!r:.200}")
-        return found
+        return self._get("/stats", lambda answer: answer.json("max_batch"))
 
     def index(self) -> StoreIndex:
         """What a row is: model, layers, sites, text, L, D, dtype."""
-        found = self._get("/index", _read_json)
-        odd = f"found {found!r:.100}"
-        if isinstance(found, dict):
-            bad = sorted(found.keys() ^ _INDEX.keys()) or [
-                f"{name}: {found[name]!r:.100}" for name, like in _INDEX.items()
-                if not (_is_like(found[name], like) or (name in _NULL and found[name] is None))
-            ]  # fmt: skip
-            if not bad and not _makes_sense(found):
-                bad = [f"{name}: {found[name]!r:.100}" for name in ("format_version", "n_layers", "d_acts", "dtype")]
-            odd = ", ".join(bad)
-        if odd:
-            raise ServerError(f"{self.url}/index is not of this version's activation server: {odd:.500}")
-        return StoreIndex(**found)
+        return self._get("/index", _Answer.index)
 
     def statistics(self) -> Statistics:
         """Mean and sd of the training rows."""
         index = self.index()
-        dims, right = (index.n_layers, index.d_acts), True
-
-        def read(answer: _Answer) -> dict[str, Tensor]:
-            return safetensors.torch.load(answer.read_all(32 * index.n_layers * index.d_acts + _REASON_BYTES))
-
-        try:
-            tensors = self._get("/statistics", read)
-            rows = int(tensors.pop("rows"))
-            right = rows > 0 and {*tensors, "rows"} == {*STATISTICS_TENSORS}
-            for name, tensor in tensors.items():
-                right &= tensor.shape == dims and tensor.dtype == torch.float64 and bool(tensor.isfinite().all())
-                right &= "sd" not in name or bool((tensor >= 0).all())
-        except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise ServerError(f"{self.url}/statistics: found no statistics: {error}") from error
-        if not right:
-            raise ServerError(f"{self.url}/statistics: wanted finite {STATISTICS_TENSORS} {dims} of 1 row or more")
-        return Statistics(**tensors, rows=rows)
+        return self._get("/statistics", lambda answer: answer.statistics(index))
 
     def refresh(self) -> int:
-        """Have the server drop its rows and make others; returns how many it dropped. Asked once, without patience."""
-        try:
-            with self._open("/refresh", {}, "POST") as answer:
-                found = _read_json(answer)
-        except _Again as error:
-            raise ServerError(str(error), 503) from error
-        if not isinstance(found, dict) or type(found.get("dropped")) is not int:
-            raise ServerError(f"{self.url}/refresh: found {found!r:.200}, wanted how many rows were dropped")
-        return found["dropped"]
+        """Have the server drop its rows and make others; returns how many it dropped."""
+        return self._get("/refresh", lambda answer: answer.json("dropped")["dropped"], "POST")
 
-    def _get(self, path: str, read: Callable[[_Answer], T]) -> T:
-        wait = _Waiting(self.patience)
+    def _get(self, path: str, read: Callable[[_Answer], T], method: str = "GET") -> T:
+        (found,) = self._ask(path, lambda answer: [read(answer)], {}, method)
+        return found
+
+    def _ask(
+        self, path: str, read: Callable[[_Answer], Iterable[T]], query: Mapping[str, int], method: str = "GET"
+    ) -> Iterator[T]:
+        """What `read` makes of an answer. One that breaks off is asked for again, with `query` as it is by then.
+
+        Patience counts from the first failure since an item: what the caller does between two of them is not waiting.
+        """
+        since, delay = None, _DELAYS[0]
         while True:
             try:
-                with self._open(path, {}) as answer:
-                    return read(answer)
-            except _Again as error:
-                wait.after(error)
+                with self._open(path, query, method) as answer:
+                    for item in read(answer):
+                        since, delay = None, _DELAYS[0]
+                        yield item
+                return
+            except (OSError, http.client.HTTPException, WireError, ServerError) as error:
+                told, now = f"{self.url}{path}: {error or type(error).__name__}", time.monotonic()
+                status, least = (error.status, error.after) if isinstance(error, ServerError) else (503, 0.0)
+                pause = max(least, delay * random.uniform(0.5, 1.0))  # many clients do not come back at once
+                if status not in _PASSING:
+                    raise ServerError(told, status) from error
+                if now + pause - (since or now) > self.patience:
+                    raise ServerError(f"{told} (tried for {now - (since or now):.0f} s)", status) from error
+                if since is None:  # so that nobody sits before a silent program
+                    log.warning("%s; trying again for %.0f s. Does the server run (clt serve)?", told, self.patience)
+            since, delay = since or now, min(2 * delay, _DELAYS[1])
+            time.sleep(pause)
 
     @contextlib.contextmanager
-    def _open(self, path: str, query: dict[str, int], method: str = "GET") -> Iterator[_Answer]:
-        """One request; raises _Again for what may pass and ServerError for what will not."""
-        connection, answer = self._connect(), None
-        try:
-            answer = _Answer(connection, self.timeout)
+    def _open(self, path: str, query: Mapping[str, int], method: str = "GET") -> Iterator[_Answer]:
+        """The answer to one request. Raises ServerError for a refusal."""
+        connection = self._connect()
+        connection.connect()
+        with contextlib.closing(connection.sock) as socket:
+            connection.sock = answer = _Answer(socket, self.timeout)
             target = self._prefix + path + ("?" + urlencode(query) if query else "")
             connection.request(method, target, headers=self._headers)
             answer.response = response = connection.getresponse()
             if response.status != 200:
-                raise self._refusal(path, answer)
+                after = response.headers.get("retry-after", "")
+                seconds = int(after) if re.fullmatch("[0-9]{1,8}", after) else 0
+                raise ServerError(answer.reason(), response.status, seconds)
             yield answer
-        except (OSError, http.client.HTTPException, WireError) as error:
-            raise _Again(f"{self.url}{path}: {error or type(error).__name__}") from error
-        finally:
-            if answer is not None:
-                answer.socket.close()
 
-    def _refusal(self, path: str, answer: _Answer) -> Exception:
-        text, response = answer.read_all(_REASON_BYTES).decode("utf-8", "replace"), answer.response
-        try:
-            reason = str(json.loads(text)["error"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            reason = text or response.reason
-        message = f"{self.url}{path} answered {response.status}: {reason:.1000}"
-        if response.status not in (408, 429, 502, 503, 504):
-            return ServerError(message, response.status)
-        after = response.headers.get("retry-after", "")
-        return _Again(message, float(after) if after.isascii() and after.isdigit() and len(after) < 9 else 0.0)
+    def _batches(self, answer: _Answer, query: Mapping[str, int], wanted: StoreIndex | None = None) -> Iterator[Batch]:
+        """The batches of an answer: as many as asked for or, of held-out rows, all to the end. Raises WireError.
 
-    def _batches(self, path: str, n: int, most: int, **query: int) -> Iterator[Batch]:
-        """The batches of one request, of which there is one at least; tried again until then."""
-        wait, got = _Waiting(self.patience), 0
-        while not got:
-            try:
-                index = self.index()
-                with self._open(path, {"batch_size": n, **query}) as answer:
-                    if answer.response.length == 0 and path == "/heldout":  # behind the last row
-                        return
-                    batches = _read_batches(answer, n, Shape(index.n_layers, index.d_acts, index.dtype), path[1] == "h")
-                    while got < most and (batch := next(batches, None)) is not None:
-                        got += 1
-                        yield batch
-                    if not got:
-                        raise WireError("the stream ended before its first frame")
-            except _Again as error:
-                wait.reset() if got else None
-                wait.after(error)
-
-
-def _read_batches(answer: _Answer, n: int, shape: Shape, short: bool) -> Iterator[Batch]:
-    """Batches of n rows; the last may be `short`."""
-    sequence, dtype = 0, getattr(torch, shape.dtype)
-    while True:
-        out, done, frames = torch.empty(n, 2, shape.n_layers, shape.d_acts, dtype=dtype), 0, []
-        while done < n:
-            answer.expect(0)
-            found = read_frame(answer.fill, shape, out[done:], sequence, answer.expect)
-            if found is None:
-                break
-            frames.append(found)
-            done, sequence = done + len(found[0]["row"]), sequence + 1
-            if found[1] != frames[0][1]:
-                raise WireError(f"found rows of two buffers, {found[1]} and {frames[0][1]}, in one batch")
-        if not frames:
-            return
-        if done < n and not short:
-            raise WireError(f"the stream was cut off within a batch: found {done} rows, wanted {n}")
-        columns = {name: np.concatenate([each[name] for each, _ in frames]) for name in COLUMNS}
-        yield Batch(out[:done], **columns, segment=frames[0][1])
+        The index is asked for when the answer has begun: it is of the same server, or of a later one.
+        """
+        with self._open("/index", {}) as other:
+            index = other.index()
+        if wanted and (
+            odd := mismatches(dataclasses.asdict(index) | {"rows": wanted.rows}, dataclasses.asdict(wanted))
+        ):
+            raise ServerError(f"the server now serves other rows ({odd}): start it as it was, or begin a new run")
+        shape, n, most = Shape(index.n_layers, index.d_acts, index.dtype), query["batch_size"], query.get("max_batches")
+        segment = answer.response.headers.get("x-clt-segment", "")
+        if not re.fullmatch(r"\w{1,16}" if most else "", segment, re.ASCII):
+            raise WireError(f"found the segment {segment!r:.40}, wanted 1 to 16 letters and digits (held out: none)")
+        sequence, got, fill = 0, 0, answer.response.readinto
+        while got != most:
+            batch, done = empty_batch(n, shape, segment), 0
+            while done < n and (rows := read_frame(fill, answer.expect, shape, sequence, batch, done)):
+                done, sequence = done + rows, sequence + 1
+            if done < n and (most or answer.response.length):
+                raise WireError(f"the stream ended after {got} batches of {n} and {done} rows")
+            if done:
+                yield batch._replace(**{name: getattr(batch, name)[:done] for name in ("activations", *COLUMNS)})
+            if done < n:
+                return
+            got += 1
 
 
 class _Answer(io.RawIOBase):
@@ -287,11 +234,8 @@ class _Answer(io.RawIOBase):
 
     response: http.client.HTTPResponse
 
-    def __init__(self, connection: http.client.HTTPConnection, timeout: float) -> None:
-        connection.connect()
-        self.socket, self.timeout = connection.sock, timeout
-        self.sendall = self.socket.sendall
-        connection.sock = self  # type: ignore[assignment]
+    def __init__(self, socket: Any, timeout: float) -> None:
+        self.socket, self.timeout, self.sendall = socket, timeout, socket.sendall
         self.expect(0)
 
     def expect(self, size: int) -> None:
@@ -314,72 +258,49 @@ class _Answer(io.RawIOBase):
     def close(self) -> None:
         """Nothing: http.client closes it while the answer is still read."""
 
-    def fill(self, view: memoryview) -> int:
-        """Fill the view; returns how many bytes that were, fewer at the end of the answer alone."""
-        done = 0
-        while done < len(view):
-            # For each packet that woke this process, both ends would pay dearly.
-            wake = _WAKE if len(view) - done > _WAKE + _READ_AHEAD else 1
-            if sys.platform == "linux":
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake)
-            count = self.response.readinto(view[done : done + _WAKE])
-            if not count:
-                break
-            done += count
-        return done
-
-    def read_all(self, most: int) -> bytes:
+    def whole(self, most: int = 1 << 20) -> bytes:
         """All of it. Raises WireError when that is more than `most` bytes, or less than was announced."""
         self.expect(most)
-        data, wanted = b"", self.response.length
-        while len(data) <= most and (piece := self.response.read1(65_536)):
-            data += piece
-        if len(data) > most or len(data) < (wanted or 0):
-            raise WireError(f"found an answer of {len(data)} bytes, wanted {wanted if wanted else ''} at most {most}")
+        data = self.response.read(most + 1)
+        if len(data) > most or self.response.length:
+            raise WireError(f"found an answer of {len(data)} bytes that was cut off, or of more than {most}")
         return data
 
+    def json(self, field: str) -> dict[str, Any]:
+        """All of it: a JSON object with this field, a whole number."""
+        text, found = self.whole(), None
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(text)
+        if not isinstance(found, dict) or type(found.get(field)) is not int or found[field] < 0:
+            raise ServerError(f"found {text[:40]!r} where an activation server answers in JSON, with {field}")
+        return found
 
-def _is_like(value: Any, like: Any) -> bool:
-    """Whether the types are the same, of lists those of the items."""
-    if isinstance(like, list):
-        return isinstance(value, list) and all(type(item) is type(like[0]) for item in value)
-    return type(value) is type(like)
+    def index(self) -> StoreIndex:
+        """All of it: an index."""
+        tree = self.json("n_layers")
+        try:
+            return parse_index(tree)
+        except ValueError as error:
+            raise ServerError(f"the index is not of this version's activation server: {error!s:.500}") from error
 
+    def statistics(self, index: StoreIndex) -> Statistics:
+        """All of it: statistics of rows of this index."""
+        dims, right = (index.n_layers, index.d_acts), True
+        try:
+            tensors = safetensors.torch.load(self.whole(32 * index.n_layers * index.d_acts + (1 << 16)))
+            rows = int(tensors.pop("rows"))
+        except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise ServerError(f"found no statistics: {error}") from error
+        for name, tensor in tensors.items():
+            right &= tensor.shape == dims and tensor.dtype == torch.float64 and bool(tensor.isfinite().all())
+            right &= "sd" not in name or bool((tensor >= 0).all())
+        if not right or rows < 1 or {*tensors, "rows"} != {*STATISTICS_TENSORS}:
+            raise ServerError(f"found other statistics than finite {STATISTICS_TENSORS} {dims} of 1 row or more")
+        return Statistics(**tensors, rows=rows)
 
-def _makes_sense(index: dict[str, Any]) -> bool:
-    lists = [len(index[name]) == index["n_layers"] for name in ("layers", "input_sites", "output_sites")]
-    sizes = 0 < index["n_layers"] < 1 << 12 and 0 < index["d_acts"] < 1 << 20 and all(lists) and not index["shards"]
-    known = index["format_version"] == FORMAT_VERSION and index["dtype"] in ITEM_BYTES
-    return sizes and known and index["text"].get("part") in ("train", "heldout")
-
-
-def _read_json(answer: _Answer) -> Any:
-    text = answer.read_all(_JSON_BYTES)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ServerError(f"found {text[:40]!r} where an activation server answers in JSON") from error
-
-
-class _Waiting:
-    """Back-off: `after(error)` sleeps, ever longer, or raises `patience` seconds after the first error since a success.
-
-    What a consumer does between two batches is not waiting.
-    """
-
-    def __init__(self, patience: float) -> None:
-        self.patience = patience
-        self.reset()
-
-    def reset(self) -> None:
-        self.since, self.delay = None, _BACKOFF[0]
-
-    def after(self, error: _Again) -> None:
-        delay = max(error.after, self.delay * random.uniform(0.5, 1.0))  # many clients do not come back at once
-        first, self.since = self.since is None, self.since or time.monotonic()
-        if time.monotonic() + delay - self.since > self.patience:
-            raise ServerError(f"{error} (tried for {time.monotonic() - self.since:.0f} s)", 503) from error
-        if first:  # so that nobody sits before a silent program
-            log.warning("%s; trying again for %.0f s. Does the server run (clt serve)?", error, self.patience)
-        time.sleep(delay)
-        self.delay = min(2 * self.delay, _BACKOFF[1])
+    def reason(self) -> str:
+        """What it says for itself, of a refusal."""
+        text = self.whole().decode("utf-8", "replace") or self.response.reason
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            text = json.loads(text)["error"]
+        return f"answered {self.response.status}: {text!s:.1000}"

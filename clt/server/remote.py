@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from clt.config import Config
@@ -18,12 +16,12 @@ from clt.data.lock import locked
 from clt.data.shards import COLUMN_DTYPES
 from clt.data.writer import write_store
 from clt.errors import UserError
-from clt.server.client import ActivationClient, ServerError, read_token
-from clt.server.wire import Batch, Shape, as_bytes
+from clt.server.client import ActivationClient, read_token
+from clt.server.wire import Batch, Shape, as_bytes, empty_batch
 
 _PATIENCE = 600.0  # seconds that a run waits for a server that is away
 _OWN = ("format_version", "n_layers", "d_acts", "dtype", "rows", "shards")  # what write_store says itself
-_FRAME_BYTES = 8 << 20  # small enough to be received while the last one is copied
+_BATCH_BYTES = 8 << 20  # small enough to be received while the last one is copied
 
 
 class ServerStore:
@@ -35,56 +33,35 @@ class ServerStore:
 
     threads = 1  # the rows come in the stream's order
 
-    consumed: dict[str, int]
-    """Rows read, by the buffer of the server (its `segment`) that they came from."""
-
     def __init__(self, client: ActivationClient, rows: int) -> None:
-        self.client, self.path, self.consumed = client, client.url, {}
+        self.client, self.path = client, client.url
         self.index, self.statistics = dataclasses.replace(client.index(), rows=rows), client.statistics()
-        self._batches: Iterator[Batch] = iter(())
-        self.row_bytes = Shape(self.index.n_layers, self.index.d_acts, self.index.dtype).row_bytes
-        self._rest = torch.empty(0)
+        self.shape = Shape(self.index.n_layers, self.index.d_acts, self.index.dtype)
+        self.consumed: dict[str, int] = {}
+        """Rows read, by the buffer of the server (its `segment`) that they came from."""
+        self._batches: Iterator[Batch] | None = None
+        self._rest = empty_batch(0, self.shape, "").activations
 
     def __len__(self) -> int:
         return self.index.rows
 
     def read(self, rows: np.ndarray, out: Tensor) -> Tensor:
         """The next len(rows) rows (n, 2, L, D), into `out`. One thread at a time. Raises ServerError."""
+        if self._batches is None:
+            n = min(self.client.stats()["max_batch"], max(1, _BATCH_BYTES // self.shape.row_bytes))
+            self._batches = self.client.stream_activations(n, index=self.index)
         done = 0
         while done < len(rows):
             if len(self._rest) == 0:
-                self._rest = self._next()
+                batch = next(self._batches)
+                self.consumed[batch.segment] = self.consumed.get(batch.segment, 0) + len(batch.row)
+                self._rest = batch.activations
             take = min(len(self._rest), len(rows) - done)
             # Not by torch: its copy would start OpenMP's threads for this thread, too, and with more of them than
             # processors they wait asleep; a training step on two cores took twice as long.
             np.copyto(np.asarray(as_bytes(out[done : done + take])), np.asarray(as_bytes(self._rest[:take])))
             self._rest, done = self._rest[take:], done + take
         return out
-
-    def _next(self) -> Tensor:
-        try:
-            batch = next(self._batches)
-        except (ServerError, StopIteration) as error:  # the first call; or it was started again, with another limit
-            if isinstance(error, ServerError) and error.status != 422:
-                raise
-            most = self.client.stats()["max_batch"]
-            self._batches = self.client.stream_activations(min(most, max(1, _FRAME_BYTES // self.row_bytes)))
-            batch = next(self._batches)
-        if batch.segment not in self.consumed:
-            self._check_index()
-        self.consumed[batch.segment] = self.consumed.get(batch.segment, 0) + len(batch.row)
-        return batch.activations
-
-    def _check_index(self) -> None:
-        """A buffer that is new to this run may be that of a server that was started again with another config."""
-        wanted, found = dataclasses.asdict(self.index), dataclasses.asdict(self.client.index())
-        odd = [key for key in wanted if key not in ("rows", "shards") and found[key] != wanted[key]]
-        if odd:
-            told = "; ".join(f"{key}: found {found[key]!r}, wanted {wanted[key]!r}" for key in odd)
-            raise UserError(
-                f"{self.path} now serves other rows ({told}): it was started again with another config; start it with "
-                "the old one, or begin a new run"
-            )
 
 
 def open_server(config: Config) -> ServerStore:
@@ -109,38 +86,26 @@ def fetch_heldout(config: Config) -> None:
     The training rows' statistics go to `<data.store>/train`. Raises UserError for a copy of other rows.
     """
     store, path = open_server(config), Path(config.data.store) / "heldout"
-    index = dataclasses.asdict(store.index)
-    fields = {key: index[key] for key in index if key not in _OWN} | {"text": {**index["text"], "part": "heldout"}}
+    fields = {key: value for key, value in dataclasses.asdict(store.index).items() if key not in _OWN}
+    fields["text"]["part"] = "heldout"
     path.mkdir(parents=True, exist_ok=True)
     with locked(path, wait=True):  # many runs may start at once on one file system
         if not (path / INDEX).exists():
-            _fetch(store, path, config.data.heldout_tokens, fields)
-        found = dataclasses.asdict(read_index(path))
-        odd = [f"{key}: found {found[key]!r}, wanted {fields[key]!r}" for key in fields if found[key] != fields[key]]
-        if odd:
-            raise UserError(
-                f"{path} does not hold the held-out rows of {store.path} ({'; '.join(odd)}): delete it, or set "
-                "data.store to another directory"
-            )
+            n, done = config.data.heldout_tokens, 0
+            rows = empty_batch(n, store.shape, "")  # in memory once: they may be most of what there is
+            for batch in store.client.heldout(min(64, store.client.stats()["max_batch"])):
+                end = done + len(batch.row)
+                if end > n:
+                    raise UserError(
+                        f"the server {store.path} has more than data.heldout_tokens={n} held-out rows: set it to their "
+                        "number"
+                    )
+                for name in ("activations", *COLUMN_DTYPES):
+                    getattr(rows, name)[done:end] = getattr(batch, name)
+                done = end
+            columns = {name: getattr(rows, name)[:done] for name in COLUMN_DTYPES}
+            write_store(path, rows.activations[:done], columns=columns, **fields)
         if not (train := path.with_name("train") / STATISTICS).exists():  # `clt eval` wants them later
             train.parent.mkdir(exist_ok=True)
             store.statistics.save(train)
     check_store(read_index(path), config)
-
-
-def _fetch(store: ServerStore, path: Path, rows: int, fields: dict[str, Any]) -> None:
-    """In memory once: they may be most of what there is."""
-    shape = (rows, 2, store.index.n_layers, store.index.d_acts)
-    tensor = torch.empty(shape, dtype=getattr(torch, store.index.dtype))
-    columns, done = {name: np.zeros(rows, dtype) for name, dtype in COLUMN_DTYPES.items()}, 0
-    for batch in store.client.heldout(min(64, store.client.stats()["max_batch"])):
-        end = done + len(batch.row)
-        if end > rows:
-            raise UserError(
-                f"the server {store.path} has more than data.heldout_tokens={rows} held-out rows: set it to its number"
-            )
-        tensor[done:end] = batch.activations
-        for name, column in columns.items():
-            column[done:end] = getattr(batch, name)
-        done = end
-    write_store(path, tensor[:done], columns={name: column[:done] for name, column in columns.items()}, **fields)

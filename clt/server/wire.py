@@ -9,7 +9,7 @@
     header    of a safetensors payload, the same for all frames of n rows of one segment
     body      document, row (n,) I64, token, position (n,) I32, activations (n, 2, L, D) F16|BF16|F32
 
-All numbers are little-endian. Header and body together are a safetensors file. A reader needs no number of it but n:
+All numbers are little-endian. Header and body together are a safetensors file. A reader takes no number of it but n:
 all else follows from the server's index, and is compared with what came.
 """
 
@@ -31,29 +31,13 @@ COLUMNS = {"document": "<i8", "row": "<i8", "token": "<i4", "position": "<i4"}
 COLUMN_BYTES = 24
 """Bytes of all columns, a row."""
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-_PIECE = 1 << 21
 _NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-_FIXED, _SUM = struct.Struct("<4sIQ16sQ"), struct.Struct("<Q")
+_FIXED, _START = struct.Struct("<4sIQ16sQ"), 48  # bytes before the header
+_PIECE = 1 << 21  # bytes that are hashed while they are still in the cache
 
 
 class WireError(Exception):
-    """Bytes that are not what was sent, or not what was asked for."""
-
-
-class Batch(NamedTuple):
-    """Rows in memory of their own."""
-
-    activations: Tensor
-    """(n, 2, L, D) in the server's dtype"""
-    token: np.ndarray
-    """(n,) int32"""
-    position: np.ndarray
-    """(n,) int32"""
-    document: np.ndarray
-    """(n,) int64"""
-    row: np.ndarray
-    """(n,) int64 serial numbers, unique within the segment; of held-out rows their numbers in the store"""
-    segment: str
+    """Bytes that are not what was sent, or not what was asked for; asked again, the server may do better."""
 
 
 class Shape(NamedTuple):
@@ -67,6 +51,36 @@ class Shape(NamedTuple):
     def row_bytes(self) -> int:
         """Bytes of the activations (2, L, D) of a row."""
         return 2 * self.n_layers * self.d_acts * ITEM_BYTES[self.dtype]
+
+
+class Batch(NamedTuple):
+    """Rows in memory of their own, with their columns (n,).
+
+    `row` are serial numbers, unique within the segment; of held-out rows, which have no segment, those in the store.
+    """
+
+    activations: Tensor
+    """(n, 2, L, D) in the server's dtype"""
+    token: np.ndarray
+    position: np.ndarray
+    document: np.ndarray
+    row: np.ndarray
+    segment: str
+
+
+def empty_batch(n: int, shape: Shape, segment: str) -> Batch:
+    """Memory for n rows."""
+    rows = torch.empty(n, 2, shape.n_layers, shape.d_acts, dtype=getattr(torch, shape.dtype))
+    return Batch(rows, **{name: np.empty(n, kind) for name, kind in COLUMNS.items()}, segment=segment)
+
+
+class Slice(NamedTuple):
+    """Rows start .. stop - 1 of a body of n rows."""
+
+    body: np.ndarray
+    n: int
+    start: int
+    stop: int
 
 
 @functools.lru_cache(maxsize=64)
@@ -84,18 +98,9 @@ def header(n: int, shape: Shape, segment: str) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-class Slice(NamedTuple):
-    """Rows start .. stop - 1 of a body of n rows."""
-
-    body: np.ndarray
-    n: int
-    start: int
-    stop: int
-
-
 def frame_bytes(n: int, shape: Shape, segment: str) -> int:
     """Bytes of a frame of n rows."""
-    return _FIXED.size + _SUM.size + len(header(n, shape, segment)) + n * (COLUMN_BYTES + shape.row_bytes)
+    return _START + len(header(n, shape, segment)) + n * (COLUMN_BYTES + shape.row_bytes)
 
 
 def count_of(slices: Sequence[Slice]) -> int:
@@ -107,7 +112,7 @@ def columns_of(slices: Sequence[Slice]) -> dict[str, np.ndarray]:
     """The columns (n,) of all these rows."""
     at, columns = 0, {}
     for name, kind in COLUMNS.items():
-        whole = [np.frombuffer(p.body, kind, p.n, at * p.n)[p.start : p.stop] for p in slices]
+        whole = [np.frombuffer(part.body, kind, part.n, at * part.n)[part.start : part.stop] for part in slices]
         columns[name] = np.concatenate(whole)
         at += int(kind[-1])
     return columns
@@ -115,9 +120,8 @@ def columns_of(slices: Sequence[Slice]) -> dict[str, np.ndarray]:
 
 def activations_of(part: Slice, shape: Shape) -> Tensor:
     """The activations (n, 2, L, D) of these rows, without a copy."""
-    dims, at = (2, shape.n_layers, shape.d_acts), COLUMN_BYTES * part.n
-    flat = torch.frombuffer(part.body, dtype=getattr(torch, shape.dtype), offset=at)
-    return flat.view(part.n, *dims)[part.start : part.stop]
+    flat = torch.frombuffer(part.body, dtype=getattr(torch, shape.dtype), offset=COLUMN_BYTES * part.n)
+    return flat.view(part.n, 2, shape.n_layers, shape.d_acts)[part.start : part.stop]
 
 
 def body_of(activations: Tensor, columns: Mapping[str, np.ndarray]) -> Slice:
@@ -127,65 +131,65 @@ def body_of(activations: Tensor, columns: Mapping[str, np.ndarray]) -> Slice:
     return Slice(np.concatenate([*parts, np.asarray(as_bytes(activations))]), n, 0, n)
 
 
+def as_bytes(rows: Tensor) -> memoryview:
+    """The bytes of contiguous rows on the CPU, without a copy."""
+    return rows.view(-1).view(torch.uint8).numpy().data
+
+
 def frame(slices: Sequence[Slice], sequence: int, shape: Shape, segment: str) -> list[bytes | memoryview]:
     """The pieces of one frame of all these rows; the activations are not copied."""
     columns = b"".join(column.tobytes() for column in columns_of(slices).values())
-    rows, digest = [as_bytes(activations_of(part, shape)) for part in slices], xxh3_64(columns)
+    rows, digest = [_rows_of(part, shape) for part in slices], xxh3_64(columns)
     for part in rows:
         digest.update(part)
-    n = count_of(slices)
-    fixed, head = _FIXED.pack(MAGIC, n, sequence, segment.encode(), digest.intdigest()), header(n, shape, segment)
-    return [b"".join((fixed, _SUM.pack(xxh3_64_intdigest(fixed + head)), head, columns)), *rows]
+    return [_head(count_of(slices), sequence, shape, segment, digest.intdigest()) + columns, *rows]
+
+
+def _rows_of(part: Slice, shape: Shape) -> memoryview:
+    """The bytes of the activations of these rows; for each frame, tensors would cost more than the checksum."""
+    first, last = (COLUMN_BYTES * part.n + row * shape.row_bytes for row in (part.start, part.stop))
+    return part.body.data[first:last]
+
+
+def _head(n: int, sequence: int, shape: Shape, segment: str, body_sum: int) -> bytes:
+    """A frame's bytes before its body."""
+    fixed, text = _FIXED.pack(MAGIC, n, sequence, segment.encode(), body_sum), header(n, shape, segment)
+    return fixed + xxh3_64_intdigest(fixed + text).to_bytes(8, "little") + text
 
 
 def read_frame(
-    fill: Callable[[memoryview], int], shape: Shape, out: Tensor, sequence: int, begin: Callable[[int], None]
-) -> tuple[dict[str, np.ndarray], str] | None:
-    """The columns (n,) and the segment of the next frame, whose activations go into the first n rows of `out`.
+    fill: Callable[[memoryview], int], begin: Callable[[int], None], shape: Shape, sequence: int, out: Batch, at: int
+) -> int:
+    """Read frame number `sequence` of a stream into `out`, from row `at` on; returns its rows, 0 if the stream is over.
 
-    None where the stream ended between two frames. `fill` fills a view and returns how many bytes it did: fewer at the
-    end alone. `begin` is told how many bytes are to come once that is known. Raises WireError for anything but an
-    intact frame number `sequence` of that shape with 1 to len(out) rows.
+    `fill` fills a view and returns how many bytes it did: fewer at the end alone. `begin` is told how many bytes are to
+    come as soon as that is known. Raises WireError for anything but an intact frame of `shape` and `out`'s segment.
     """
-    start = bytearray(_FIXED.size + _SUM.size)
-    got = fill(memoryview(start))
-    if got == 0:
-        return None
-    magic, n, number, name, body_sum = _FIXED.unpack_from(start)
-    if got < len(start) or magic != MAGIC:
-        raise WireError(f"found {bytes(start[: min(got, 24)])!r} where a frame starts with {MAGIC!r}")
-    if number != sequence or not 0 < n <= len(out):
-        raise WireError(f"frame {number} of {n} rows came where frame {sequence} of 1 to {len(out)} rows was due")
-    segment = name.rstrip(b"\0").decode("latin-1")
-    if segment and not (segment.isascii() and segment.isalnum()):
-        raise WireError(f"found the segment {segment!r}, wanted letters and digits")
-    wanted = header(n, shape, segment)
-    begin(len(wanted) + n * (COLUMN_BYTES + shape.row_bytes))
-    found, columns = bytearray(len(wanted)), np.empty(n * COLUMN_BYTES, np.uint8)
-    _whole(fill, memoryview(found))
-    if xxh3_64_intdigest(start[: _FIXED.size] + found) != _SUM.unpack_from(start, _FIXED.size)[0]:
-        raise WireError(f"frame {number} is damaged: its header's checksum does not match")
-    if found != wanted:
-        raise WireError(f"frame {number} is not of {n} rows {shape} as the server's index says: {bytes(found)!r:.300}")
+    start, room = bytearray(_START), len(out.row) - at
+    begin(len(start))
+    if (got := fill(memoryview(start))) == 0:
+        return 0
+    magic, n, number, _, body_sum = _FIXED.unpack_from(start)
+    if got < len(start) or (magic, number) != (MAGIC, sequence) or not 0 < n <= room:
+        raise WireError(f"found {bytes(start[:got])!r} where frame {sequence} of 1 to {room} rows was due")
+    text = bytearray(len(header(n, shape, out.segment)))
+    begin(len(text) + n * (COLUMN_BYTES + shape.row_bytes))
+    _whole(fill, memoryview(text))
+    if start + text != _head(n, sequence, shape, out.segment, body_sum):
+        raise WireError(
+            f"frame {sequence} is damaged, or not of {n} rows {shape} as the index says: {bytes(text)!r:.300}"
+        )
     digest = xxh3_64()
-    for view in (columns.data, as_bytes(out[:n])):
-        for at in range(0, len(view), _PIECE):  # hashed while it is still in the cache
-            _whole(fill, part := view[at : at + _PIECE])
-            digest.update(part)
+    columns = [getattr(out, name)[at : at + n].view(np.uint8).data for name in COLUMNS]
+    for view in (*columns, as_bytes(out.activations[at : at + n])):
+        for first in range(0, len(view), _PIECE):
+            _whole(fill, piece := view[first : first + _PIECE])
+            digest.update(piece)
     if digest.intdigest() != body_sum:
-        raise WireError(f"frame {number} is damaged: its body's checksum does not match")
-    at, arrays = 0, {}
-    for name, kind in COLUMNS.items():
-        arrays[name] = np.frombuffer(columns, kind, n, at)
-        at += arrays[name].nbytes
-    return arrays, segment
+        raise WireError(f"frame {sequence} is damaged: its body's checksum does not match")
+    return n
 
 
 def _whole(fill: Callable[[memoryview], int], view: memoryview) -> None:
     if (got := fill(view)) < len(view):
         raise WireError(f"the stream was cut off within a frame: found {got} bytes, wanted {len(view)}")
-
-
-def as_bytes(rows: Tensor) -> memoryview:
-    """The bytes of contiguous rows on the CPU, without a copy."""
-    return rows.view(-1).view(torch.uint8).numpy().data

@@ -32,9 +32,10 @@ class StoreSource:
 
     failure: BaseException | None = None
     """Why `batches` ended before the last step, other than by a signal: raise it when the run has been saved."""
+    loader: Loader | None = None
 
     def __init__(self, store: DiscBuffer | ServerStore, config: Config, world: World) -> None:
-        self.store, self.world, self.steps = store, world, config.train.steps
+        self.store, self.world, self.steps, self.prefetch = store, world, config.train.steps, config.data.prefetch
         self.index, self.statistics = store.index, store.statistics
         data, batch = world.data, config.train.batch_tokens
         self.batch_tokens = batch
@@ -45,8 +46,6 @@ class StoreSource:
                 f"train.accumulate={config.train.accumulate} micro-batches cannot be made of a rank's share of "
                 f"train.batch_tokens={batch}, {batch // data.size} rows: lower the one or raise the other"
             )
-        self.prefetch = config.data.prefetch
-        self.loader: Loader | None = None
 
     @property
     def stalled(self) -> float:
@@ -54,10 +53,22 @@ class StoreSource:
         return 0.0 if self.loader is None else self.loader.stalled
 
     def batches(self, step: int, watch: Watch) -> Iterator[Tensor]:
-        """Batches (b, 2, L, D) in storage dtype, on the device, from `step` on; each is valid until the next."""
-        loader = self._load(step)
-        for _ in range(step, self.steps):
-            yield self._next(loader)
+        """Batches (b, 2, L, D) in storage dtype, on the device, from `step` on; each is valid until the next.
+
+        Ends early when `wait` does so.
+        """
+        reads = self.world.feature.rank == 0
+        sampler = DistributedSampler(*self.order, step, self.steps) if reads else ()
+        self.loader = Loader(self.store, sampler, self.world.device, self.prefetch)
+        for done in range(step, self.steps):
+            if not self.wait(self.loader, done, watch):
+                return
+            batch = next(self.loader) if reads else self.zeros(self.world.data.share(self.batch_tokens))
+            yield self.world.feature.broadcast(batch)
+
+    def wait(self, loader: Loader, done: int, watch: Watch) -> bool:
+        """Wait for the batch after `done` steps; whether there is one, on which all ranks agree."""
+        return True
 
     def zeros(self, rows: int) -> Tensor:
         """A batch of that many rows of zeros, as `batches` gives them."""
@@ -79,43 +90,23 @@ class StoreSource:
         if self.loader is not None:
             self.loader.close()
 
-    @property
-    def _reads(self) -> bool:
-        return self.world.feature.rank == 0
-
-    def _load(self, step: int) -> Loader:
-        sampler = DistributedSampler(*self.order, step, self.steps) if self._reads else ()
-        self.loader = Loader(self.store, sampler, self.world.device, self.prefetch)
-        return self.loader
-
-    def _next(self, loader: Loader) -> Tensor:
-        batch = next(loader) if self._reads else self.zeros(self.world.data.share(self.batch_tokens))
-        return self.world.feature.broadcast(batch)
-
 
 class ServerSource(StoreSource):
     """The rows that an activation server streams to this rank. The server chooses them, and gives each row out once."""
 
     store: ServerStore
 
-    def batches(self, step: int, watch: Watch) -> Iterator[Tensor]:
-        """As a store's, but a server may be away for minutes: before each batch the ranks agree that all have it.
-
-        Ends early when a rank's server is lost, or when a rank is told to stop while one waits.
-        """
-        loader = self._load(step)
-        for done in range(step, self.steps):
-            waiting = True
-            while waiting:
-                ready = not self._reads or loader.ready(TICK)
-                flags = (not ready, watch.stopping, loader.failure is not None)
-                waiting, told, failed = dist.count(self.world, *flags)
-                watch.progress(done)
-                if failed:
-                    self.failure = loader.failure or SystemExit(2)  # the rank that lost its server says why
-                if failed or (waiting and told):
-                    return
-            yield self._next(loader)
+    def wait(self, loader: Loader, done: int, watch: Watch) -> bool:
+        """A server may be away for minutes. No batch comes when a rank's is lost, or one is told to stop meanwhile."""
+        while True:
+            waiting, told, failed = dist.count(
+                self.world, not loader.ready(TICK), watch.stopping, loader.failure is not None
+            )
+            watch.progress(done)
+            if failed:
+                self.failure = loader.failure or SystemExit(2)  # the rank that lost its server says why
+            if failed or not waiting or told:
+                return not failed and not waiting
 
     def position(self) -> dict[str, Any]:
         """Rows read so far, over all ranks, by the buffer of the server that they came from."""

@@ -1,99 +1,268 @@
-"""Runs whose server is away for longer than they can wait: they end with a checkpoint of all their steps."""
+"""Runs that read from a server: in every layout of ranks, and while the server is away."""
 
+import contextlib
+import dataclasses
+import http.server
+import itertools
+import json
+import multiprocessing
 import os
+import shutil
 import signal
+import socket
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_ddp
+from clt import cli
 from clt.config import load_config
-from clt.parsing import to_yaml
+from clt.data.store import DiscBuffer
 from clt.server.client import ActivationClient
+from clt.server.wire import Shape, body_of, frame, frame_bytes
 from clt.train import checkpoint
 from clt.train.watch import PREEMPTED
-from tests.distributed.test_faults import ranks, start, wait_for_steps
-from tests.server.conftest import eventually, pause_generator
+from tests.server.conftest import Server, eventually, pause_generator
+
+STEPS = 40
+ONE_READS = "parallel.feature_shards=2"  # and sends the other what it read: of two that read, one might get all rows
 
 
-def config(server, lm_overrides, tmp_path) -> str:
-    keys = [f"data.store={tmp_path / 'here'}", "data.source=server", f"data.url={server.url}",
-            "clt.d_features=24", "train.batch_tokens=500", "train.compile=false", "log.every=5",
-            "checkpoint.every=0", "eval.every=0"]  # fmt: skip
-    (tmp_path / "config.yaml").write_text(to_yaml(load_config(None, [*lm_overrides, *keys])))
-    return str(tmp_path / "config.yaml")
+def rank(number: int, size: int, port: int, overrides: list[str], log: Path) -> None:
+    """One rank of a run, as torchrun would start it."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    sys.exit(cli.exit_on_user_error(train_ddp.main, load_config(None, overrides), False))
 
 
-def wait_until_it_stands(metrics) -> None:
-    size, since = -1, time.monotonic()
-    while time.monotonic() < since + 3:
-        if metrics.stat().st_size != size:
-            size, since = metrics.stat().st_size, time.monotonic()
-        time.sleep(0.05)
+class Job:
+    """The ranks of a run, in processes of their own, from a process that has imported what they need."""
+
+    def __init__(self, size: int, overrides: list[str], run: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.server.conftest", "tests.server.test_away", "clt.train.state"])
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        self.run, self.log = run, run.with_suffix(".log")
+        keys = [*overrides, f"run.dir={run}", "eval.replacement_tokens=0"]
+        self.ranks = [context.Process(target=rank, args=(i, size, port, keys, self.log)) for i in range(size)]
+        for process in self.ranks:
+            process.start()
+
+    def wait(self, *words: str) -> None:
+        """Until all of these words are in its log."""
+        eventually(lambda: all(word in self.said() for word in words) or self.ended(), 120)
+        assert not self.ended(), self.said()
+
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def ended(self) -> bool:
+        return any(process.exitcode is not None for process in self.ranks)
+
+    def end(self) -> list[int | None]:
+        """The ranks' statuses, once they have ended."""
+        for process in self.ranks:
+            process.join(120)
+        return [process.exitcode for process in self.ranks]
 
 
-def test_a_signal_while_the_server_is_away_stops_all_ranks_with_a_checkpoint(serve, lm_overrides, tmp_path):
-    server, run = serve("server.max_batch=8"), tmp_path / "run"
-    with start(config(server, lm_overrides, tmp_path), "parallel.timeout_seconds=6", run_dir=run) as job:
-        wait_for_steps(job, run)
-        server.process.kill()
-        server.process.wait()
-        wait_until_it_stands(run / "metrics.jsonl")
-        time.sleep(6)  # to wait is no hang
-        os.kill(ranks(job)[1], signal.SIGUSR1)
-        _, stderr = job.communicate(timeout=60)
-    assert stderr.count(f"exitcode  : {PREEMPTED}") == 2, stderr
-    (step,) = checkpoint.steps(run / "checkpoints")
-    assert f"stopped after step {step} of 1000, with a checkpoint" in stderr
-    assert step >= 5
-    assert "tried for" not in stderr
-    server.start()
+@pytest.fixture
+def job(no_gpu_for_several_ranks: None) -> Iterator[Callable[..., Job]]:
+    """job(size, overrides, run): a Job, whose processes do not outlive the test."""
+    jobs: list[Job] = []
+
+    def start(*arguments) -> Job:
+        jobs.append(Job(*arguments))
+        return jobs[-1]
+
+    yield start
+    for process in itertools.chain.from_iterable(job.ranks for job in jobs):
+        process.kill()
+        process.join()
 
 
-def come_back_as_another(server, tmp_path) -> None:
-    """With a token that the run does not have: it will not help to wait."""
-    (tmp_path / "token").write_text("quite-another-token")
-    (tmp_path / "token").chmod(0o600)
+@pytest.fixture(scope="module")
+def server(serve) -> Server:
+    return serve("server.rows=2048", "server.max_batch=8", "server.wait_seconds=1")
+
+
+@pytest.fixture
+def dry(server) -> Iterator[ActivationClient]:
+    """A client of the server, whose generator stands still when it has filled the buffer.
+
+    So a run has rows for fewer than STEPS steps and then waits, however much of a stream the sockets' buffers hold.
+    """
+    if server.process.poll() is not None:
+        server.start()
+    client = ActivationClient(server.url)
+    eventually(lambda: client.stats()["fill"] == 1)
+    generator = pause_generator(client)
+    yield client
+    with contextlib.suppress(ProcessLookupError):  # killed with the server
+        os.kill(generator, signal.SIGCONT)
+
+
+@pytest.fixture
+def keys(server, train_overrides) -> list[str]:
+    return [*train_overrides[1:], "data.source=server", f"data.url={server.url}", f"train.steps={STEPS}", "log.every=1"]
+
+
+def kill(server: Server) -> None:
     server.process.kill()
     server.process.wait()
-    server.start(f"server.token_file={tmp_path / 'token'}")
 
 
-def test_a_server_that_comes_back_as_another_costs_no_step(serve, lm_overrides, tmp_path):
-    server, run = serve("server.max_batch=8"), tmp_path / "run"
-    with start(config(server, lm_overrides, tmp_path), run_dir=run) as job:
-        wait_for_steps(job, run)
-        come_back_as_another(server, tmp_path)
-        _, stderr = job.communicate(timeout=60)
-    assert "exitcode  : 2" in stderr, stderr
-    assert f"exitcode  : {PREEMPTED}" not in stderr, "the same command again will not help"
-    assert " answered 401: this server wants its token" in stderr
-    (step,) = checkpoint.steps(run / "checkpoints")
-    assert f"stopped after step {step} of 1000, with a checkpoint" in stderr
-    assert step >= 5
+def test_a_run_that_had_no_row_leaves_nothing_to_resume(dry, keys, job, tmp_path):
+    dry.refresh()
+    run = job(1, keys, tmp_path / "run")
+    run.wait("; trying again for 600 s.")
+    os.kill(run.ranks[0].pid or 0, signal.SIGTERM)
+    assert run.end() == [PREEMPTED], run.said()
+    assert f"stopped after step 0 of {STEPS}, before the first step, so nothing was saved" in run.said()
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
-def test_a_run_that_had_no_row_leaves_nothing_to_resume(serve, lm_overrides, tmp_path):
-    server, run = serve("server.wait_seconds=1"), tmp_path / "run"
-    client = ActivationClient(server.url)
-    generator = pause_generator(client)
-    try:
-        client.refresh()
-        with start(config(server, lm_overrides, tmp_path), run_dir=run, processes=1) as job:
-            eventually(lambda: (run / "config.yaml").exists())
-            time.sleep(3)
-            os.kill(ranks(job)[0], signal.SIGTERM)
-            _, stderr = job.communicate(timeout=60)
-    finally:
-        os.kill(generator, signal.SIGCONT)
-    assert f"exitcode  : {PREEMPTED}" in stderr, stderr
-    assert "stopped after step 0 of 1000, before the first step, so nothing was saved" in stderr
-    assert not list(run.glob("checkpoints/*"))
+def test_two_ranks_wait_out_a_killed_server_and_their_run_is_evaluated_again(server, dry, keys, job, tmp_path):
+    """Each rank has its own stream, no row is read twice, and the rows of both are counted."""
+    before = dry.stats()["rows_drawn"]
+    run = job(2, [*keys, f"data.store={tmp_path / 'here'}"], tmp_path / "run")
+    run.wait("; trying again for 600 s.")
+    kill(server)
+    server.start()
+    assert run.end() == [0, 0], run.said()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (read,) = summary["rows_by_segment"].values()  # the buffer outlives a kill
+    assert STEPS * 60 <= read <= dry.stats()["rows_drawn"] - before
+    state = json.loads((tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}" / "state.json").read_text())
+    assert STEPS * 60 <= sum(state["rows_by_segment"].values()) <= read
+    cli.main(["eval", str(tmp_path / "run")])
+    again = json.loads((tmp_path / "run" / f"report_step_{STEPS:08d}" / "evaluation.json").read_text())
+    assert again["fve"] == pytest.approx(summary["fve"], abs=1e-6)
 
 
-def test_numbers_that_are_not_finite_are_not_saved_for_a_server_that_is_away(serve, lm_overrides, tmp_path):
-    server, run = serve("server.max_batch=8"), tmp_path / "run"
-    client, keys = ActivationClient(server.url), ("optim.lr=1e30", "train.precision=fp32", "log.every=1000")
-    with start(config(server, lm_overrides, tmp_path), *keys, run_dir=run, processes=1) as job:
-        eventually(lambda: client.stats()["rows_drawn"] > 20_000)
-        come_back_as_another(server, tmp_path)
-        _, stderr = job.communicate(timeout=60)
-    assert " was not finite at step " in stderr, stderr
-    assert not list(run.glob("checkpoints/*"))
+def test_a_signal_while_the_server_is_away_stops_all_ranks_and_the_run_goes_on(server, dry, keys, job, train, tmp_path):
+    run = job(2, [*keys, ONE_READS, "parallel.timeout_seconds=6"], tmp_path / "run")
+    run.wait("; trying again for 600 s.")
+    kill(server)
+    time.sleep(7)  # to wait is no hang
+    os.kill(run.ranks[1].pid or 0, signal.SIGUSR1)
+    assert run.end() == [PREEMPTED, PREEMPTED], run.said()
+    (step,) = checkpoint.steps(tmp_path / "run" / "checkpoints")
+    assert f"stopped after step {step} of {STEPS}, with a checkpoint" in run.said()
+    assert 1 <= step < STEPS
+    assert "tried for" not in run.said()
+    saved = json.loads((tmp_path / "run" / "checkpoints" / f"step_{step:08d}" / "state.json").read_text())
+    server.start()
+    rows = train(*keys, f"run.dir={tmp_path / 'run'}", "eval.replacement_tokens=0").summary["rows_by_segment"]
+    assert rows.keys() == saved["rows_by_segment"].keys()
+    assert sum(rows.values()) >= 60 * (STEPS - step) + sum(saved["rows_by_segment"].values())
+
+
+def come_back_as_another(server: Server, path: Path) -> None:
+    """With a token that the run does not have: it will not help to wait."""
+    (path / "token").write_text("quite-another-token")
+    (path / "token").chmod(0o600)
+    kill(server)
+    server.start(f"server.token_file={path / 'token'}")
+
+
+def test_a_server_that_comes_back_as_another_costs_no_step(server, dry, keys, job, tmp_path):
+    run = job(2, [*keys, ONE_READS], tmp_path / "run")
+    run.wait("; trying again for 600 s.")
+    come_back_as_another(server, tmp_path)
+    assert run.end() == [2, 2], run.said()
+    assert " answered 401: this server wants its token" in run.said()
+    (step,) = checkpoint.steps(tmp_path / "run" / "checkpoints")
+    assert f"stopped after step {step} of {STEPS}, with a checkpoint" in run.said()
+    assert step >= 1
+    kill(server)
+
+
+def test_numbers_that_are_not_finite_are_not_saved_for_a_server_that_is_away(server, dry, keys, job, tmp_path):
+    run = job(1, [*keys, "log.every=1000", "optim.lr=1e30"], tmp_path / "run")
+    run.wait("; trying again for 600 s.")
+    come_back_as_another(server, tmp_path)
+    assert run.end() == [2], run.said()
+    assert " was not finite at step " in run.said()
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    kill(server)
+
+
+class Replay(http.server.BaseHTTPRequestHandler):
+    """A server that gives the rows of a store in order: a batch of 60 to one stream, or half of it to each of two."""
+
+    store: DiscBuffer
+    streams = 1
+    given = 0
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path, store, n = self.path.partition("?")[0], self.store, 60 // self.streams
+        if path == "/activations/stream":
+            assert f"batch_size={n}&" in self.path, "see max_batch"
+            own, kind = type(self).given % self.streams, type(self)
+            kind.given += 1
+            shape = Shape(store.index.n_layers, store.index.d_acts, store.index.dtype)
+            self.head(frame_bytes(n, shape, "replay") << 20)
+            with contextlib.suppress(ConnectionError):
+                for sequence in itertools.count():
+                    rows = np.arange(n) + sequence % (len(store) // 60) * 60 + own * n
+                    columns = {"document": rows, "row": rows, "token": rows, "position": rows}
+                    self.wfile.write(b"".join(frame([body_of(store.read(rows), columns)], sequence, shape, "replay")))
+            return
+        answers = {
+            "/index": json.dumps({**dataclasses.asdict(store.index), "rows": 0, "shards": []}).encode(),
+            "/stats": json.dumps({"max_batch": n}).encode(),
+            "/statistics": (store.path / "stats.safetensors").read_bytes(),
+        }
+        self.head(len(answers[path]))
+        self.wfile.write(answers[path])
+
+    def head(self, size: int) -> None:
+        self.send_response(200)
+        self.send_header("content-length", str(size))
+        self.send_header("x-clt-segment", "replay")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def replay(stores: Path, directory: Path, streams: int) -> Iterator[list[str]]:
+    """The keys of a run that reads from a Replay; checks that it had so many streams."""
+    handler = type("Replay", (Replay,), {"store": DiscBuffer(stores / "train"), "streams": streams})
+    shutil.copytree(stores / "heldout", directory / "heldout")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield [f"data.store={directory}", "data.source=server", f"data.url=http://127.0.0.1:{server.server_port}"]
+        assert handler.given == streams
+        server.shutdown()
+
+
+@pytest.mark.parametrize(("processes", "feature_shards"), [(2, 2), (4, 2)])
+def test_every_layout_learns_the_same_from_the_same_rows(
+    processes, feature_shards, stores, train, train_overrides, job, tmp_path
+):
+    """Feature shards, too: one rank of a feature group reads and broadcasts. Against one process reading the same."""
+    with replay(stores, tmp_path / "one", 1) as keys:
+        wanted = train(*keys).weights
+    with replay(stores, tmp_path / "many", processes // feature_shards) as keys:
+        keys = [*train_overrides[1:], *keys, f"parallel.feature_shards={feature_shards}"]
+        run = job(processes, keys, tmp_path / "run")
+        assert run.end() == [0] * processes, run.said()
+    (path,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    weights = load_file(path / "model.safetensors")
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6)
+    assert json.loads((path / "state.json").read_text())["rows_by_segment"]["replay"] >= 600

@@ -1,8 +1,8 @@
 """Servers that lie, trickle or break off: each ends in a ServerError, and takes neither time nor memory."""
 
 import contextlib
-import copy
 import json
+import re
 import socket
 import struct
 import threading
@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from clt.errors import UserError
 from clt.server import client as module
 from clt.server.client import ActivationClient, ServerError
 from clt.server.remote import ServerStore
@@ -25,28 +26,26 @@ INDEX = {"format_version": 1, "model": "m", "revision": None, "tokenizer_hash": 
          "n_layers": 3, "d_acts": 4, "dtype": "float16", "rows": 0, "shards": [], "lm_layers": 3, "lm_dtype": "float32",
          "lm_revision": None}  # fmt: skip
 Send = Callable[[socket.socket], None]
-Answers = dict[str, Send]
 
 
 def rows(n: int, shape: Shape = SHAPE, sequence: int = 0, segment: str = "abc", first: int = 0) -> bytes:
     tensor = torch.zeros(n, 2, shape.n_layers, shape.d_acts, dtype=getattr(torch, shape.dtype))
-    return b"".join(
-        frame([body_of(tensor, {name: np.arange(first, first + n) for name in COLUMNS})], sequence, shape, segment)
-    )
+    body = body_of(tensor, {name: np.arange(first, first + n) for name in COLUMNS})
+    return b"".join(frame([body], sequence, shape, segment))
 
 
 def answer(
-    body: bytes, status: str = "200 OK", length: int | None = None, more: str = ""
-) -> Callable[[socket.socket], None]:
+    body: bytes, status: str = "200 OK", length: int | None = None, more: str = "x-clt-segment: abc\r\n"
+) -> Send:
     head = f"HTTP/1.1 {status}\r\ncontent-length: {len(body) if length is None else length}\r\n{more}\r\n".encode()
     return lambda connection: connection.sendall(head + body)
 
 
-def trickle(head: bytes, pause: float = 0.02) -> Send:
+def without_end(head: bytes, piece: bytes = b"1", pause: float = 0.02) -> Send:
     def send(connection: socket.socket) -> None:
         connection.sendall(head)
         while True:
-            connection.sendall(b"1")
+            connection.sendall(piece)
             time.sleep(pause)
 
     return send
@@ -58,19 +57,18 @@ def statistics(**changes: torch.Tensor | None) -> bytes:
     return safetensors.torch.save({key: value for key, value in (tensors | changes).items() if value is not None})
 
 
-GOOD: Answers = {"/index": answer(json.dumps(INDEX).encode()), "/stats": answer(b'{"max_batch": 100}'),
-                 "/statistics": answer(statistics())}  # fmt: skip
-
-
 @contextlib.contextmanager
-def liar(answers: Answers) -> Iterator[ActivationClient]:
-    """A client of a server that answers so; impatient, as asking again does not help."""
+def liar(patience: float = 0.0, **answers: Send | Iterator[Send]) -> Iterator[ActivationClient]:
+    """A client of a server that gives these answers, by the last word of their paths; an iterator's one by one."""
+    good = {"index": answer(json.dumps(INDEX).encode()), "stats": answer(b'{"max_batch": 100}'),
+            "statistics": answer(statistics())}  # fmt: skip
 
     def handle(connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
             request = connection.recv(65536).decode()
-            path = request.split()[1].split("?")[0] if request else "/"
-            ({**GOOD, **answers}).get(path, answer(b"no", "404 Not Found"))(connection)
+            word = re.split(r"[/? ]+", request.partition(" HTTP")[0].partition("?")[0])[-1]
+            send = (good | answers).get(word, answer(b"no", "404 Not Found"))
+            (next(send) if isinstance(send, Iterator) else send)(connection)
 
     def serve() -> None:
         with contextlib.suppress(OSError):
@@ -79,36 +77,47 @@ def liar(answers: Answers) -> Iterator[ActivationClient]:
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=serve, daemon=True).start()
-        yield ActivationClient(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.5, patience=0)
+        yield ActivationClient(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.3, patience=patience)
         listener.shutdown(socket.SHUT_RDWR)
 
 
 def test_the_honest_one_is_believed():
-    stream = answer(rows(2) + rows(2, sequence=1), more="")
-    with liar({"/activations/stream": stream, "/heldout": answer(rows(2, segment=""))}) as client:
-        assert [len(batch.row) for batch in client.stream_activations(2, 2)] == [2, 2]
-        assert client.index().n_layers == 3
-        assert client.statistics().rows == 9
-        assert len(next(client.heldout(2)).row) == 2
+    stream = answer(rows(2) + rows(1, sequence=1) + rows(1, sequence=2))
+    with liar(
+        stream=stream, heldout=answer(rows(2, segment="") + rows(1, sequence=1, segment="", first=2), more="")
+    ) as it:
+        assert [len(batch.row) for batch in it.stream_activations(2, 2)] == [2, 2]
+        assert it.index().n_layers == 3
+        assert it.statistics().rows == 9
+        assert [batch.row.tolist() for batch in it.heldout(2)] == [[0, 1], [2]]
+
+
+def test_what_breaks_off_is_asked_for_again_from_there_on():
+    """Patience counts from the first failure, not from the last batch, after which the caller may be busy for long."""
+    stream = iter([answer(rows(2) + rows(2, sequence=1)[:-9]), answer(b"", "503 No"), answer(rows(2, first=2))])
+    heldout = iter([answer(rows(2, segment=""), length=999, more=""), answer(rows(1, segment="", first=2), more="")])
+    with liar(patience=0.8, stream=stream, heldout=heldout) as it:
+        batches = it.stream_activations(2, 2)
+        assert next(batches).row.tolist() == [0, 1]
+        time.sleep(0.9)
+        assert next(batches).row.tolist() == [2, 3]
+        assert [batch.row.tolist() for batch in it.heldout(2)] == [[0, 1], [2]]
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"n_layers": -1}, {"n_layers": 10**12}, {"n_layers": True}, {"n_layers": 3.0}, {"n_layers": "3"},
-        {"n_layers": 2},
-        {"d_acts": 0}, {"d_acts": None}, {"dtype": "float64"}, {"dtype": "load"}, {"dtype": ["float16"]},
-        {"dtype": None},
-        {"layers": [0, 1, "2"]}, {"layers": 3}, {"layers": None}, {"input_sites": "abc"}, {"text": []}, {"text": {}},
-        {"format_version": 99}, {"shards": [{"file": "x"}]}, {"model": None}, {"rows": "many"}, {"unknown": 1},
-        {"seed": None}, {"context": float("nan")}, {"lm_layers": "x"},
+        {"n_layers": 2}, {"d_acts": 0}, {"d_acts": None}, {"dtype": "float64"}, {"dtype": "load"},
+        {"dtype": ["float16"]}, {"dtype": None}, {"layers": [0, 1, "2"]}, {"layers": 3}, {"input_sites": "abc"},
+        {"text": []}, {"text": {}}, {"format_version": 99}, {"shards": [{"file": "x"}]}, {"model": None},
+        {"rows": "many"}, {"unknown": 1}, {"context": float("nan")}, {"lm_layers": "x"},
     ],
 )  # fmt: skip
 def test_an_index_that_makes_no_sense(change):
-    tree = copy.deepcopy(INDEX) | change
-    with liar({"/index": answer(json.dumps(tree).encode())}) as client:
-        for ask in (client.index, client.statistics, lambda: next(client.stream_activations(2))):
-            with pytest.raises(ServerError):
+    with liar(index=answer(json.dumps(INDEX | change).encode()), stream=answer(rows(2))) as it:
+        for ask in (it.index, it.statistics, lambda: next(it.stream_activations(2))):
+            with pytest.raises(ServerError, match=next(iter(change))):
                 ask()
 
 
@@ -116,17 +125,13 @@ def test_an_index_that_makes_no_sense(change):
     "body", [b"", b"null", b"[]", b"3", b"{", b"[" * 100_000, b"\xff\xfe", b'{"max_batch": -1}', b'{"max_batch": 1e9}',
              b'{"max_batch": true}', b"<html>a notebook</html>"],
 )  # fmt: skip
-@pytest.mark.parametrize("path", ["/stats", "/index", "/refresh", "/statistics"])
-def test_answers_of_another_kind(path, body):
-    with liar({path: answer(body)}) as client:
-        ask = {
-            "/stats": client.stats,
-            "/index": client.index,
-            "/refresh": client.refresh,
-            "/statistics": client.statistics,
-        }
-        with pytest.raises(ServerError):
-            ask[path]()
+def test_answers_of_another_kind_are_told_at_once(body):
+    with liar(patience=600, **dict.fromkeys(("stats", "index", "refresh"), answer(body))) as it:
+        for ask in (it.stats, it.index, it.refresh):
+            with pytest.raises(ServerError, match="where an activation server answers in JSON"):
+                ask()
+    with liar(statistics=answer(body)) as it, pytest.raises(ServerError):
+        it.statistics()
 
 
 @pytest.mark.parametrize(
@@ -139,72 +144,85 @@ def test_answers_of_another_kind(path, body):
     ],
 )  # fmt: skip
 def test_statistics_of_another_shape_or_that_cannot_be(change):
-    with liar({"/statistics": answer(statistics(**change))}) as client, pytest.raises(ServerError):
-        client.statistics()
+    with liar(statistics=answer(statistics(**change))) as it, pytest.raises(ServerError, match="statistics"):
+        it.statistics()
 
 
 good = rows(2)
 LIES = {
-    "another shape": rows(2, Shape(3, 5, "float16")),
-    "another dtype": rows(2, Shape(3, 4, "bfloat16")),
-    "more rows than asked for": rows(3),
-    "no rows": good[:4] + struct.pack("<I", 0) + good[8:],
-    "4 billion rows": good[:4] + struct.pack("<I", 2**32 - 1) + good[8:],
-    "out of order": rows(2, sequence=5),
-    "a flipped bit": good[:-3] + bytes([good[-3] ^ 4]) + good[-2:],
-    "a segment of other bytes": rows(2, segment="a\n\x1b"),
-    "cut off": good[:-10],
-    "no frame": b"x" * 500,
-    "nothing": b"",
+    "another shape": answer(rows(2, Shape(3, 5, "float16"))),
+    "another dtype": answer(rows(2, Shape(3, 4, "bfloat16"))),
+    "more rows than asked for": answer(rows(3)),
+    "no rows": answer(good[:4] + struct.pack("<I", 0) + good[8:]),
+    "4 billion rows": answer(good[:4] + struct.pack("<I", 2**32 - 1) + good[8:]),
+    "out of order": answer(rows(2, sequence=5)),
+    "a flipped bit": answer(good[:-3] + bytes([good[-3] ^ 4]) + good[-2:]),
+    "another segment": answer(rows(2, segment="abd")),
+    "a segment of other bytes": answer(rows(2, segment="a\x1b"), more="x-clt-segment: a\x1b\r\n"),
+    "no segment": answer(rows(2, segment=""), more=""),
+    "cut off": answer(good[:-10]),
+    "fewer rows than asked for": answer(rows(1)),
+    "no frame": answer(b"x" * 500),
+    "nothing": answer(b""),
 }
 
 
 @pytest.mark.parametrize("lie", LIES)
 def test_frames_that_are_not_what_was_asked_for(lie):
-    with liar({"/activations/stream": answer(LIES[lie])}) as client:
+    with liar(stream=LIES[lie]) as it:
         with pytest.raises(ServerError):
-            next(client.stream_activations(2))
+            next(it.stream_activations(2, 1))
         with pytest.raises(ServerError):
-            ServerStore(client, 100).read(np.arange(2), torch.zeros(2, 2, 3, 4, dtype=torch.float16))
+            ServerStore(it, 100).read(np.arange(2), torch.zeros(2, 2, 3, 4, dtype=torch.float16))
 
 
-def test_heldout_rows_out_of_order():
-    for lie in (rows(2, segment="", first=1), rows(2, segment="abc")):
-        with (
-            liar({"/heldout": answer(lie)}) as client,
-            pytest.raises(ServerError, match="other rows than those from 0"),
-        ):
-            list(client.heldout(2))
+@pytest.mark.parametrize("lie", [answer(rows(2, segment="", first=1), more=""), answer(rows(2))])
+def test_heldout_rows_that_are_none_or_out_of_order(lie):
+    with liar(heldout=lie) as it, pytest.raises(ServerError, match=r"other rows than those from 0|segment"):
+        list(it.heldout(2))
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
 
 
 @pytest.mark.parametrize(
     "send",
     [
         answer(b"{}", length=10**15), answer(b"{}", length=-5), answer(b"x", "500 Oops"),
-        answer(b"[" * 99_999, "503 No"),
-        answer(b'{"error": {"a": 1}}', "403 No"), answer(b"", "503 No", more="retry-after: 99999999999999\r\n"),
+        answer(b"[" * 99_999, "503 No"), answer(b'{"error": {"a": 1}}', "403 No"),
+        answer(b"", "503 No", more="retry-after: 99999999999999\r\n"),
         answer(b"", "503 No", more="retry-after: \xb2\r\n"), answer(b"", "302 Found", more="location: /\r\n"),
-        answer(b"", "999 What"), answer(b"x", "abc"), trickle(b"HTTP/1.1 200 OK\r\na: "), trickle(b""),
-        trickle(b"HTTP/1.1 200 OK\r\ncontent-length: 9999999\r\n\r\n"), trickle(b"HTTP/1.1 100 Continue\r\n\r\n" * 50),
-        trickle(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"),
-        lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 500),
-        lambda connection: None,
+        answer(b"", "999 What"), answer(b"x", "abc"), without_end(OK + b"a: "), without_end(b""),
+        without_end(OK + b"content-length: 9999999\r\n\r\n"), without_end(b"HTTP/1.1 100 Continue\r\n\r\n" * 50),
+        without_end(OK + b"transfer-encoding: chunked\r\n\r\n"), without_end(OK, b"a: b\r\n", 0.001),
+        without_end(OK + b"connection: close\r\n\r\n", b" " * (1 << 20), 0.0), lambda connection: None,
     ],
 )  # fmt: skip
-def test_answers_that_trickle_or_are_no_http(send, monkeypatch):
+def test_answers_that_trickle_or_have_no_end_or_are_no_http(send, monkeypatch):
     """`timeout` is for each read, so a byte now and then would hold a client for ever without a least rate."""
     monkeypatch.setattr(module, "LEAST_RATE", 1 << 26)
-    with liar({"/stats": send, "/activations/stream": send}) as client:
-        for ask in (client.stats, lambda: next(client.stream_activations(2))):
+    with liar(stats=send, stream=send) as it:
+        for ask in (it.stats, lambda: next(it.stream_activations(2))):
             with pytest.raises(ServerError):
                 ask()
 
 
-def test_an_endless_answer_takes_no_memory():
-    def endless(connection: socket.socket) -> None:
-        connection.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n")
-        while True:
-            connection.sendall(b" " * (1 << 20))
+def test_patience_has_an_end_and_says_that_it_waits(caplog):
+    with pytest.raises(ServerError, match=r"127.0.0.1:9/stats: .*refused.*\(tried for"):
+        ActivationClient("http://127.0.0.1:9", patience=0.3).stats()
+    (waits,) = [record.message for record in caplog.records]
+    assert "refused; trying again for 0 s. Does the server run (clt serve)?" in waits
+    with pytest.raises(ServerError, match="refused"):
+        next(ActivationClient("http://127.0.0.1:9", patience=0).stream_activations())
 
-    with liar({"/stats": endless}) as client, pytest.raises(ServerError, match="at most"):
-        client.stats()
+
+@pytest.mark.parametrize(
+    ("url", "token"),
+    [("ftp://a", None), ("a:1", None), ("http://a:80000", None), ("http://a:80a", None), ("http://[::1", None),
+     ("http://u:secret@a", None), ("http://a:1", "secret\nsecret"), ("http://a:1", "secret\u20ac")],
+)  # fmt: skip
+def test_a_url_or_a_token_that_cannot_be_one_is_told_without_its_secret(url, token):
+    wanted = r"not of the form http://HOST:PORT|has a user's name or password|wanted printable ASCII"
+    with pytest.raises(UserError, match=wanted) as caught:
+        ActivationClient(url, token)
+    assert "secret" not in str(caught.value)
