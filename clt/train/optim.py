@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clt.config import OptimConfig
 from clt.errors import UserError
-from clt.train import distributed as dist
+from clt.train.distributed import World
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -42,8 +42,8 @@ NEVER = 2**62  # the step of a failure that did not happen
 class Update:
     """The optimizer's step with clipping, loss scale and the check for non-finite numbers, all on the device.
 
-    The fused Adam kernel divides gradients by a number and skips a step when told to, both read from device memory. So
-    clipping and unscaling cost no pass over the gradients, and nothing waits for the device.
+    The fused Adam kernel divides gradients by a number, and skips a step, as device memory says: clipping and unscaling
+    cost no pass over the gradients, and nothing waits for the device.
 
     A step whose gradient is not finite never changes the weights. With a loss scale above 1 (fp16) that is an
     overflow, and the scale is halved; otherwise it is a failure, recorded in `failed_at`, and with `stop` no later
@@ -96,13 +96,15 @@ class Update:
             skip = skip | (self.failed_at != NEVER).any()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # The two attributes through which torch's own GradScaler talks to a fused optimizer. Given a scale, the kernel
-        # also writes the gradients back, 4 bytes a parameter: it gets none where nothing is to be scaled.
-        if self.fp16 or self.clip_norm is not None:
-            clip = 1.0 if self.clip_norm is None else (norm / self.clip_norm).clamp_min(1)
-            self.optimizer.grad_scale = torch.where(skip, 1.0, self.scale * clip)  # type: ignore[attr-defined]
-        self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        clip = torch.ones_like(norm) if self.clip_norm is None else (norm / self.clip_norm).clamp_min(1)
+        if self.fp16:
+            self._adam(skip, self.scale * clip)
+        else:
+            # Given a scale, the kernel also writes the gradients back: 32 bytes per parameter instead of 28. So a step
+            # that needs no clipping is taken without one. The device decides, and skips the other of the two calls.
+            self._adam(skip | (clip > 1), None)
+            if self.clip_norm is not None:
+                self._adam(skip | (clip == 1), clip)
         self.skipped += skip
         if self.fp16:
             self.good_steps = torch.where(finite, self.good_steps + 1, 0)
@@ -111,11 +113,17 @@ class Update:
             self.scale = torch.where(finite, grown, (self.scale / 2).clamp_min(1))
         return norm
 
+    def _adam(self, skip: Tensor, scale: Tensor | None) -> None:
+        # The two attributes through which torch's own GradScaler talks to a fused optimizer.
+        self.optimizer.found_inf, self.optimizer.grad_scale = skip.float(), scale  # type: ignore[attr-defined]
+        self.optimizer.step()
 
-def check_finite(update: Update, lr: float, store: str | Path) -> None:
-    """Raise UserError on all ranks when a step failed on one and no weights changed since; before anything is saved."""
-    first = (-dist.all_max(-update.failed_at)).tolist()
+
+def check_finite(update: Update, world: World, store: str | Path) -> None:
+    """Raise UserError on all ranks when a step failed on one; with `train.nonfinite=skip`, never."""
+    first = (-world.everyone.max(-update.failed_at)).tolist()
     if min(first) != NEVER and update.stop:
+        lr = update.optimizer.param_groups[0]["lr"]
         raise UserError(
             f"{update.names[first.index(min(first))]} was not finite at step {min(first)}; no weights changed since. "
             f"Look for bad rows with `clt inspect --verify {store}`, lower optim.lr (now {lr:.3g}), use "
