@@ -26,11 +26,12 @@ def main(config: Config, prepare: bool) -> int:
     from clt.memory import keep_freed_memory
     from clt.train import distributed as dist
     from clt.train.checkpoint import Checkpoints
+    from clt.train.evaluation import Evaluator
     from clt.train.logger import Logger
     from clt.train.metrics import Metrics, Speed, coefficients
     from clt.train.optim import autocast_dtype, check_finite, learning_rate
     from clt.train.profile import profiled
-    from clt.train.results import Evaluator, conclude, summary
+    from clt.train.report import conclude, summary
     from clt.train.run import build, check_run_dir, claim_run_dir, make_stores, open_source, run_identity
     from clt.train.state import TrainState
     from clt.train.watch import PREEMPTED, Watch
@@ -135,7 +136,7 @@ def main(config: Config, prepare: bool) -> int:
             more = summary(config, state, dtype, time.perf_counter() - began) | source.position()
 
     if world.rank == 0 and results is not None:
-        conclude(run_dir, results, "summary.json", "report", more)
+        conclude(run_dir, results, "summary.json", "report", **more)
     elif world.rank == 0:
         kept = f"with a checkpoint in {run_dir}" if state.step else "before the first step, so nothing was saved"
         print(f"stopped after step {state.step} of {steps}, {kept}", file=sys.stderr)

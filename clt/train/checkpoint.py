@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def parts(
     return {MODEL: model, TRAINING: training}
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager["Checkpoints"]):
     """The checkpoints in a directory, as one rank sees them: at most one is being written, by a thread.
 
     Every rank calls `begin`. When all have `written`, rank 0 calls `publish`; or all call `finish`. Only then does the
@@ -190,9 +190,6 @@ class Checkpoints:
     def _delete_partial(self) -> None:
         for leftover in self.directory.glob("step_*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
-
-    def __enter__(self) -> Checkpoints:
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Leave nothing half-written when the run ends by an error."""

@@ -33,7 +33,7 @@ class Reads(TorchFunctionMode):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_no_step_reads_a_tensor(train, precision):
-    """Ten more steps read only the ranks' votes, which are on the host anyway. test_cuda.py asks CUDA the same."""
+    """Ten more steps read only the ranks' flags, which are on the host anyway. test_cuda.py asks CUDA the same."""
     options = [f"train.precision={precision}", "train.accumulate=2", "checkpoint.every=0"]
     options += ["eval.every=0", "eval.replacement_tokens=0"]
 
@@ -42,7 +42,7 @@ def test_no_step_reads_a_tensor(train, precision):
             train(*options, f"train.steps={steps}", f"log.every={every}")
         return seen.places
 
-    assert reads(20, 100) - reads(10, 100) == {"distributed.py:counts": 10}
+    assert reads(20, 100) - reads(10, 100) == {"distributed.py:result": 10}
     assert (reads(20, 1) - reads(10, 1))["train_ddp.py:main"] >= 10, "logging reads, and is seen to"
 
 
