@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clt.config import OptimConfig
 from clt.errors import UserError
+from clt.model.decode import SumShards
+from clt.model.loss import value_names
+from clt.model.transcoder import feature_dim
 from clt.train.distributed import World
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -53,23 +56,19 @@ class Update:
     def __init__(
         self,
         optimizer: torch.optim.Adam,
-        *,
-        sharded: list[Tensor],
-        replicated: list[Tensor],
-        names: Sequence[str],
-        sum_shards: Callable[[Tensor], Tensor],
+        parameters: dict[str, nn.Parameter],
         clip_norm: float | None,
+        sum_shards: SumShards,
+        *,
         fp16: bool,
         stop: bool,
     ) -> None:
-        """sharded, replicated: the parameters of which each shard has a part, and those it has whole.
-
-        names: of the values that `__call__` is given, for the error message.
-        """
-        self.names = (*names, "grad_norm")
-        self.optimizer, self.sharded, self.replicated, self.sum_shards = optimizer, sharded, replicated, sum_shards
-        self.clip_norm, self.fp16, self.stop = clip_norm, fp16, stop
-        device = sharded[0].device
+        """parameters: the transcoder's, by name; sum_shards: sums a tensor over the feature shards, in place."""
+        self.names = [f"train_{name}" for name in value_names()] + ["grad_norm"]
+        self.sharded = [p for name, p in parameters.items() if feature_dim(name) is not None]
+        self.replicated = [p for name, p in parameters.items() if feature_dim(name) is None]
+        self.optimizer, self.clip_norm, self.sum_shards = optimizer, clip_norm, sum_shards
+        self.fp16, self.stop, device = fp16, stop, self.sharded[0].device
         self.scale = torch.tensor(2.0**16 if fp16 else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -83,7 +82,7 @@ class Update:
     def __call__(self, step: int, lr: float, values: Tensor) -> Tensor:
         """Apply the gradients of step 1, 2, .. at a learning rate; returns their global norm () before clipping.
 
-        values: this rank's, by `names`, to tell where a failure came from.
+        values: this rank's losses, by `value_names`, to tell where a failure came from.
         """
         squares = self.sum_shards(_square_norm(self.sharded)) + _square_norm(self.replicated)
         scaled = squares.sqrt()
@@ -131,5 +130,5 @@ def check_finite(update: Update, world: World, store: str | Path) -> None:
         )
 
 
-def _square_norm(parameters: list[Tensor]) -> Tensor:
+def _square_norm(parameters: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).square()

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from clt.config import Config
-from clt.model.loss import Objective, value_names
-from clt.model.transcoder import feature_dim
+from clt.model.loss import Objective
 from clt.train import checkpoint
 from clt.train import distributed as dist
 from clt.train.checkpoint import Checkpoints
@@ -32,16 +31,8 @@ class TrainState:
         self.gradients = objective.gradient_memory = GradientMemory(named.values())
         beta1, beta2 = config.optim.betas
         self.optimizer = torch.optim.Adam(named.values(), config.optim.lr, (beta1, beta2), config.optim.eps, fused=True)
-        self.update = Update(
-            self.optimizer,
-            sharded=[p for name, p in named.items() if feature_dim(name) is not None],
-            replicated=[p for name, p in named.items() if feature_dim(name) is None],
-            names=[f"train_{name}" for name in value_names()],
-            sum_shards=world.feature.sum,
-            clip_norm=config.optim.clip_norm,
-            fp16=dtype == torch.float16,
-            stop=config.train.nonfinite == "stop",
-        )
+        stop, fp16 = config.train.nonfinite == "stop", dtype == torch.float16
+        self.update = Update(self.optimizer, named, config.optim.clip_norm, world.feature.sum, fp16=fp16, stop=stop)
         shape = (self.transcoder.n_layers, self.transcoder.d_features)
         self.last_fired = torch.zeros(shape, dtype=torch.int64, device=world.device)
 

@@ -41,15 +41,10 @@ def problem(scale_of_gradients=1.0):
 
 
 def updater(parameters, **options):
+    """The first parameter is one that shards split, the second is whole in each."""
     optimizer = torch.optim.Adam(parameters, 0.1, fused=True)
-    defaults = {
-        "clip_norm": 1.0,
-        "fp16": False,
-        "stop": True,
-        "sum_shards": lambda t: t,
-        "names": ["mse", "sparsity", "pre_activation"],
-    }
-    return Update(optimizer, sharded=parameters[:1], replicated=parameters[1:], **{**defaults, **options})
+    defaults = {"clip_norm": 1.0, "sum_shards": lambda t: t, "fp16": False, "stop": True}
+    return Update(optimizer, dict(zip(("W_enc", "b_dec"), parameters)), **{**defaults, **options})
 
 
 @pytest.mark.parametrize("size", [0.01, 100.0])
@@ -127,7 +122,7 @@ def test_a_failure_is_recorded_with_its_term_and_step(stop):
             parameter.grad = gradient.clone()
         update(number, 0.1, torch.tensor(terms))
     assert dict(zip(update.names, update.failed_at.tolist())) == {
-        "mse": NEVER, "sparsity": 1, "pre_activation": NEVER, "grad_norm": 1,
+        "train_mse": NEVER, "train_sparsity": 1, "train_pre_activation": NEVER, "grad_norm": 1,
     }  # fmt: skip
     assert update.skipped == (2 if stop else 1)
     assert all(torch.equal(a, b) for a, b in zip(ours, before)) == stop
