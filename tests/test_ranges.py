@@ -24,7 +24,7 @@ NAN = float("nan")
         (ranges.DECAY_RATES, [[0, 0], [0.9, 0.999]], [[0.9], [0.9, 1.0], [-0.1, 0.9], [0.9, 0.9, 0.9], []]),
         (ranges.POSITIVE_OR_NULL, [None, 0.5], [0, -1, NAN]),
         (ranges.ASCENDING, [None, [0], [0, 2, 5]], [[], [2, 0], [1, 1], [-1, 0]]),
-        (ranges.SITE, [None, "h.{layer}.mlp"], ["", "h.0.mlp", "h.{l}.mlp"]),
+        (ranges.SITE, [None, "h.{layer}.mlp"], ["", "h.0.mlp", "h.{l}.mlp", "h.layer.mlp"]),
     ],
 )
 def test_the_bounds_of_each_range(field_range, inside, outside):
