@@ -77,8 +77,8 @@ def main(config: Config, prepare: bool) -> int:
 
     # The loop. Nothing in it waits for the device but logging, evaluation and checkpoints.
     with logger, source, profiled(config.profile, run_dir, world.rank) as profile_step, checkpoints, watch:
-        (known,) = dist.count(world, logger.evaluated)
-        evaluated = state.step if known else 0  # after which step no evaluation is wanted again
+        (logged,) = dist.count(world, logger.evaluated)
+        evaluated = state.step if logged else 0  # the step of the last evaluation in the log of a resumed run
         speed = Speed(state.step, state.busy_seconds, batch_tokens, source)
         for batch in source.batches(state.step, watch):  # (b, 2, L, D): this rank's rows of the global batch
             if due(config.eval.every, state.step) and state.step != evaluated:
@@ -86,7 +86,7 @@ def main(config: Config, prepare: bool) -> int:
                 results = evaluate(transcoder, state.last_fired, state.step, watch.progress)
                 logger.log_evaluation(state.step, results.numbers)
                 speed.skip(state.step)
-            flags = dist.Counting(world, watch.stopping, checkpoints.written)  # during the step
+            flags = dist.Counting(world, watch.stopping, checkpoints.written)  # while the step runs: no rank waits
 
             lr, terms = learning_rate(state.step, steps, config.optim), coefficients(state.step, steps, config.loss)
             metrics = Metrics(world, transcoder.n_layers, transcoder.d_features)

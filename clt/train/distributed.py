@@ -116,16 +116,13 @@ def _own_gpu() -> torch.device:
 
 
 def accumulate_in_float32() -> None:
-    """Have CUDA's products of bf16 and fp16 matrices add up in float32 throughout, as the CPU's do.
-
-    One product adds up as many features as write to a layer.
-    """
+    """Have CUDA accumulate products of bf16 and fp16 matrices in float32 throughout, as the CPU does."""
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def shared_store(world: World) -> PrefixStore | None:
-    """A connection of its own to the key-value store that all ranks reach; None for a single process."""
+    """A new connection to the key-value store that all ranks reach; None for a single process."""
     if world.size == 1:
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -157,12 +154,12 @@ def settle_buckets(
 
 
 def summed(model: nn.Module, last: bool) -> AbstractContextManager[object]:
-    """The context of a micro-batch: DDP sums over the ranks after the last, and before it gradients add up locally."""
+    """The context of a micro-batch: gradients accumulate locally, and DDP sums them over the ranks after the last."""
     return nullcontext() if last or not isinstance(model, nn.parallel.DistributedDataParallel) else model.no_sync()
 
 
 def sum_bucket(group, bucket):
-    """What DDP does with a bucket of gradients: add it up over the ranks, without its own pass that divides by them."""
+    """DDP's hook for a bucket of gradients: sum it over the ranks, without the default's pass that divides."""
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     assert work is not None  # this process belongs to the group
     return work.get_future().then(lambda done: done.value()[0])

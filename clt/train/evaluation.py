@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Replace = Callable[["LanguageModel", CrossLayerTranscoder, Tensor, Tensor], Tensor]
 """Logits (N, T, V) with every chosen MLP replaced: of a language model, a transcoder, token ids and `keep` (N, T)."""
-_LOGITS = 1 << 26  # that a model gives at once, or those of one window: several float32 tensors are made of them
+_LOGITS = 1 << 26  # at once, or those of one window: several float32 tensors are made of them
 
 
 class Evaluation(NamedTuple):
@@ -62,16 +62,15 @@ class Evaluator:
         transcoder: CrossLayerTranscoder,
         last_fired: Tensor,
         step: int,
-        progress: Callable[[int], None] = lambda step: None,
+        progress: Callable[[], None] = lambda: None,
         run: Replace | None = None,
     ) -> Evaluation:
         """Evaluate the transcoder after `step` steps; all ranks must call it.
 
-        last_fired: (L, F), as for `dead_features`; run: as for `evaluate_replacement`; progress: called with the step
-        after each part of the work.
+        last_fired: (L, F), as for `dead_features`; run: as for `evaluate_replacement`.
         """
         data, feature, config = self.world.data, self.world.feature, self.config
-        share: dict[str, Any] = {"data": data, "progress": lambda: progress(step)}
+        share: dict[str, Any] = {"data": data, "progress": progress}
         tensors = evaluate_activations(transcoder, self.heldout, autocast=self.dtype, **share)
         numbers: dict[str, Any] = {key: value.tolist() for key, value in tensors.items() if key != "density"}
         if self.lm is not None:
@@ -223,7 +222,7 @@ def _moved(lm: LanguageModel, device: torch.device) -> Iterator[None]:
 def _replacement_sums(
     lm: LanguageModel, transcoder: CrossLayerTranscoder, mean_output: Tensor, windows: Sequence[Window], run: Replace
 ) -> Tensor:
-    """Over the predictions of some windows (6,): their count, agreements, three cross-entropies and KL divergence."""
+    """Sums over the predictions of some windows (6,): count, agreements, three cross-entropies, KL divergence."""
     tokens = torch.from_numpy(np.stack([w.tokens for w in windows])).long().to(lm.device)
     keep = torch.from_numpy(np.stack([w.keep for w in windows])).to(lm.device)
     counted = (keep[:, :-1] & keep[:, 1:]).flatten()

@@ -39,9 +39,9 @@ class Watch(threading.Thread):
         self.deadline: float | None = None
         self.store = shared_store(world)
 
-    def progress(self, step: int) -> None:
-        """The main thread is alive and at this step."""
-        self.step, self.since = step, time.monotonic()
+    def progress(self, step: int | None = None) -> None:
+        """The main thread is alive and at this step; None: still at the one before."""
+        self.step, self.since = self.step if step is None else step, time.monotonic()
 
     def __enter__(self) -> Watch:
         self.read_end, self.write_end = os.pipe()
