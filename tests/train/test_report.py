@@ -77,9 +77,17 @@ def test_features_that_never_fire_do_not_stop_the_report(run_dir):
 
 
 def test_the_table_has_a_row_for_each_number_that_is_there():
-    numbers = {"l0_per_layer": [3.0, 5.25], "fve": 0.51234567, "tokens_per_second": 12345.6, "kl": None, "seed": 3}
+    numbers = {
+        "l0_per_layer": [3.0, 5.25],
+        "fve": 0.51234567,
+        "l0_total": 31.25,
+        "tokens_per_second": 12345.6,
+        "kl": None,
+        "seed": 3,
+    }
     assert table(numbers).splitlines() == [
         "fraction of variance explained (held out)        0.5123",
+        "L0, all layers                                    31.25",
         "L0 per layer                                    3.0 5.2",
         "training tokens/s                                12,346",
     ]
