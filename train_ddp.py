@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 from clt.cli import exit_on_user_error, run_arguments
@@ -27,11 +26,12 @@ def main(config: Config, prepare: bool) -> int:
     from clt.memory import keep_freed_memory
     from clt.train import distributed as dist
     from clt.train.checkpoint import Checkpoints
+    from clt.train.evaluation import Evaluator
     from clt.train.logger import Logger
     from clt.train.metrics import Metrics, Speed, coefficients
     from clt.train.optim import autocast_dtype, check_finite, learning_rate
     from clt.train.profile import profiled
-    from clt.train.results import Evaluation, Evaluator, conclude, summary
+    from clt.train.report import conclude, summary
     from clt.train.run import build, check_run_dir, claim_run_dir, make_stores, open_source, run_identity
     from clt.train.state import TrainState
     from clt.train.watch import PREEMPTED, Watch
@@ -44,8 +44,8 @@ def main(config: Config, prepare: bool) -> int:
     check_run_dir(config)
     keep_freed_memory()
 
-    # Data: one process extracts activations, while the others wait; held-out text to compare the replaced model on.
-    dist.on_rank_zero(world, partial(make_stores, config, progress=world.rank == 0))
+    # Data: rank 0 extracts activations, and the others wait; held-out rows and text for evaluation.
+    dist.on_rank_zero(world, make_stores, config)
     source, heldout = open_source(config, world)
     evaluate = Evaluator(config, heldout, source.statistics.target_mean, world, dtype)
     if prepare:
@@ -54,51 +54,53 @@ def main(config: Config, prepare: bool) -> int:
     # Model, objective, optimizer. Weights are drawn on the CPU: the same on every device and in every layout.
     objective = build(config, source.index, source.statistics, world.feature).to(device)
     transcoder, state = objective.transcoder, TrainState(config, objective, world, dtype)
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     # Resume.
     identity = run_identity(config, source.index, device, dtype)
     restored = state.resume(run_dir / "checkpoints", identity)
     if restored:
         source.resume(restored)
-    dist.on_rank_zero(world, partial(claim_run_dir, config))
+    dist.on_rank_zero(world, claim_run_dir, config)
 
     model = dist.data_parallel(objective, world.data)
     if state.step < steps:
         # DDP fixes the order of its buckets in its first backward pass. It runs on zeros, so that a resumed run sums in
         # the same order as one that was not interrupted.
         rows = -(-world.data.share(batch_tokens) // config.train.accumulate)
-        dist.settle_buckets(model, source.zeros(rows), coefficients(0, steps, config.loss), autocast())
+        dist.settle_buckets(model, source.zeros(rows), coefficients(0, steps, config.loss), autocast)
 
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every, world)
     logger = Logger(config, world.rank, state.step, state.wandb_id)
     state.wandb_id = logger.wandb_id
     watch = Watch(world, config.parallel.timeout_seconds, config.checkpoint.grace_seconds)
-    flags, lr = dist.Flags(world, 2), 0.0
-    results: Evaluation | None = None
-    position: dict[str, object] = {}
 
     # The loop. Nothing in it waits for the device but logging, evaluation and checkpoints.
     with logger, source, profiled(config.profile, run_dir, world.rank) as profile_step, checkpoints, watch:
-        (evaluated,) = dist.count(world, logger.evaluated)
-        if 0 < state.step < steps and due(config.eval.every, state.step) and not evaluated:
-            # The run was stopped between a checkpoint and its evaluation.
-            results = evaluate(transcoder, state.last_fired, state.step, watch.progress)
-            logger.log_evaluation(state.step, results.numbers)
+        (logged,) = dist.count(world, logger.evaluated)
+        evaluated = state.step if logged else 0  # the step of the last evaluation in the log of a resumed run
         speed = Speed(state.step, state.busy_seconds, batch_tokens, source)
         for batch in source.batches(state.step, watch):  # (b, 2, L, D): this rank's rows of the global batch
+            if due(config.eval.every, state.step) and state.step != evaluated:
+                checkpoints.finish()  # an evaluation that fails must not cost the steps before it
+                results = evaluate(transcoder, state.last_fired, state.step, watch.progress)
+                logger.log_evaluation(state.step, results.numbers)
+                speed.skip(state.step)
+            flags = dist.Counting(world, watch.stopping, checkpoints.written)  # while the step runs: no rank waits
+
             lr, terms = learning_rate(state.step, steps, config.optim), coefficients(state.step, steps, config.loss)
             metrics = Metrics(world, transcoder.n_layers, transcoder.d_features)
             parts = batch.tensor_split(config.train.accumulate)
             for part in parts:
                 share = len(part) / batch_tokens  # ranks and micro-batches may differ by a row
                 with dist.summed(model, part is parts[-1]):
-                    with autocast():
+                    with autocast:
                         losses = model(part, terms)
                     # A loss that is not finite makes all gradients nan, and their sum on all ranks: all skip the step.
                     (losses.total * (share * state.update.scale + 0 * losses.total.detach())).backward()
                 metrics.add(losses, share)
             state.step += 1
+            checkpoints.wait_for_copy()
             grad_norm = state.update(state.step, lr, metrics.values)
             state.gradients.clear()
             state.last_fired.masked_fill_(metrics.fired, state.step)
@@ -106,60 +108,42 @@ def main(config: Config, prepare: bool) -> int:
             watch.progress(state.step)
             profile_step()
 
-            signals, written = flags.counts()  # of the step before
+            signals, written = flags.result()
             if written == world.size:
                 checkpoints.publish()
-            evaluate_now = due(config.eval.every, state.step)
-            if due(config.log.every, state.step) or evaluate_now or state.step == steps:
+            if due(config.log.every, state.step) or due(config.eval.every, state.step) or state.step == steps:
                 values = metrics.read(terms)
-                check_finite(state.update, lr, source.store.path)
+                check_finite(state.update, world, source.store.path)
                 values |= {"grad_norm": grad_norm.item(), "skipped_steps": state.update.skipped.item()}
                 values |= {"learning_rate": lr, "sparsity_coefficient": terms["sparsity"]}
                 logger.log(state.step, values)
                 logger.log(state.step, speed.read(state.step), "speed")
             if due(config.checkpoint.every, state.step):
-                check_finite(state.update, lr, source.store.path)
-                state.busy_seconds = speed.busy_until(state.step)
-                state.save(checkpoints, identity | source.position())
-                speed.skip(state.step)
+                state.save(checkpoints, source, speed, identity)
             if signals:  # on any rank: now all of them stop here
                 break
-            if evaluate_now and state.step < steps:
-                checkpoints.finish()  # an evaluation that fails must not cost the steps before it
-                results = evaluate(transcoder, state.last_fired, state.step, watch.progress)
-                logger.log_evaluation(state.step, results.numbers)
-                speed.skip(state.step)
-            flags.send(watch.stopping, checkpoints.written)
 
         # The last step, a signal and a lost server leave the loop in the same way: with a checkpoint.
         watch.stopping |= state.step < steps
         if state.saved < state.step:
-            check_finite(state.update, lr, source.store.path)
-            state.busy_seconds = speed.busy_until(state.step)
-            state.save(checkpoints, identity | source.position())
+            state.save(checkpoints, source, speed, identity)
         checkpoints.finish()
+        results, more = None, {}
         if state.step == steps:
             results = evaluate(transcoder, state.last_fired, state.step, watch.progress)
-            if not evaluated or state.step > restored.get("step", 0):  # else a finished run is only reported again
+            if state.step != evaluated:  # else a finished run is only reported again
                 logger.log_evaluation(state.step, results.numbers)
-            position = source.position()
+            more = summary(config, state, dtype, time.perf_counter() - began) | source.position()
 
-    if state.step < steps:
-        if world.rank == 0:
-            kept = f"with a checkpoint in {run_dir}" if state.step else "before the first step, so nothing was saved"
-            print(f"stopped after step {state.step} of {steps}, {kept}", file=sys.stderr)
-        dist.cleanup()
-        if source.failure is not None:
-            raise source.failure
-        return PREEMPTED
-
-    # The end: report.
-    if world.rank == 0:
-        assert results is not None
-        more = summary(config, state, dtype, time.perf_counter() - began) | position
-        conclude(run_dir, results, "summary.json", "report", more)
+    if world.rank == 0 and results is not None:
+        conclude(run_dir, results, "summary.json", "report", **more)
+    elif world.rank == 0:
+        kept = f"with a checkpoint in {run_dir}" if state.step else "before the first step, so nothing was saved"
+        print(f"stopped after step {state.step} of {steps}, {kept}", file=sys.stderr)
     dist.cleanup()
-    return 0
+    if source.failure is not None:
+        raise source.failure
+    return PREEMPTED if results is None else 0
 
 
 def due(every: int, step: int) -> bool:

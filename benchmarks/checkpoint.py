@@ -31,8 +31,10 @@ def cost(
     """Seconds of rounds of `steps` steps of a shape (L, D, F, B), in float32, and what a checkpoint adds to them.
 
     begin_seconds: how long the loop stands still in each `begin`; the first takes its memory from the system.
+    saved: whether every checkpoint has the weights of its step, though training went on.
     """
     import torch
+    from safetensors.torch import load_file
 
     from benchmarks import step
     from clt.train import checkpoint
@@ -45,8 +47,10 @@ def cost(
     transcoder, terms = objective.transcoder, coefficients(1, 1, objective.loss)
     optimizer = torch.optim.Adam(objective.parameters(), fused=True)
     begin_seconds: list[float] = []
+    saved = True
 
     def round_of_steps(checkpoints: checkpoint.Checkpoints, kind: str, number: int) -> float:
+        weights = {name: tensor.to("cpu", copy=True) for name, tensor in transcoder.state_dict().items()}
         machine.wait(device)
         began = time.perf_counter()
         if kind != "none":
@@ -57,11 +61,17 @@ def cost(
             checkpoints.finish()
         for _ in range(steps):
             objective(batch, terms).total.backward()
+            checkpoints.wait_for_copy()
             optimizer.step()
             optimizer.zero_grad()
         machine.wait(device)
         checkpoints.finish()
-        return time.perf_counter() - began
+        took = time.perf_counter() - began
+        if kind != "none":
+            nonlocal saved
+            file = load_file(checkpoints.directory / f"step_{number:08d}" / checkpoint.MODEL)
+            saved &= all(torch.equal(file[name], tensor) for name, tensor in weights.items())
+        return took
 
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory(dir=directory) as folder:
@@ -74,7 +84,7 @@ def cost(
         size = sum(path.stat().st_size for path in file.iterdir())
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
     costs = {kind: medians[kind] - medians["none"] for kind in KINDS[1:]}
-    found = {"checkpoint_gb": size / 1e9, "round_seconds": medians, "begin_seconds": begin_seconds}
+    found = {"checkpoint_gb": size / 1e9, "round_seconds": medians, "begin_seconds": begin_seconds, "saved": saved}
     return found | {"cost_seconds": costs, "cost_ratio": costs["under way"] / costs["waited for"]}
 
 

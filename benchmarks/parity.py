@@ -147,6 +147,8 @@ def measured_bytes(job: list[str], directory: Path, data: int, feature: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
+    names = [f"{data}x{feature}" for data, feature in LAYOUTS]
+    parser.add_argument("--layouts", nargs="+", choices=names, default=names, help="these alone, beside one process")
     parser.add_argument("--bytes", nargs="*", metavar="LAYOUT", help="count bytes in these layouts only, e.g. 2x1")
     arguments = parser.parse_args()
     rows, missed, reference = [], [], None
@@ -160,6 +162,8 @@ def main() -> None:
             "clt.threshold=1.5",
         ]
         for data, feature in LAYOUTS:
+            if data * feature > 1 and f"{data}x{feature}" not in arguments.layouts:
+                continue
             every = ["checkpoint.every=1", "checkpoint.keep=100"]
             run(job, directory / f"{data}x{feature}", data, feature, *every)
             ours = outcome(directory / f"{data}x{feature}")

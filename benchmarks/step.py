@@ -19,7 +19,7 @@ from clt.config import load_config
 from clt.data.store import DiscBuffer
 from clt.data.writer import write_store
 from clt.memory import keep_freed_memory
-from clt.model.loss import Objective, value_names
+from clt.model.loss import Objective
 from clt.model.transcoder import unsharded
 from clt.train.distributed import ALONE, Axis, GradientMemory, accumulate_in_float32
 from clt.train.metrics import coefficients
@@ -113,16 +113,14 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
     model: nn.Module = Textbook(ours) if textbook else ours
     memory = ours.gradient_memory = GradientMemory(ours.parameters())
     del ours
-    weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    named = {name.removeprefix("transcoder."): p for name, p in model.named_parameters() if p.requires_grad}
+    weights = list(named.values())
     beta1, beta2 = config.optim.betas
     optimizer = torch.optim.Adam(weights, config.optim.lr, (beta1, beta2), config.optim.eps, fused=True)
     terms, sparsity = coefficients(1, 1, config.loss), config.loss.sparsity
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     if not textbook:
-        update = Update(
-            optimizer, sharded=weights, replicated=[], names=value_names(), sum_shards=unsharded,
-            clip_norm=config.optim.clip_norm, fp16=dtype == torch.float16, stop=True,
-        )  # fmt: skip
+        update = Update(optimizer, named, config.optim.clip_norm, unsharded, fp16=dtype == torch.float16, stop=True)
 
         def step(batch: Tensor) -> None:
             with autocast():

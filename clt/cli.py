@@ -139,8 +139,9 @@ def _eval(arguments: argparse.Namespace) -> None:
     from clt.lm.replacement import nnsight_logits
     from clt.train import checkpoint
     from clt.train.distributed import World, accumulate_in_float32
+    from clt.train.evaluation import Evaluator
     from clt.train.optim import autocast_dtype
-    from clt.train.results import Evaluator, conclude
+    from clt.train.report import conclude
     from clt.train.run import open_store
 
     steps = checkpoint.steps(run_dir / "checkpoints")

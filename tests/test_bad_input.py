@@ -201,7 +201,7 @@ def test_a_heldout_store_of_another_width(train_overrides, train, stores, copied
     shutil.rmtree(copied / "heldout")
     write_store(copied / "heldout", torch.randn(index.rows, 2, 3, 20).half(), **fields)
     found = script(*train_overrides, f"data.store={copied}", f"run.dir={tmp_path / 'run'}")
-    assert "are not of one language model: d_acts is 16 and 20; delete the wrong one" in found
+    assert "are not of one language model: d_acts: found 20, wanted 16; delete the wrong one" in found
     assert not (tmp_path / "run").exists()
     run = train().dir
     config = run / "config.yaml"

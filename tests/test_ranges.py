@@ -23,7 +23,7 @@ NAN = float("nan")
         (ranges.NAME, ["a", "gpt2-small_v1.0", "x" * 64], ["", "a/b", "a b", "x" * 65, "a\n"]),
         (ranges.DECAY_RATES, [[0, 0], [0.9, 0.999]], [[0.9], [0.9, 1.0], [-0.1, 0.9], [0.9, 0.9, 0.9], []]),
         (ranges.ASCENDING, [[0], [0, 2, 5]], [[], [2, 0], [1, 1], [-1, 0]]),
-        (ranges.SITE, ["h.{layer}.mlp"], ["", "h.0.mlp", "h.{l}.mlp"]),
+        (ranges.SITE, ["h.{layer}.mlp"], ["", "h.0.mlp", "h.{l}.mlp", "h.layer.mlp"]),
     ],
 )
 def test_the_bounds_of_each_range(field_range, inside, outside):

@@ -19,9 +19,8 @@ from clt.model.loss import Objective
 from clt.model.spec import CLTConfig, LossConfig
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.ranges import NOT_NEGATIVE
-from clt.train.evaluation import evaluate_activations
+from clt.train.evaluation import evaluate_activations, heldout_windows
 from clt.train.logger import read_metrics
-from clt.train.results import heldout_windows
 
 
 def halved(pre, threshold):

@@ -1,11 +1,11 @@
-"""Checkpoints: written whole or not at all, without pickle, while training goes on, and free of the ranks' layout.
+"""Checkpoints: atomic, without pickle, written while training continues, and the same from every layout of the ranks.
 
 checkpoints/step_00001000/
     config.json, model.safetensors   the transcoder, as `CrossLayerTranscoder.from_pretrained` reads it
     optimizer.safetensors            Adam's moments by parameter name, counters, loss scale, RNG state
     state.json                       step, hashes of config and data, W&B id, versions
 
-Every rank writes its share into the same two files. They have the bytes that one process would have written, so a
+Every rank writes its share into the same two files. Their bytes are those that one process would write, so a
 checkpoint of any layout loads into any other.
 """
 
@@ -15,9 +15,10 @@ import json
 import math
 import re
 import shutil
-import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 import clt
 from clt.data.index import sync
 from clt.data.shards import is_full_disk
-from clt.errors import UserError
+from clt.errors import UserError, mismatches
 from clt.model.transcoder import CrossLayerTranscoder, feature_dim
 from clt.train import distributed as dist
 from clt.train import tensorfile
@@ -36,7 +37,6 @@ from clt.train.tensorfile import Part
 
 FORMAT_VERSION = 2
 MODEL, TRAINING = "model.safetensors", "optimizer.safetensors"
-SHARDED_TRAINING = ("last_fired",)  # (L, F): its second dimension counts features
 
 Parts = dict[str, dict[str, Part]]
 """What this process has of each file."""
@@ -48,7 +48,7 @@ def parts(
     tensors: dict[str, Tensor],
     replica: tuple[int, int] = (0, 1),
 ) -> Parts:
-    """The tensors of a checkpoint as views of this process's own; of a shard, `replica` (i, n) writes the i-th nth.
+    """The tensors of a checkpoint as views of this process's tensors; replica i of n writes the i-th nth of its shard.
 
     tensors: training state beside the optimizer's; "last_fired" (L, F) is sharded like the features.
     """
@@ -70,86 +70,87 @@ def parts(
         for key, value in optimizer.state.get(parameter, {}).items()
     }
     for name, tensor in (rng_states() | tensors).items():
-        training[name] = part(tensor, 1 if name in SHARDED_TRAINING else None)
+        training[name] = part(tensor, 1 if name == "last_fired" else None)
     return {MODEL: model, TRAINING: training}
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager["Checkpoints"]):
     """The checkpoints in a directory, as one rank sees them: at most one is being written, by a thread.
 
-    Every rank calls `begin`; later, when every rank has `written`, rank 0 calls `publish` (or all call `finish`). Only
-    then does the checkpoint have its name: a crash before leaves a `.tmp` behind, which the next one clears away.
+    Every rank calls `begin`. When all have `written`, rank 0 calls `publish`; or all call `finish`. Only then does the
+    checkpoint get its name: a crash before leaves a `.tmp`, which the next checkpoint deletes.
     """
 
     def __init__(self, directory: Path, keep: int, keep_every: int, world: World) -> None:
-        """keep: how many of the newest stay; keep_every: steps whose multiples stay for good, or 0."""
+        """keep: how many of the newest are kept; keep_every: multiples of this step are kept for good (0: none)."""
         self.directory, self.keep, self.keep_every, self.world = directory, keep, keep_every, world
-        self.thread: threading.Thread | None = None
-        self.error: BaseException | None = None
+        self.writer = ThreadPoolExecutor(1, "clt-checkpoint")
+        self.writing: Future[None] | None = None
+        self.stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
+        self.copied: torch.Event | None = None
 
     def begin(self, parts: Parts, config: dict[str, Any], state: dict[str, Any]) -> None:
-        """Start to write a checkpoint of `state["step"]`; the tensors may change as soon as this returns
-        (on a GPU: by what comes later in the current stream).
+        """Start to write a checkpoint of `state["step"]`. On a GPU, call `wait_for_copy` before the tensors change.
 
-        parts: what `parts` returned; config: the transcoder's; state: goes into state.json. Raises UserError, leaving
-        the earlier checkpoints as they are, when the disk has no room.
+        parts: what `parts` returned; config: the transcoder's; state: goes into state.json. Raises UserError, and keeps
+        the earlier checkpoints, when the disk has no room.
         """
         self.finish()
         self.final = self.directory / f"step_{state['step']:08d}"
         self.partial = self.final.with_suffix(".tmp")
-        dist.on_rank_zero(self.world, lambda: self._create(parts, config, state))
-        copies = {name: tensorfile.snapshot(file) for name, file in parts.items()}
-        # Not in a stream of their own: the next update has to come after them, and a step is short beside them.
-        cuda = self.world.device.type == "cuda"
-        copied = torch.cuda.current_stream(self.world.device).record_event() if cuda else None
-        self.thread = threading.Thread(target=self._write, args=(copies, copied), name="clt-checkpoint")
-        self.thread.start()
+        dist.on_rank_zero(self.world, self._create, parts, config, state)
+        if self.stream is not None:  # the next step's forward and backward pass run during the copy
+            self.stream.wait_stream(torch.cuda.current_stream(self.world.device))
+        with torch.cuda.stream(self.stream):  # no-op for None
+            copies = {name: tensorfile.snapshot(file) for name, file in parts.items()}
+        self.copied = self.stream.record_event() if self.stream is not None else None
+        # The thread holds `parts`: until a temporary tensor is copied, its memory must not be used for another.
+        self.writing = self.writer.submit(self._write, parts, copies, self.copied)
+
+    def wait_for_copy(self) -> None:
+        """Have the GPU's current stream, not the CPU, wait until the last checkpoint's tensors are copied."""
+        if self.copied is not None:
+            torch.cuda.current_stream(self.world.device).wait_event(self.copied)
+            self.copied = None
 
     def _create(self, parts: Parts, config: dict[str, Any], state: dict[str, Any]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob("step_*.tmp"):
-            shutil.rmtree(leftover)
+        self._delete_partial()
         wanted = sum(math.prod(p.shape) * p.tensor.element_size() for file in parts.values() for p in file.values())
         if (free := shutil.disk_usage(self.directory).free) < wanted * 1.01:
-            raise UserError(self._message(f"found {free / 1e9:.3f} GB free, wanted {wanted / 1e9:.3f} GB"))
-        try:
+            raise UserError(self._no_room(f"found {free / 1e9:.3f} GB free, wanted {wanted / 1e9:.3f} GB"))
+        with self._full_disk_named():
             self.partial.mkdir()
             for name, file in parts.items():
                 tensorfile.create(self.partial / name, file)
-            (self.partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             state = {**state, "format_version": FORMAT_VERSION, **versions()}
-            (self.partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-            for name in ("config.json", "state.json"):
+            for name, tree in (("config.json", config), ("state.json", state)):
+                (self.partial / name).write_text(json.dumps(tree, indent=2) + "\n")
                 sync(self.partial / name)
-        except OSError as error:
-            raise self._failure(error) from error
 
-    def _write(self, copies: Parts, copied: torch.cuda.Event | None) -> None:
-        try:
-            if copied is not None:
-                torch.cuda.set_device(self.world.device)  # a thread starts on GPU 0
-                copied.synchronize()
-            for name, file in copies.items():
-                tensorfile.write(self.partial / name, file)
-        except BaseException as error:  # noqa: BLE001 - raised again in the main thread, by `written`
-            self.error = error
+    def _write(self, parts: Parts, copies: Parts, copied: torch.Event | None) -> None:
+        if copied is not None:
+            torch.cuda.set_device(self.world.device)  # a thread starts on GPU 0
+            copied.synchronize()
+        for name, file in copies.items():
+            tensorfile.write(self.partial / name, file)
 
     @property
     def written(self) -> bool:
-        """Whether this rank's share of the checkpoint begun last is on the disk.
+        """Whether this rank has written its share of the last checkpoint to the disk.
 
-        Raises UserError on a full disk, and whatever else has kept it from there.
+        Raises UserError on a full disk, and any other error of the writing thread.
         """
-        if self.thread is None or self.thread.is_alive():
+        if self.writing is None or not self.writing.done():
             return False
-        if self.error is not None:
-            raise self._failure(self.error)
+        with self._full_disk_named():
+            self.writing.result()
         return True
 
     def publish(self) -> None:
         """Give the checkpoint its name, and delete the old ones. Every rank must have `written`."""
         assert self.written
-        self.thread = None
+        self.writing = None
         if self.world.rank != 0:
             return
         sync(self.partial)
@@ -161,21 +162,24 @@ class Checkpoints:
                 shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # half of one must not have the name of a whole one
 
     def finish(self) -> None:
-        """Wait until the checkpoint begun last, if any, is written by every rank, and publish it."""
-        if self.thread is None:
+        """Wait until every rank has written the last checkpoint, if there is one, and publish it."""
+        if self.writing is None:
             return
-        self.thread.join()
+        wait([self.writing])
         assert self.written
-        dist.barrier(self.world)
+        dist.count(self.world, True)
         self.publish()
 
-    def _failure(self, error: BaseException) -> BaseException:
-        if self.world.rank == 0:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        full = isinstance(error, OSError) and is_full_disk(error)
-        return UserError(self._message(str(error))) if full else error
+    @contextmanager
+    def _full_disk_named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not is_full_disk(error):
+                raise
+            raise UserError(self._no_room(str(error))) from error
 
-    def _message(self, cause: str) -> str:
+    def _no_room(self, cause: str) -> str:
         found = steps(self.directory)
         kept = f"step {found[-1]} is kept" if found else "there is no earlier one"
         return (
@@ -183,15 +187,15 @@ class Checkpoints:
             "Free disk space and run again to go on."
         )
 
-    def __enter__(self) -> Checkpoints:
-        return self
+    def _delete_partial(self) -> None:
+        for leftover in self.directory.glob("step_*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         """Leave nothing half-written when the run ends by an error."""
-        if self.thread is not None:
-            self.thread.join()
-            if self.world.rank == 0:
-                shutil.rmtree(self.partial, ignore_errors=True)
+        self.writer.shutdown()
+        if self.world.rank == 0:
+            self._delete_partial()
 
 
 def rng_states() -> dict[str, Tensor]:
@@ -203,7 +207,7 @@ def rng_states() -> dict[str, Tensor]:
 
 
 def versions() -> dict[str, str]:
-    """What a checkpoint was written by."""
+    """Those that a run must have to go on from a checkpoint."""
     return {"clt_version": clt.__version__, "torch_version": torch.__version__}
 
 
@@ -215,18 +219,22 @@ def steps(directory: Path) -> list[int]:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """state.json. Raises UserError when it is unreadable or of another format."""
-    try:
-        state = json.loads((checkpoint / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"checkpoint {checkpoint} is damaged ({error}); delete it to go on from the one before"
-        ) from error
+    state = _read_json(checkpoint, "state.json")
     if state.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"checkpoint {checkpoint} has format version {state.get('format_version')}, this code reads "
             f"{FORMAT_VERSION}; resume with the code that wrote it (version {state.get('clt_version')})"
         )
     return state
+
+
+def _read_json(checkpoint: Path, name: str) -> dict[str, Any]:
+    try:
+        return json.loads((checkpoint / name).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"checkpoint {checkpoint} is damaged ({error}); delete it to go on from the one before"
+        ) from error
 
 
 def read_tensor(checkpoint: Path, name: str) -> Tensor:
@@ -253,24 +261,16 @@ def restore(
     tensors: dict[str, Tensor],
     expected: dict[str, Any],
 ) -> dict[str, Any]:
-    """Load weights, optimizer, `tensors` and RNG in place, of a shard its own part; returns state.json.
+    """Load weights, optimizer, `tensors` and RNG in place (a shard loads its part); returns state.json.
 
-    expected: what state.json must hold for the run to go on. Raises UserError that says what differs.
+    expected: what state.json must hold for the run to go on. Raises UserError that names what differs.
     """
     state = read_state(checkpoint)
-    try:
-        config = json.loads((checkpoint / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    found = _read_json(checkpoint, "config.json") | state
+    if odd := mismatches(found, transcoder.config | versions() | expected):
         raise UserError(
-            f"checkpoint {checkpoint} is damaged ({error}); delete it to go on from the one before"
-        ) from error
-    pairs = {f"the transcoder's {key}": (config.get(key), value) for key, value in transcoder.config.items()}
-    pairs |= {key: (state.get(key), value) for key, value in expected.items()}
-    odd = [f"{key}: found {found!r}, wanted {wanted!r}" for key, (found, wanted) in pairs.items() if found != wanted]
-    if odd:
-        raise UserError(
-            f"checkpoint {checkpoint} is not one that this run can go on from: {'; '.join(odd)}. Go back to the "
-            "versions and the data that it was written with, or start again in another run.dir"
+            f"checkpoint {checkpoint} is not one that this run can go on from: {odd}. Go back to the versions and the "
+            "data that it was written with, or start again in another run.dir"
         )
     for parameter in optimizer.param_groups[0]["params"]:
         moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}

@@ -67,12 +67,13 @@ class World(NamedTuple):
     device: torch.device
     data: Axis = ALONE
     feature: Axis = ALONE
-    control: dist.ProcessGroup | None = None
-    """A gloo group of all ranks for small messages between their CPUs, in no order with the training's collectives."""
+    everyone: Axis = ALONE
+    control: Axis = ALONE
+    """All ranks over gloo: small CPU tensors, in any order with respect to the collectives of `everyone`."""
 
 
 def setup(feature_shards: int, timeout_seconds: float) -> World:
-    """Join the process group that torchrun's environment describes: NCCL with one GPU a rank, or gloo on the CPU.
+    """Join the process group that torchrun's environment describes: NCCL with one GPU per rank, or gloo on the CPU.
 
     A collective that a rank does not join within `timeout_seconds` is an error on the others. Raises UserError when
     the ranks cannot be split into feature_shards, and when a node has fewer GPUs than ranks.
@@ -92,9 +93,14 @@ def setup(feature_shards: int, timeout_seconds: float) -> World:
     shape = (size // feature_shards, feature_shards)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "feature"))
     data, feature = (Axis(mesh.get_local_rank(i), shape[i], mesh.get_group(i)) for i in range(2))
-    control = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(control, dist.ProcessGroup)  # every rank is a member
-    return World(rank, size, device, data, feature, control)
+    control = Axis(rank, size, _gloo_group(timeout))
+    return World(rank, size, device, data, feature, Axis(rank, size), control)
+
+
+def _gloo_group(timeout: timedelta) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+    return group
 
 
 def _own_gpu() -> torch.device:
@@ -110,16 +116,13 @@ def _own_gpu() -> torch.device:
 
 
 def accumulate_in_float32() -> None:
-    """Have CUDA's products of bf16 and fp16 matrices add up in float32 throughout, as the CPU's do.
-
-    One product adds up as many features as write to a layer.
-    """
+    """Have CUDA accumulate products of bf16 and fp16 matrices in float32 throughout, as the CPU does."""
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def shared_store(world: World) -> PrefixStore | None:
-    """A connection of its own to the key-value store that all ranks reach; None for a single process."""
+    """A new connection to the key-value store that all ranks reach; None for a single process."""
     if world.size == 1:
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -151,12 +154,12 @@ def settle_buckets(
 
 
 def summed(model: nn.Module, last: bool) -> AbstractContextManager[object]:
-    """The context of a micro-batch: DDP sums over the ranks after the last, and before it gradients add up locally."""
+    """The context of a micro-batch: gradients accumulate locally, and DDP sums them over the ranks after the last."""
     return nullcontext() if last or not isinstance(model, nn.parallel.DistributedDataParallel) else model.no_sync()
 
 
 def sum_bucket(group, bucket):
-    """What DDP does with a bucket of gradients: add it up over the ranks, without its own pass that divides by them."""
+    """DDP's hook for a bucket of gradients: sum it over the ranks, without the default's pass that divides."""
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     assert work is not None  # this process belongs to the group
     return work.get_future().then(lambda done: done.value()[0])
@@ -196,27 +199,24 @@ def cleanup() -> None:
         dist.destroy_process_group()
 
 
-def on_rank_zero(world: World, work: Callable[[], object]) -> None:
-    """Run `work` on rank 0 while the others wait for it.
+def on_rank_zero(world: World, work: Callable[..., object], *arguments: object) -> None:
+    """Call `work` on rank 0 while the others wait for it.
 
-    The others wait in a gloo group of their own with a timeout of a month: work takes as long as it takes, and a rank 0
-    that dies is noticed by torchrun, not by a timeout. An error of `work` is raised on rank 0, and the others end with
-    status 2 and no word.
+    The others wait in a gloo group of their own with a timeout of a month: work takes as long as it takes, and torchrun
+    notices a rank 0 that dies. An error of `work` is raised on rank 0; the others exit with status 2 and no message.
     """
     if world.size == 1:
-        work()
+        work(*arguments)
         return
-    waiting_room = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-    assert isinstance(waiting_room, dist.ProcessGroup)  # every rank is a member
+    waiting_room = Axis(world.rank, world.size, _gloo_group(timedelta(days=30)))
     error = None
     if world.rank == 0:
         try:
-            work()
+            work(*arguments)
         except Exception as caught:  # noqa: BLE001 - raised again below, when the others know of it
             error = caught
-    failed = torch.tensor([error is not None], dtype=torch.int32)
-    dist.all_reduce(failed, group=waiting_room)
-    dist.destroy_process_group(waiting_room)
+    failed = waiting_room.sum(torch.tensor([error is not None], dtype=torch.int32))
+    dist.destroy_process_group(waiting_room.group)
     if error is not None:
         raise error
     if failed.item():
@@ -225,11 +225,7 @@ def on_rank_zero(world: World, work: Callable[[], object]) -> None:
 
 def same_everywhere(world: World, value: int, what: str) -> int:
     """The value, when every rank has the same. Raises UserError on all of them when they differ."""
-    if world.size == 1:
-        return value
-    bounds = torch.tensor([value, -value])
-    dist.all_reduce(bounds, dist.ReduceOp.MAX, world.control)
-    highest, lowest = bounds.tolist()
+    highest, lowest = world.control.max(torch.tensor([value, -value])).tolist()
     if highest != -lowest:
         raise UserError(
             f"the {what} is {-lowest} on one rank and {highest} on another: "
@@ -243,56 +239,28 @@ def sum_counts(world: World, counts: dict[str, int]) -> dict[str, int]:
     if world.size == 1:
         return dict(counts)
     text = json.dumps(counts).encode()  # torch's own way to gather objects is pickle
-    longest = torch.tensor(len(text))
-    dist.all_reduce(longest, dist.ReduceOp.MAX, world.control)
+    longest = world.control.max(torch.tensor(len(text)))
     own = torch.tensor(list(text.ljust(int(longest))), dtype=torch.uint8)
     everyone = [torch.empty_like(own) for _ in range(world.size)]
-    dist.all_gather(everyone, own, world.control)
+    dist.all_gather(everyone, own, world.control.group)
     return dict(sum((Counter(json.loads(bytes(each.tolist()))) for each in everyone), Counter()))
 
 
-def all_sum(tensor: Tensor) -> Tensor:
-    """Sum over all ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, dist.ReduceOp.SUM)
-    return tensor
-
-
-def all_max(tensor: Tensor) -> Tensor:
-    """Maximum over all ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return tensor
-
-
-def barrier(world: World) -> None:
-    """Wait for every rank."""
-    if world.size > 1:
-        dist.barrier(world.control)
-
-
 def count(world: World, *flags: bool) -> list[int]:
-    """How many ranks raise each of the flags."""
-    sums = torch.tensor(flags, dtype=torch.int64)
-    if world.size > 1:
-        dist.all_reduce(sums, group=world.control)
-    return sums.tolist()
+    """How many ranks raise each of the flags. Waits for all of them."""
+    return Counting(world, *flags).result()
 
 
-class Flags:
-    """How many ranks raised each of a few flags. It is added up during the next step, so that nobody waits."""
+class Counting:
+    """How many ranks raise each of the flags, counted while the ranks go on."""
 
-    def __init__(self, world: World, flags: int) -> None:
-        self.world, self.sums, self.pending = world, torch.zeros(flags, dtype=torch.int64), None
+    def __init__(self, world: World, *flags: bool) -> None:
+        self.sums, self.pending = torch.tensor(flags, dtype=torch.int64), None
+        if world.size > 1:
+            self.pending = dist.all_reduce(self.sums, group=world.control.group, async_op=True)
 
-    def send(self, *flags: bool) -> None:
-        """Start to add up this step's flags."""
-        self.sums = torch.tensor(flags, dtype=torch.int64)
-        if self.world.size > 1:
-            self.pending = dist.all_reduce(self.sums, group=self.world.control, async_op=True)
-
-    def counts(self) -> list[int]:
-        """The sums of the flags sent last, the same on every rank; zeros before the first."""
+    def result(self) -> list[int]:
+        """The counts, equal on every rank."""
         if self.pending is not None:
             self.pending.wait()
         return self.sums.tolist()

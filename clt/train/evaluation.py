@@ -1,25 +1,29 @@
-"""How good a transcoder is: on held-out activations, and in the language model's place on held-out text.
+"""How good a transcoder is: on held-out activations, and in place of the language model's MLPs on held-out text.
 
-Both functions work on this rank's share of the rows and add up over `data`, the ranks that hold the same shard of the
-transcoder, so every rank returns the global figures. `progress` is called after each part: a whole evaluation may take
-longer than a process may go without a sign of life.
+The functions work on this rank's share of the rows and sum over `data`, the ranks that hold the same shard of the
+transcoder, so every rank returns the global figures. They call `progress` after each batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from clt.config import Config
+from clt.data.extract import check_model
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
+from clt.lm.load import load_language_model
 from clt.lm.replacement import ablated_logits, replaced_logits
+from clt.lm.text import windows
 from clt.model.transcoder import CrossLayerTranscoder
-from clt.train.distributed import ALONE, Axis
+from clt.train.distributed import ALONE, Axis, World
 
 if TYPE_CHECKING:
     from clt.lm.load import LanguageModel
@@ -27,7 +31,69 @@ if TYPE_CHECKING:
 
 Replace = Callable[["LanguageModel", CrossLayerTranscoder, Tensor, Tensor], Tensor]
 """Logits (N, T, V) with every chosen MLP replaced: of a language model, a transcoder, token ids and `keep` (N, T)."""
-_LOGITS = 1 << 26  # that a model gives at once, or those of one window: several float32 tensors are made of them
+_LOGITS = 1 << 26  # at once, or those of one window: several float32 tensors are made of them
+
+
+class Evaluation(NamedTuple):
+    """Quality as numbers for logs and summary.json, and as the tensors of `evaluate_activations` for plots."""
+
+    numbers: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class Evaluator:
+    """Evaluates transcoders on the held-out rows and, unless `eval.replacement_tokens` is 0, on held-out text.
+
+    Raises UserError when the language model is not that of the rows, or when there is too little held-out text.
+    """
+
+    def __init__(self, config: Config, heldout: DiscBuffer, mean_output: Tensor, world: World, dtype: torch.dtype):
+        """mean_output: (L, D), what mean ablation writes; dtype: of the matrix products."""
+        self.config, self.heldout, self.world, self.dtype = config, heldout, world, dtype
+        self.mean_output = mean_output.to(world.device)
+        self.lm: LanguageModel | None = None
+        if config.eval.replacement_tokens:
+            self.lm = load_language_model(config.lm)  # on the CPU: evaluation moves it to the device and back
+            check_model(heldout.index, self.lm)
+            self.windows = heldout_windows(config, self.lm)
+
+    def __call__(
+        self,
+        transcoder: CrossLayerTranscoder,
+        last_fired: Tensor,
+        step: int,
+        progress: Callable[[], None] = lambda: None,
+        run: Replace | None = None,
+    ) -> Evaluation:
+        """Evaluate the transcoder after `step` steps; all ranks must call it.
+
+        last_fired: (L, F), as for `dead_features`; run: as for `evaluate_replacement`.
+        """
+        data, feature, config = self.world.data, self.world.feature, self.config
+        share: dict[str, Any] = {"data": data, "progress": progress}
+        tensors = evaluate_activations(transcoder, self.heldout, autocast=self.dtype, **share)
+        numbers: dict[str, Any] = {key: value.tolist() for key, value in tensors.items() if key != "density"}
+        if self.lm is not None:
+            numbers |= evaluate_replacement(self.lm, transcoder, self.mean_output, self.windows, run=run, **share)
+        last_fired = data.max(last_fired.clone())
+        dead = dead_features(last_fired, step, config.train.batch_tokens, config.eval.dead_window)
+        numbers["dead_fraction"] = feature.sum(dead.double().mean()).item() / feature.size
+        return Evaluation(numbers, tensors)
+
+
+def heldout_windows(config: Config, lm: LanguageModel) -> list[Window]:
+    """The first windows of held-out text, `eval.replacement_tokens` in all (rounded up to whole windows).
+
+    Raises UserError as `windows`, and when there is no next token to predict.
+    """
+    count = -(-config.eval.replacement_tokens // config.lm.context)
+    found = list(islice(windows(config.text, "heldout", lm, config.lm.context), count))
+    if not any((window.keep[:-1] & window.keep[1:]).any() for window in found):
+        raise UserError(
+            f"no window of lm.context={config.lm.context} held-out tokens has two neighbours that are not special "
+            "tokens, so there is nothing to predict: raise lm.context, or set eval.replacement_tokens=0"
+        )
+    return found
 
 
 @torch.no_grad()
@@ -51,9 +117,7 @@ def evaluate_activations(
     Returns float64 tensors: fve, nmse, l0_total (); fve_per_layer, nmse_per_layer, l0_per_layer (L,); density (L, F),
     the share of rows on which each feature fires. Raises UserError when a value is not finite.
     """
-    L, D = transcoder.n_layers, transcoder.d_acts
-    device = transcoder.b_dec.device
-    norm = transcoder.normalization
+    L, D, device = transcoder.n_layers, transcoder.d_acts, transcoder.b_dec.device
     sse, square = (torch.zeros(L, dtype=torch.float64, device=device) for _ in range(2))
     total = torch.zeros(L, D, dtype=torch.float64, device=device)
     fired = torch.zeros(L, transcoder.config["d_features"], dtype=torch.float64, device=device)
@@ -62,7 +126,7 @@ def evaluate_activations(
         with torch.autocast(device.type, autocast, enabled=autocast != torch.float32):
             reconstruction = _reconstruct(transcoder, rows[:, 0], fired[:, transcoder.features])
         # Sums of squares about the training mean, which is near this one: nothing cancels in SST.
-        target = rows[:, 1].double() - norm.target_mean
+        target = rows[:, 1].double() - transcoder.normalization.target_mean
         sse += (rows[:, 1].double() - reconstruction).square().sum((0, 2))
         square += target.square().sum((0, 2))
         total += target.sum(0)
@@ -93,7 +157,7 @@ def evaluate_activations(
 def _reconstruct(transcoder: CrossLayerTranscoder, x: Tensor, fired: Tensor) -> Tensor:
     """x (B, L, D) -> yhat (B, L, D), both in model units; adds to `fired` (L, F) how often each feature fires.
 
-    One layer's features (B, F) are there at a time: a wide transcoder's of all layers would take gigabytes.
+    Layer by layer: the features of all layers of a wide transcoder would take gigabytes.
     """
     y = torch.zeros(x.shape, dtype=transcoder.b_dec.dtype, device=x.device)
     for s, weight in enumerate(transcoder.W_dec):  # (F, T, D)
@@ -116,10 +180,9 @@ def evaluate_replacement(
 ) -> dict[str, float]:
     """The language model with every chosen MLP replaced at once by the transcoder, attention live, on held-out text.
 
-    Counted are the predictions made at a kept position for a kept next token: position 0, special tokens and padding
-    are masked (and keep their original MLP outputs). mean_output (L, D) is what mean ablation writes in their place.
-    `run` computes the replaced logits (default: forward hooks; pass ReplacementModel's to go through nnsight). The
-    language model is on the transcoder's device meanwhile, and goes back to its own.
+    Predictions count where position and next token are both kept: position 0, special tokens and padding are masked
+    (and keep their original MLP outputs). Mean ablation writes mean_output (L, D) instead. `run` computes the replaced
+    logits (default: forward hooks). The language model is on the transcoder's device meanwhile.
 
     top1_agreement: share of predictions whose most likely token is the original's; kl: KL(original || replaced) in
     nats; ce_*: next-token cross-entropies in nats; ce_recovered = (ablated - replaced) / (ablated - original).
@@ -147,7 +210,7 @@ def evaluate_replacement(
 
 @contextmanager
 def _moved(lm: LanguageModel, device: torch.device) -> Iterator[None]:
-    """The language model on `device` for a while. Between evaluations that memory is the training's."""
+    """The language model on `device` for a while: between evaluations, training needs that memory."""
     home = lm.device
     lm.model.to(device)  # type: ignore[arg-type]
     try:
@@ -159,7 +222,7 @@ def _moved(lm: LanguageModel, device: torch.device) -> Iterator[None]:
 def _replacement_sums(
     lm: LanguageModel, transcoder: CrossLayerTranscoder, mean_output: Tensor, windows: Sequence[Window], run: Replace
 ) -> Tensor:
-    """Over the predictions of some windows (6,): their count, agreements, three cross-entropies and KL divergence."""
+    """Sums over the predictions of some windows (6,): count, agreements, three cross-entropies, KL divergence."""
     tokens = torch.from_numpy(np.stack([w.tokens for w in windows])).long().to(lm.device)
     keep = torch.from_numpy(np.stack([w.keep for w in windows])).to(lm.device)
     counted = (keep[:, :-1] & keep[:, 1:]).flatten()
@@ -174,15 +237,11 @@ def _replacement_sums(
     ablated = cross_entropy(log_probabilities(ablated_logits(lm, mean_output, tokens, keep)))
     original = log_probabilities(lm.model(input_ids=tokens, use_cache=False).logits)
     replaced = log_probabilities(run(lm, transcoder, tokens, keep))
-    found = [
-        counted.sum().double(),
-        (original.argmax(1) == replaced.argmax(1)).sum().double(),
-        cross_entropy(original),
-        cross_entropy(replaced),
-        ablated,
-    ]
+    agreeing = (original.argmax(1) == replaced.argmax(1)).sum().double()
+    entropies = (cross_entropy(original), cross_entropy(replaced), ablated)
     difference = replaced.neg_().add_(original)  # in place: these are the largest tensors of an evaluation
-    return torch.stack([*found, (original.exp_() * difference).sum(-1).double().sum()])
+    divergence = (original.exp_() * difference).sum(-1).double().sum()
+    return torch.stack([counted.sum().double(), agreeing, *entropies, divergence])
 
 
 def dead_features(last_fired: Tensor, step: int, batch_tokens: int, window: int) -> Tensor:

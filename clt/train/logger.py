@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,16 @@ from clt.data.index import write_whole
 from clt.errors import UserError
 
 
-class Logger:
+class Logger(AbstractContextManager["Logger"]):
     """Rank 0's log of a run. On the other ranks every method returns at once.
 
-    `metrics.jsonl` holds one object per logged step and only what the run computes, so that two equal runs write equal
-    files; `speed.jsonl` beside it holds what depends on the machine. On resumption the lines after `start` are dropped,
-    and `evaluated` says whether there is an evaluation of step `start`.
+    `metrics.jsonl` holds only what the run computes, so that two equal runs write equal files; `speed.jsonl` beside it
+    holds what depends on the machine. On resumption the lines after step `start` are dropped, and `evaluated` says
+    whether there is an evaluation of that step.
     """
 
     def __init__(self, config: Config, rank: int, start: int, wandb_id: str | None) -> None:
-        self.active, self.evaluated = rank == 0, False
-        self.wandb_id = wandb_id
-        self.wandb = None
+        self.active, self.evaluated, self.wandb_id, self.wandb = rank == 0, False, wandb_id, None
         self.status: dict[str, str] = {}
         if not self.active:
             return
@@ -65,9 +64,6 @@ class Logger:
         if "top1_agreement" in numbers:
             line["replacement_model_accuracy"] = numbers["top1_agreement"]
         self.log(step, line)
-
-    def __enter__(self) -> Logger:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close everything; an exception marks the W&B run as failed."""

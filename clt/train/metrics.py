@@ -1,4 +1,4 @@
-"""A step's metrics, kept on the device until they are logged; and the run's speed."""
+"""A step's metrics, on the device until they are logged; the run's speed; the coefficients of the loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from clt.config import LossConfig
 from clt.model.loss import TERMS, Losses, value_names
-from clt.train import distributed as dist
 from clt.train.distributed import World
 from clt.train.source import StoreSource
 
@@ -40,7 +39,7 @@ class Metrics:
 
     def read(self, coefficients: dict[str, float]) -> dict[str, float]:
         """The metrics over all ranks. Waits for the device."""
-        values = dict(zip(self.names, dist.all_sum(self.sums).tolist()))
+        values = dict(zip(self.names, self.world.everyone.sum(self.sums).tolist()))
         loss = values["train_mse"]
         for name, coefficient in coefficients.items():
             loss += coefficient * values[f"train_{name}"]

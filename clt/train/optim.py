@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clt.config import OptimConfig
 from clt.errors import UserError
-from clt.train import distributed as dist
+from clt.model.loss import value_names
+from clt.model.transcoder import feature_dim
+from clt.train.distributed import World
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -42,8 +44,8 @@ NEVER = 2**62  # the step of a failure that did not happen
 class Update:
     """The optimizer's step with clipping, loss scale and the check for non-finite numbers, all on the device.
 
-    The fused Adam kernel divides gradients by a number and skips a step when told to, both read from device memory. So
-    clipping and unscaling cost no pass over the gradients, and nothing waits for the device.
+    The fused Adam kernel divides gradients by a number, and skips a step, as device memory says: clipping and unscaling
+    cost no pass over the gradients, and nothing waits for the device.
 
     A step whose gradient is not finite never changes the weights. With a loss scale above 1 (fp16) that is an
     overflow, and the scale is halved; otherwise it is a failure, recorded in `failed_at`, and with `stop` no later
@@ -53,23 +55,19 @@ class Update:
     def __init__(
         self,
         optimizer: torch.optim.Adam,
-        *,
-        sharded: list[Tensor],
-        replicated: list[Tensor],
-        names: Sequence[str],
-        sum_shards: Callable[[Tensor], Tensor],
+        parameters: dict[str, nn.Parameter],
         clip_norm: float | None,
+        sum_shards: Callable[[Tensor], Tensor],
+        *,
         fp16: bool,
         stop: bool,
     ) -> None:
-        """sharded, replicated: the parameters of which each shard has a part, and those it has whole.
-
-        names: of the values that `__call__` is given, for the error message.
-        """
-        self.names = (*names, "grad_norm")
-        self.optimizer, self.sharded, self.replicated, self.sum_shards = optimizer, sharded, replicated, sum_shards
-        self.clip_norm, self.fp16, self.stop = clip_norm, fp16, stop
-        device = sharded[0].device
+        """parameters: the transcoder's, by name; sum_shards: sums a tensor over the feature shards, in place."""
+        self.names = [f"train_{name}" for name in value_names()] + ["grad_norm"]
+        self.sharded = [p for name, p in parameters.items() if feature_dim(name) is not None]
+        self.replicated = [p for name, p in parameters.items() if feature_dim(name) is None]
+        self.optimizer, self.clip_norm, self.sum_shards = optimizer, clip_norm, sum_shards
+        self.fp16, self.stop, device = fp16, stop, self.sharded[0].device
         self.scale = torch.tensor(2.0**16 if fp16 else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -83,7 +81,7 @@ class Update:
     def __call__(self, step: int, lr: float, values: Tensor) -> Tensor:
         """Apply the gradients of step 1, 2, .. at a learning rate; returns their global norm () before clipping.
 
-        values: this rank's, by `names`, to tell where a failure came from.
+        values: this rank's losses, by `value_names`, to tell where a failure came from.
         """
         squares = self.sum_shards(_square_norm(self.sharded)) + _square_norm(self.replicated)
         scaled = squares.sqrt()
@@ -96,13 +94,15 @@ class Update:
             skip = skip | (self.failed_at != NEVER).any()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # The two attributes through which torch's own GradScaler talks to a fused optimizer. Given a scale, the kernel
-        # also writes the gradients back, 4 bytes a parameter: it gets none where nothing is to be scaled.
-        if self.fp16 or self.clip_norm is not None:
-            clip = 1.0 if self.clip_norm is None else (norm / self.clip_norm).clamp_min(1)
-            self.optimizer.grad_scale = torch.where(skip, 1.0, self.scale * clip)  # type: ignore[attr-defined]
-        self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        clip = torch.ones_like(norm) if self.clip_norm is None else (norm / self.clip_norm).clamp_min(1)
+        if self.fp16:
+            self._adam(skip, self.scale * clip)
+        else:
+            # Given a scale, the kernel also writes the gradients back: 32 bytes per parameter instead of 28. So a step
+            # that needs no clipping is taken without one. The device decides, and skips the other of the two calls.
+            self._adam(skip | (clip > 1), None)
+            if self.clip_norm is not None:
+                self._adam(skip | (clip == 1), clip)
         self.skipped += skip
         if self.fp16:
             self.good_steps = torch.where(finite, self.good_steps + 1, 0)
@@ -111,11 +111,17 @@ class Update:
             self.scale = torch.where(finite, grown, (self.scale / 2).clamp_min(1))
         return norm
 
+    def _adam(self, skip: Tensor, scale: Tensor | None) -> None:
+        # The two attributes through which torch's own GradScaler talks to a fused optimizer.
+        self.optimizer.found_inf, self.optimizer.grad_scale = skip.float(), scale  # type: ignore[attr-defined]
+        self.optimizer.step()
 
-def check_finite(update: Update, lr: float, store: str | Path) -> None:
-    """Raise UserError on all ranks when a step failed on one and no weights changed since; before anything is saved."""
-    first = (-dist.all_max(-update.failed_at)).tolist()
+
+def check_finite(update: Update, world: World, store: str | Path) -> None:
+    """Raise UserError on all ranks when a step failed on one; with `train.nonfinite=skip`, never."""
+    first = (-world.everyone.max(-update.failed_at)).tolist()
     if min(first) != NEVER and update.stop:
+        lr = update.optimizer.param_groups[0]["lr"]
         raise UserError(
             f"{update.names[first.index(min(first))]} was not finite at step {min(first)}; no weights changed since. "
             f"Look for bad rows with `clt inspect --verify {store}`, lower optim.lr (now {lr:.3g}), use "
@@ -123,5 +129,5 @@ def check_finite(update: Update, lr: float, store: str | Path) -> None:
         )
 
 
-def _square_norm(parameters: list[Tensor]) -> Tensor:
+def _square_norm(parameters: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).square()

@@ -1,25 +1,54 @@
-"""A run's report: plots as PNG, the table of results."""
+"""The end of a run: its summary, plots as PNG and the table of results, for train_ddp.py and `clt eval`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from clt.config import Config, config_hash
+from clt.data.index import write_json
+from clt.train.evaluation import Evaluation
 from clt.train.logger import read_metrics
+from clt.train.state import TrainState
+
+
+def summary(config: Config, state: TrainState, dtype: torch.dtype, wall_seconds: float) -> dict[str, Any]:
+    """What summary.json says of a finished run beside its quality."""
+    world, tokens = state.world, config.train.steps * config.train.batch_tokens
+    return {
+        "dead_window_tokens": min(config.eval.dead_window, tokens),
+        "tokens_per_second": tokens / state.busy_seconds,
+        "wall_seconds": wall_seconds,
+        "steps": config.train.steps,
+        "train_tokens": tokens,
+        "world_size": world.size,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        "precision": str(dtype).removeprefix("torch."),
+        "torch_version": torch.__version__,
+        "config_hash": config_hash(config),
+    }
+
+
+def conclude(run_dir: Path, evaluation: Evaluation, file: str, plots: str, **more: Any) -> None:
+    """Write the numbers, and `more`, to `run_dir`/`file`, the plots to `run_dir`/`plots`, and print the table."""
+    numbers = evaluation.numbers | more
+    write_plots(run_dir, evaluation.tensors, plots)
+    write_json(run_dir / file, numbers)
+    print(f"\n{table(numbers)}\n\nThe results are in {run_dir}: {file}, {plots}/")
 
 
 def write_plots(run_dir: str | Path, evaluation: dict[str, Any], name: str = "report") -> None:
     """Write {training,layers,density}.png from metrics.jsonl and an `evaluate_activations` into `run_dir`/`name`."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     directory = Path(run_dir) / name
     directory.mkdir(exist_ok=True)
     lines = [line for line in read_metrics(run_dir) if "train_loss" in line]
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     steps = [line["step"] for line in lines]
     left.plot(steps, [line["train_loss"] for line in lines], label="loss")
     left.plot(steps, [line["train_mse"] for line in lines], label="MSE (normalised)")
@@ -28,32 +57,29 @@ def write_plots(run_dir: str | Path, evaluation: dict[str, Any], name: str = "re
     right.plot(steps, [line["L0"] for line in lines], color="C2")
     right.set(xlabel="step", yscale="log", ylabel="features on per token", title="L0, all layers")
     figure.savefig(directory / "training.png", dpi=120)
-    plt.close(figure)
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    layers = range(len(evaluation["fve_per_layer"]))
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    layers, fve = range(len(evaluation["fve_per_layer"])), float(evaluation["fve"])
     left.bar(layers, evaluation["fve_per_layer"].tolist())
-    left.axhline(
-        float(evaluation["fve"]), color="black", linewidth=1, label=f"all layers {float(evaluation['fve']):.3f}"
-    )
+    left.axhline(fve, color="black", linewidth=1, label=f"all layers {fve:.3f}")
     left.set(xlabel="layer", ylim=(0, 1), title="Fraction of variance explained, held out", xticks=layers)
     left.legend(loc="lower right")
     right.bar(layers, evaluation["l0_per_layer"].tolist(), color="C2")
     right.set(xlabel="layer", title="L0 per layer, held out", xticks=layers)
     figure.savefig(directory / "layers.png", dpi=120)
-    plt.close(figure)
 
     density = evaluation["density"].flatten().cpu()
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    axes.hist(density[density > 0].log10().tolist(), bins=60)
     never = int((density == 0).sum())
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(density[density > 0].log10().tolist(), bins=60)
     axes.set(
         xlabel="log10 of the share of held-out tokens a feature fires on",
         ylabel="features",
         title=f"Feature density ({never} of {density.numel()} never fire here)",
     )
     figure.savefig(directory / "density.png", dpi=120)
-    plt.close(figure)
 
 
 ROWS = {
@@ -73,7 +99,7 @@ ROWS = {
 }
 
 
-def table(summary: dict[str, Any]) -> str:
+def table(numbers: dict[str, Any]) -> str:
     """The results as two aligned columns."""
 
     def show(value: Any) -> str:
@@ -81,6 +107,6 @@ def table(summary: dict[str, Any]) -> str:
             return " ".join(f"{v:.1f}" for v in value)
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
-    rows = [(label, show(summary[key])) for key, label in ROWS.items() if summary.get(key) is not None]
+    rows = [(label, show(numbers[key])) for key, label in ROWS.items() if numbers.get(key) is not None]
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {value:>12}" for label, value in rows)

@@ -1,4 +1,4 @@
-"""A run's parts, built from its config: what train_ddp.py and `clt eval` share."""
+"""A run's parts, built from its config."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from clt.data.extract import check_store, extract_all
 from clt.data.index import StoreIndex, content_hash, write_whole
 from clt.data.statistics import Statistics
 from clt.data.store import DiscBuffer
-from clt.errors import UserError
+from clt.errors import UserError, mismatches
 from clt.model.loss import Objective
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.parsing import to_yaml
-from clt.train.checkpoint import versions
 from clt.train.distributed import ALONE, Axis, World
 from clt.train.source import ServerSource, StoreSource
 
@@ -25,11 +24,8 @@ if TYPE_CHECKING:
     from clt.lm.documents import Part
 
 
-def make_stores(config: Config, progress: bool) -> None:
-    """Extract the stores that are missing; of a run that reads from a server, fetch the held-out rows.
-
-    With all of the machine's cores: the other ranks wait.
-    """
+def make_stores(config: Config) -> None:
+    """Extract the missing stores, or fetch a server's held-out rows, on all cores: the other ranks wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(threads, len(os.sched_getaffinity(0))))
     if config.data.source == "server":
@@ -37,14 +33,14 @@ def make_stores(config: Config, progress: bool) -> None:
 
         fetch_heldout(config)
     else:
-        extract_all(config, progress)
+        extract_all(config)
     torch.set_num_threads(threads)
 
 
 def open_source(config: Config, world: World) -> tuple[StoreSource, DiscBuffer]:
     """The source of the training rows, and the held-out store.
 
-    Raises UserError when they are not of one model, as `open_store`, and when the server does not answer.
+    Raises UserError as `open_store`, when they are not of one model, and when the server does not answer.
     """
     source: StoreSource
     if config.data.source == "server":
@@ -55,11 +51,10 @@ def open_source(config: Config, world: World) -> tuple[StoreSource, DiscBuffer]:
         source = StoreSource(open_store(config, "train"), config, world)
     heldout = open_store(config, "heldout")
     names = ("n_layers", "d_acts", "layers", "input_sites", "output_sites", "revision", "tokenizer_hash")
-    pairs = {name: (getattr(source.index, name), getattr(heldout.index, name)) for name in names}
-    odd = [f"{name} is {ours!r} and {theirs!r}" for name, (ours, theirs) in pairs.items() if ours != theirs]
-    if odd:
+    found, wanted = ({name: getattr(index, name) for name in names} for index in (heldout.index, source.index))
+    if odd := mismatches(found, wanted):
         raise UserError(
-            f"the stores {source.store.path} and {heldout.path} are not of one language model: {'; '.join(odd)}; "
+            f"the stores {heldout.path} and {source.store.path} are not of one language model: {odd}; "
             "delete the wrong one to extract it again, or set data.store to another directory"
         )
     return source, heldout
@@ -93,11 +88,9 @@ def check_run_dir(config: Config) -> None:
     path = Path(config.run.dir) / "config.yaml"
     if not path.exists():
         return
-    found, wanted = identity(load_config(path)), identity(config)
-    differences = [f"{key}: found {found[key]!r}, wanted {wanted[key]!r}" for key in found if found[key] != wanted[key]]
-    if differences:
+    if odd := mismatches(identity(load_config(path)), identity(config)):
         raise UserError(
-            f"run directory {config.run.dir} holds a run of another config ({'; '.join(differences)}); "
+            f"run directory {config.run.dir} holds a run of another config ({odd}); "
             "choose another run.dir, or delete this one"
         )
     if not config.checkpoint.resume:
@@ -115,6 +108,6 @@ def claim_run_dir(config: Config) -> None:
 
 
 def run_identity(config: Config, index: StoreIndex, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What must be equal for a run to go on from a checkpoint: config, data, precision, device and versions."""
+    """What must be equal, besides versions, for a run to go on from a checkpoint: config, data, precision, device."""
     hashes = {"config_hash": config_hash(config), "data_hash": content_hash(index)}
-    return hashes | {"precision": str(dtype), "device": device.type, **versions()}
+    return hashes | {"precision": str(dtype), "device": device.type}

@@ -9,20 +9,21 @@ import torch
 from torch import Tensor
 
 from clt.config import Config
-from clt.model.loss import Objective, value_names
-from clt.model.transcoder import feature_dim
+from clt.model.loss import Objective
 from clt.train import checkpoint
 from clt.train import distributed as dist
 from clt.train.checkpoint import Checkpoints
 from clt.train.distributed import GradientMemory, World
-from clt.train.optim import Update
+from clt.train.metrics import Speed
+from clt.train.optim import Update, check_finite
+from clt.train.source import StoreSource
 
 
 class TrainState:
     """Weights, optimizer, loss scale, the step at which each feature last fired, and the counters of a run."""
 
     def __init__(self, config: Config, objective: Objective, world: World, dtype: torch.dtype) -> None:
-        """dtype: that of the matrix products."""
+        """dtype: of the matrix products."""
         self.world, self.transcoder = world, objective.transcoder
         self.step = self.saved = 0
         self.busy_seconds, self.wandb_id = 0.0, None
@@ -30,26 +31,25 @@ class TrainState:
         self.gradients = objective.gradient_memory = GradientMemory(named.values())
         beta1, beta2 = config.optim.betas
         self.optimizer = torch.optim.Adam(named.values(), config.optim.lr, (beta1, beta2), config.optim.eps, fused=True)
-        self.update = Update(
-            self.optimizer,
-            sharded=[p for name, p in named.items() if feature_dim(name) is not None],
-            replicated=[p for name, p in named.items() if feature_dim(name) is None],
-            names=[f"train_{name}" for name in value_names()],
-            sum_shards=world.feature.sum,
-            clip_norm=config.optim.clip_norm,
-            fp16=dtype == torch.float16,
-            stop=config.train.nonfinite == "stop",
-        )
+        stop, fp16 = config.train.nonfinite == "stop", dtype == torch.float16
+        self.update = Update(self.optimizer, named, config.optim.clip_norm, world.feature.sum, fp16=fp16, stop=stop)
         shape = (self.transcoder.n_layers, self.transcoder.d_features)
         self.last_fired = torch.zeros(shape, dtype=torch.int64, device=world.device)
 
-    def save(self, checkpoints: Checkpoints, more: dict[str, Any]) -> None:
-        """Begin a checkpoint; `more` goes into its state.json. All ranks must call it."""
+    def save(self, checkpoints: Checkpoints, source: StoreSource, speed: Speed, identity: dict[str, Any]) -> None:
+        """Begin a checkpoint; `identity` goes into its state.json. All ranks must call it.
+
+        Raises UserError as `check_finite`, before anything is saved.
+        """
+        check_finite(self.update, self.world, source.store.path)
+        self.busy_seconds = speed.busy_until(self.step)
         self.saved, data = self.step, self.world.data
         tensors = self._tensors() | {"last_fired": data.max(self.last_fired.clone())}
         parts = checkpoint.parts(self.transcoder, self.optimizer, tensors, (data.rank, data.size))
         counters = {"step": self.step, "busy_seconds": self.busy_seconds, "wandb_id": self.wandb_id}
-        checkpoints.begin(parts, self.transcoder.config, counters | {"world_size": self.world.size} | more)
+        more = {"world_size": self.world.size, **identity, **source.position()}
+        checkpoints.begin(parts, self.transcoder.config, counters | more)
+        speed.skip(self.step)
 
     def resume(self, directory: Path, identity: dict[str, Any]) -> dict[str, Any]:
         """Go on from the newest checkpoint in the directory, and return its state.json; {} when there is none.

@@ -1,6 +1,6 @@
-"""One safetensors file, written by several processes at once: each puts its slices of the tensors in their places.
+"""One safetensors file, written by several processes at once: each writes its slices of the tensors in place.
 
-The file is the same whatever the number of processes, and any safetensors reader reads it.
+safetensors' own writer wants whole tensors in one process. The bytes do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.u
 
 
 class Part(NamedTuple):
-    """What this process has of a tensor: all of it (`dim` None), or `tensor` from `start` on along dimension `dim`."""
+    """What this process has of a tensor: all of it (`dim` None), or a slice along dimension `dim` from `start` on."""
 
     tensor: Tensor
     shape: tuple[int, ...]
@@ -29,7 +29,7 @@ class Part(NamedTuple):
     dim: int | None = None
     start: int = 0
     writes: bool = True
-    """Whether it is this process that writes this part."""
+    """Whether this process writes the slice."""
 
 
 def offsets(parts: dict[str, Part]) -> tuple[bytes, dict[str, int], int]:
@@ -46,7 +46,7 @@ def offsets(parts: dict[str, Part]) -> tuple[bytes, dict[str, int], int]:
 
 
 def create(path: Path, parts: dict[str, Part]) -> None:
-    """Make the file with its header and all of its space, which is then there. Raises OSError on a full disk."""
+    """Write the header and allocate all of the file's space. Raises OSError on a full disk."""
     header, _, size = offsets(parts)
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)
@@ -54,19 +54,15 @@ def create(path: Path, parts: dict[str, Part]) -> None:
 
 
 def snapshot(parts: dict[str, Part]) -> dict[str, Part]:
-    """Copies, on the CPU, of the parts that this process writes; the others keep their shapes and no data.
+    """Copy what this process writes to the CPU; other parts keep their tensors.
 
-    What lies on a GPU is copied in the order of its current stream, while this returns at once: the copies are whole
-    when that stream has come so far.
+    GPU tensors are copied asynchronously in the current stream.
     """
-    return {
-        name: part._replace(tensor=_copy(part.tensor) if part.writes else part.tensor.new_empty(0, device="cpu"))
-        for name, part in parts.items()
-    }
+    return {name: part._replace(tensor=_copy(part.tensor)) if part.writes else part for name, part in parts.items()}
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    # Into pageable memory the copy would be slow, and wait. Torch keeps pinned memory for the next snapshot.
+    # A copy into pageable memory would be slow and block. Torch reuses pinned memory for the next snapshot.
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return host.copy_(tensor.detach(), non_blocking=True)
 
@@ -77,7 +73,7 @@ def write(path: Path, parts: dict[str, Part]) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         for name, part in parts.items():
-            if part.writes:
+            if part.writes and part.tensor.numel():
                 _write_part(descriptor, part, places[name])
         os.fsync(descriptor)
     finally:
@@ -85,21 +81,19 @@ def write(path: Path, parts: dict[str, Part]) -> None:
 
 
 def _write_part(descriptor: int, part: Part, at: int) -> None:
-    data = part.tensor.reshape(-1).view(torch.uint8).numpy().data
-    dim = part.dim or 0
-    inner = math.prod(part.shape[dim + 1 :]) * part.tensor.element_size()  # bytes of one index along dim
-    stride = inner * (part.shape[dim] if part.shape else 1)
-    run = len(data) if part.dim is None else inner * part.tensor.shape[dim]  # contiguous bytes
-    for i in range(len(data) // run if run else 0):
-        start = at + i * stride + part.start * inner
-        piece = data[i * run : (i + 1) * run]
+    dim, itemsize = part.dim or 0, part.tensor.element_size()
+    runs = part.tensor.reshape(math.prod(part.shape[:dim]), -1)  # each is contiguous in the file
+    stride = math.prod(part.shape[dim:]) * itemsize
+    first = at + part.start * math.prod(part.shape[dim + 1 :]) * itemsize
+    for i, run in enumerate(runs.view(torch.uint8).numpy()):
+        piece, place = run.data, first + i * stride
         while piece:
-            written = os.pwrite(descriptor, piece, start)
-            piece, start = piece[written:], start + written
+            written = os.pwrite(descriptor, piece, place)
+            piece, place = piece[written:], place + written
 
 
 def read(path: Path, parts: dict[str, Part]) -> None:
-    """Fill each part's tensor in place from the file.
+    """Fill each part's tensor from the file.
 
     Raises UserError when the file is damaged, lacks one of the tensors or has it in another shape.
     """

@@ -1,7 +1,7 @@
-"""Looks after a running rank from a thread of its own: pre-emption signals, and ranks that hang.
+"""Watches a running rank from a thread: pre-emption signals, and ranks that hang.
 
-Exit statuses: PREEMPTED after a signal, with a checkpoint (run the same command again to go on); TOO_SLOW when the
-checkpoint was not written within the grace time; HUNG when a rank has made no progress for the timeout.
+Exit statuses: PREEMPTED after a signal, with a checkpoint; TOO_SLOW when the checkpoint was not written within the
+grace time; HUNG when a rank has made no progress for the timeout.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Watch(threading.Thread):
     """While it is entered, SIGTERM and SIGUSR1 set `stopping` instead of ending the process.
 
     The signal reaches the thread even while the main thread waits inside a collective, so the grace time is kept.
-    `progress(step)` must be called at least every `hang_seconds`, also within an evaluation; when it is not, the ranks
-    that are behind are named (through heartbeats in torchrun's store) and the process ends, which ends the job.
+    `progress(step)` must be called at least every `hang_seconds`, also within an evaluation; otherwise the process
+    names the ranks that are behind (by heartbeats in torchrun's store) and exits, which ends the job.
     """
 
     def __init__(self, world: World, hang_seconds: float, grace_seconds: float) -> None:
@@ -39,9 +39,9 @@ class Watch(threading.Thread):
         self.deadline: float | None = None
         self.store = shared_store(world)
 
-    def progress(self, step: int) -> None:
-        """The main thread lives and is at this step."""
-        self.step, self.since = step, time.monotonic()
+    def progress(self, step: int | None = None) -> None:
+        """The main thread is alive and at this step; None: still at the one before."""
+        self.step, self.since = self.step if step is None else step, time.monotonic()
 
     def __enter__(self) -> Watch:
         self.read_end, self.write_end = os.pipe()
@@ -102,12 +102,10 @@ class Watch(threading.Thread):
         if self.store is None:
             return what
         looks: list[dict[int, list]] = []
-        threading.Thread(target=self._look_twice, args=(looks,), daemon=True).start()
-        for _ in range(20):
-            time.sleep(TICK)
-            if len(looks) == 2:
-                break
-        else:
+        looking = threading.Thread(target=self._look_twice, args=(looks,), daemon=True)
+        looking.start()
+        looking.join(20 * TICK)
+        if len(looks) < 2:
             return f"{what}: the node of torchrun's store, where the ranks meet, cannot be reached"
         before, after = looks
         steps = {rank: beat[1] for rank, beat in after.items() if beat}
@@ -121,13 +119,13 @@ class Watch(threading.Thread):
         return f"{what}: all ranks answer and are at step {self.step}, so the hang is in a collective or on the device"
 
     def _look_twice(self, looks: list[dict[int, list]]) -> None:
-        """Append the ranks' heartbeats [count, step, name], and again after a few ticks."""
+        """Append every rank's heartbeat [count, step, name], and again after a few ticks."""
         store = shared_store(self.world)  # the heartbeats' own connection may be stuck
         assert store is not None
-        for _ in range(2):
+        for pause in (0, 3 * TICK):
+            time.sleep(pause)
             keys = [str(rank) for rank in range(self.world.size)]
             looks.append({int(key): json.loads(store.get(key)) if store.check([key]) else [] for key in keys})
-            time.sleep(3 * TICK)
 
     def _exit(self, status: int, message: str) -> None:
         print(f"\n[rank {self.world.rank}] error: {message}", file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """Ranks that are told to stop, that hang, and that meet numbers which are not finite."""
 
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from clt.data.index import read_index
 from clt.data.shards import dataset_offsets
 from clt.errors import UserError
 from clt.train import checkpoint
-from clt.train.watch import PREEMPTED, TOO_SLOW
+from clt.train.watch import PREEMPTED
 from tests.distributed.test_torchrun import ROOT
 
 STEPS = 1000
@@ -79,28 +80,14 @@ def test_a_rank_that_hangs_is_named(train_overrides, tmp_path):
         wait_for_steps(job, tmp_path)
         victim = ranks(job)[1]
         os.kill(victim, signal.SIGSTOP)
-        _, stderr = job.communicate(timeout=90)  # torchrun waits 30 s for the stopped rank before it kills it
+        assert job.stderr is not None
+        (line,) = itertools.islice((line for line in job.stderr if "no progress since step" in line), 1)
+        os.kill(victim, signal.SIGKILL)  # torchrun would wait 30 s for it
+        job.communicate(timeout=90)
     assert job.returncode == 1
-    (line,) = [line for line in stderr.splitlines() if line.startswith("[rank 0] error: no progress since step")]
-    assert line.endswith(f"pid {victim}) stopped answering (stopped, or cut off from the network)"), line
+    assert line.startswith("[rank 0] error: no progress since step"), line
+    assert line.endswith(f"pid {victim}) stopped answering (stopped, or cut off from the network)\n"), line
     assert "seconds=4: rank 1 (" in line
-
-
-def test_a_checkpoint_that_takes_too_long_is_given_up(tmp_path):
-    code = (
-        "import torch, time; from clt.train.distributed import World; from clt.train.watch import Watch\n"
-        "with Watch(World(0, 1, torch.device('cpu')), hang_seconds=60, grace_seconds=0.5):\n"
-        "    print('ready', flush=True); time.sleep(60)\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        process.send_signal(signal.SIGTERM)
-        _, stderr = process.communicate(timeout=30)
-    assert process.returncode == TOO_SLOW
-    assert "no checkpoint could be written within checkpoint.grace_seconds=0.5 of the signal" in stderr
 
 
 @pytest.fixture

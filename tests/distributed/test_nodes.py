@@ -55,7 +55,7 @@ def kill_all(name: str) -> None:
 
 @pytest.fixture
 def start(network, tmp_path) -> Callable[..., subprocess.Popen]:
-    """start(node, *arguments): the node's line of the README, with two ranks; it prints into `tmp_path`/node.log."""
+    """start(node, *arguments): launch.sh on that node, with two ranks; it prints into `tmp_path`/node.log."""
     venv = tmp_path / "venv"  # this environment, as launch.sh marks one that it has installed
     venv.mkdir()
     for entry in Path(sys.prefix).iterdir():
@@ -89,16 +89,9 @@ def assert_same_weights(run_dir: Path, wanted: dict[str, torch.Tensor], step: in
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-def test_two_nodes_give_the_run_of_one_process(start, train, train_overrides, tmp_path):
-    jobs = [start(node, *train_overrides, f"run.dir={tmp_path / 'run'}") for node in range(2)]
-    for node, job in enumerate(jobs):
-        assert job.wait(120) == 0, (tmp_path / f"{node}.log").read_text()
-    assert_same_weights(tmp_path / "run", train().weights, step=10)
-
-
 @pytest.mark.timeout(600)
-def test_a_node_that_comes_back_goes_on_from_the_last_checkpoint(start, train, train_overrides, tmp_path):
-    """Node 1's cable is pulled until all ranks have given up. Then it loses power, and its line is run again."""
+def test_two_nodes_give_the_run_of_one_process_though_one_is_cut_off_and_lost(start, train, train_overrides, tmp_path):
+    """Node 1's cable is pulled until all ranks have given up. Then it loses power, and its command is run again."""
     options = [
         "train.steps=300",
         "checkpoint.every=20",
@@ -107,7 +100,7 @@ def test_a_node_that_comes_back_goes_on_from_the_last_checkpoint(start, train, t
         "eval.replacement_tokens=0",
     ]
     run_dir, logs = tmp_path / "run", [tmp_path / "0.log", tmp_path / "1.log"]
-    arguments = [*train_overrides, *options, f"run.dir={run_dir}", "parallel.timeout_seconds=20"]
+    arguments = [*train_overrides, *options, f"run.dir={run_dir}", "parallel.timeout_seconds=12"]
     jobs = [start(node, *arguments) for node in range(2)]
 
     def written() -> dict[int, tuple[int, int]]:  # by step; a checkpoint that is written again gets another inode

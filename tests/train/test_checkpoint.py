@@ -4,6 +4,8 @@ import itertools
 import json
 import os
 import threading
+import weakref
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from clt.model.spec import CLTConfig, LossConfig
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import checkpoint, tensorfile
 from clt.train.distributed import World
+from clt.train.optim import Update
 
 ALONE = World(0, 1, torch.device("cpu"))
 IDENTITY = {"config_hash": "abc", "data_hash": "def"}
@@ -157,23 +160,64 @@ def test_the_weights_may_change_while_they_are_written(tmp_path):
     assert equal(load_file(tmp_path / "step_00000003" / "model.safetensors"), before)
 
 
-def test_nothing_is_written_before_the_gpu_has_copied_it(tmp_path, monkeypatch):
-    transcoder, optimizer, _ = trained()
-    order, reached = [], threading.Event()
-    event = SimpleNamespace(synchronize=lambda: (reached.wait(60), order.append("copied")))
-    stream = SimpleNamespace(record_event=lambda: (order.append("event"), event)[1])
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Streams of GPU 5 that only record what is asked of them; `reached` is set when the copy is to be complete."""
+    calls, reached = [], threading.Event()
+    event = SimpleNamespace(synchronize=lambda: (reached.wait(60), calls.append("copied")))
+    training = SimpleNamespace(wait_event=lambda event: calls.append("training waits for the copy"))
+    side = SimpleNamespace(
+        wait_stream=lambda stream: calls.append("copy waits for training" if stream is training else stream),
+        record_event=lambda: (calls.append("event"), event)[1],
+    )
+
+    @contextmanager
+    def within(stream):
+        assert stream is side
+        calls.append("begin stream")
+        yield
+        calls.append("end stream")
+
     snapshot, write = tensorfile.snapshot, tensorfile.write
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: order.append(str(device)))
-    monkeypatch.setattr(tensorfile, "snapshot", lambda file: (order.append("snapshot"), snapshot(file))[1])
-    monkeypatch.setattr(tensorfile, "write", lambda *file: (order.append("write"), write(*file)))
-    with checkpoint.Checkpoints(tmp_path, 2, 0, World(0, 1, torch.device("cuda", 5))) as checkpoints:
-        checkpoints.begin(checkpoint.parts(transcoder, optimizer, counters()), transcoder.config, {"step": 3})
-        assert order[:3] == ["snapshot", "snapshot", "event"], "and the loop goes on"
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: training)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(str(device)))
+    monkeypatch.setattr(tensorfile, "snapshot", lambda file: (calls.append("snapshot"), snapshot(file))[1])
+    monkeypatch.setattr(tensorfile, "write", lambda *file: (calls.append("write"), write(*file)))
+    return SimpleNamespace(calls=calls, reached=reached)
+
+
+def test_a_gpu_copies_in_a_stream_of_its_own_that_the_next_update_waits_for(tmp_path, fake_cuda):
+    transcoder, optimizer, _ = trained()
+    calls, device = fake_cuda.calls, torch.device("cuda", 5)
+    with checkpoint.Checkpoints(tmp_path, 2, 0, World(0, 1, device)) as checkpoints:
+        checkpoints.wait_for_copy()
+        assert calls == [], "there is no copy yet"
+        parts = checkpoint.parts(transcoder, optimizer, counters())
+        temporary = weakref.ref(parts[checkpoint.TRAINING]["last_fired"].tensor)
+        checkpoints.begin(parts, transcoder.config, {"step": 3})
+        del parts
+        wanted = ["copy waits for training", "begin stream", "snapshot", "snapshot", "end stream", "event"]
+        assert [call for call in calls if call != "cuda:5"] == wanted, "training goes on, and nothing is written"
+        assert temporary() is not None, "its memory must not be used again before it is copied"
         assert not checkpoints.written
-        reached.set()
+        checkpoints.wait_for_copy()
+        checkpoints.wait_for_copy()
+        fake_cuda.reached.set()
         checkpoints.finish()
-    assert order[3:] == ["cuda:5", "copied", "write", "write"]
+    assert calls.count("training waits for the copy") == 1
+    assert calls[-3:] == ["copied", "write", "write"]
+    assert "cuda:5" in calls, "the writing thread chooses its GPU"
+
+
+def test_the_update_of_the_next_step_waits_for_the_copy(train, monkeypatch):
+    """In train_ddp.py: after each step's backward pass and before its weights change."""
+    calls, wait, update = [], checkpoint.Checkpoints.wait_for_copy, Update.__call__
+    monkeypatch.setattr(checkpoint.Checkpoints, "wait_for_copy", lambda self: (calls.append("wait"), wait(self))[1])
+    monkeypatch.setattr(Update, "__call__", lambda *arguments: (calls.append("update"), update(*arguments))[1])
+    train("train.steps=3", "eval.replacement_tokens=0")
+    assert calls == ["wait", "update"] * 3
 
 
 def test_which_checkpoints_are_kept(tmp_path):
@@ -189,8 +233,8 @@ def test_half_of_a_deleted_checkpoint_is_none(tmp_path, monkeypatch):
     transcoder, optimizer, _ = trained()
     save(tmp_path, transcoder, optimizer, 3)
 
-    def killed(directory):
-        (directory / "state.json").unlink()
+    def killed(directory, **_):
+        (directory / "state.json").unlink(missing_ok=True)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
@@ -228,7 +272,7 @@ def test_another_format_size_config_or_version_is_refused(tmp_path):
     transcoder, optimizer, _ = trained()
     path = save(tmp_path, transcoder, optimizer)
     wider, wider_optimizer, _ = trained(features=9)
-    with pytest.raises(UserError, match="the transcoder's d_features: found 8, wanted 9"):
+    with pytest.raises(UserError, match="d_features: found 8, wanted 9"):
         restore(path, wider, wider_optimizer)
     with pytest.raises(UserError, match=r"data_hash: found 'def', wanted 'other'.*Go back to the versions"):
         restore(path, transcoder, optimizer, IDENTITY | {"data_hash": "other"})

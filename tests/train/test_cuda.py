@@ -6,11 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clt.lm import load as load_module
 from clt.lm.replacement import replaced_logits
 from clt.model.transcoder import CrossLayerTranscoder
-from clt.train import checkpoint
-from clt.train import run as run_module
+from clt.train import checkpoint, evaluation
 from clt.train.distributed import World
 from clt.train.logger import Logger
 
@@ -43,7 +41,7 @@ def test_only_logging_waits_for_the_device(train, precision, compiled):
 
 
 def test_a_checkpoint_is_of_the_weights_before_the_next_update(tmp_path):
-    """Though it is asked for and the weights are changed while the GPU still has much to do."""
+    """Begun while the GPU has much to do, and the weights changed right after: only the update waits for the copy."""
     device = torch.device("cuda", 0)
     transcoder = CrossLayerTranscoder(2, 256, 8192).to(device)
     optimizer = torch.optim.Adam(transcoder.parameters(), fused=True)
@@ -53,6 +51,7 @@ def test_a_checkpoint_is_of_the_weights_before_the_next_update(tmp_path):
         for _ in range(20):
             busy = busy @ busy
         checkpoints.begin(checkpoint.parts(transcoder, optimizer, {}), transcoder.config, {"step": 1})
+        checkpoints.wait_for_copy()
         with torch.no_grad():
             for weight in transcoder.parameters():
                 weight.fill_(7)
@@ -62,7 +61,7 @@ def test_a_checkpoint_is_of_the_weights_before_the_next_update(tmp_path):
 
 
 def test_the_language_model_is_on_the_gpu_only_while_it_is_needed(train, monkeypatch):
-    places, load, step, evaluate = {}, load_module.load_language_model, Logger.step, run_module.evaluate_replacement
+    places, load, step, evaluate = {}, evaluation.load_language_model, Logger.step, evaluation.evaluate_replacement
 
     def loaded(*arguments):
         places["model"] = load(*arguments)
@@ -79,8 +78,8 @@ def test_the_language_model_is_on_the_gpu_only_while_it_is_needed(train, monkeyp
 
         return evaluate(lm, *arguments, **options | {"run": run})
 
-    monkeypatch.setattr(load_module, "load_language_model", loaded)
+    monkeypatch.setattr(evaluation, "load_language_model", loaded)
     monkeypatch.setattr(Logger, "step", stepped)
-    monkeypatch.setattr(run_module, "evaluate_replacement", evaluated)
+    monkeypatch.setattr(evaluation, "evaluate_replacement", evaluated)
     train()
     assert (places["step"], places["run"]) == ("cpu", "cuda")

@@ -15,8 +15,7 @@ from clt.lm.replacement import replaced_logits, run_with_mlps
 from clt.model.spec import CLTConfig
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import evaluation
-from clt.train.evaluation import dead_features, evaluate_activations, evaluate_replacement
-from clt.train.results import heldout_windows
+from clt.train.evaluation import dead_features, evaluate_activations, evaluate_replacement, heldout_windows
 
 
 @pytest.fixture(scope="module")

@@ -31,9 +31,9 @@ class Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_no_step_reads_a_tensor(train, precision):
-    """Ten more steps read only the ranks' votes, which are on the host anyway. test_cuda.py asks CUDA the same."""
+    """Ten more steps read only the ranks' flags, which are on the host anyway. test_cuda.py asks CUDA the same."""
     options = [f"train.precision={precision}", "train.accumulate=2", "checkpoint.every=0"]
     options += ["eval.every=0", "eval.replacement_tokens=0"]
 
@@ -42,8 +42,9 @@ def test_no_step_reads_a_tensor(train, precision):
             train(*options, f"train.steps={steps}", f"log.every={every}")
         return seen.places
 
-    assert reads(20, 100) - reads(10, 100) == {"distributed.py:counts": 10}
-    assert (reads(20, 1) - reads(10, 1))["train_ddp.py:main"] >= 10, "logging reads, and is seen to"
+    once = reads(10, 100)
+    assert reads(20, 100) - once == {"distributed.py:result": 10}
+    assert (reads(10, 1) - once)["train_ddp.py:main"] >= 9, "logging reads, and is seen to"
 
 
 PROBE = """
@@ -77,9 +78,9 @@ open(f"{config.run.dir}/faults.json", "w").write(json.dumps(faults))
 def test_a_step_takes_no_memory_from_the_system(train_overrides, tmp_path):
     """After the first few steps; with malloc as it begins it takes and returns much of what it works in."""
     (tmp_path / "probe.py").write_text(PROBE)
-    options = ["clt.d_features=16384", "train.steps=12", "log.every=100", "eval.every=0", "eval.replacement_tokens=0"]
+    options = ["clt.d_features=8192", "train.steps=9", "log.every=100", "eval.every=0", "eval.replacement_tokens=0"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     taken = {}
     for how in ("with", "without"):
         command = [sys.executable, tmp_path / "probe.py", how, *train_overrides, *options]
@@ -88,6 +89,6 @@ def test_a_step_takes_no_memory_from_the_system(train_overrides, tmp_path):
         assert result.returncode == 0, result.stderr
         faults = json.loads((tmp_path / how / "faults.json").read_text())
         taken[how] = median(b - a for a, b in pairwise(faults[5:])) * os.sysconf("SC_PAGE_SIZE")
-    pre_activations = 60 * 16384 * 4  # bytes of one layer's
+    pre_activations = 60 * 8192 * 4  # bytes of one layer's
     assert taken["with"] < 0.1 * pre_activations
     assert taken["without"] > pre_activations

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -27,12 +28,20 @@ def test_each_call_is_one_line_that_is_there_at_once(config, tmp_path, capfd):
         assert lines(tmp_path / "metrics.jsonl") == [{"step": 5, "train_loss": 0.5, "L0": 12.0}]
         assert lines(tmp_path / "speed.jsonl") == [{"step": 5, "tokens_per_second": 1234.5}]
         logger.log(10, {"train_loss": 0.25})
+        logger.step(4)
         logger.step(10)
     assert read_metrics(tmp_path) == lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in read_metrics(tmp_path)] == [5, 10]
-    shown = capfd.readouterr().err
-    assert "10/20" in shown
+    shown = capfd.readouterr().err.split("\r")[-1]
+    assert " 10/20 " in shown
     assert "train_loss=0.25" in shown
+    assert "tokens_per_second=1234" in shown, "what was logged before stays"
+
+
+def test_the_bar_of_a_resumed_run_begins_at_its_step(config, capfd):
+    with Logger(config, 0, 10, None):
+        pass
+    assert " 10/20 " in capfd.readouterr().err
 
 
 def test_an_evaluation_is_one_line_with_a_name_for_each_layer(config, tmp_path):
@@ -60,15 +69,15 @@ def test_other_ranks_write_and_show_nothing(config, tmp_path, capfd):
 
 @pytest.mark.parametrize("torn", ["", '{"step": 15, "train_lo', '{"step": 3', "\0\0\0"])
 def test_a_resumed_run_goes_on_behind_its_step(config, tmp_path, torn):
-    before = [json.dumps({"step": step, "train_loss": float("nan")}) for step in (5, 10, 15)]
+    before = [json.dumps({"step": step, "train_loss": float("nan")}) for step in (5, 10, 11, 15)]
     for name in ("metrics", "speed"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(before) + "\n" + torn)
     with Logger(config, 0, 10, None) as logger:
         assert not logger.evaluated
-        logger.log(11, {"train_loss": 1.0})
-        logger.log(11, {"tokens_per_second": 1.0}, "speed")
+        logger.log(12, {"train_loss": 1.0})
+        logger.log(12, {"tokens_per_second": 1.0}, "speed")
     for name in ("metrics", "speed"):
-        assert [line["step"] for line in lines(tmp_path / f"{name}.jsonl")] == [5, 10, 11]
+        assert [line["step"] for line in lines(tmp_path / f"{name}.jsonl")] == [5, 10, 12]
         assert (tmp_path / f"{name}.jsonl").read_text().splitlines()[:2] == before[:2]
     assert {file.name for file in tmp_path.iterdir()} == {"metrics.jsonl", "speed.jsonl"}
 
@@ -89,15 +98,15 @@ def test_whether_the_step_was_evaluated(config, tmp_path, start, evaluated):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A package of that name that notes what it is asked for."""
-    logged, ended = [], []
+    """A package of that name that records what it is asked for; tests/train/test_fields.py uses the real one."""
+    logged, ended, defined = [], [], []
     run = SimpleNamespace(
         id="new",
-        define_metric=lambda *_, **__: None,
+        define_metric=lambda name, step_metric: defined.append((name, step_metric)),
         log=logged.append,
         finish=lambda exit_code: ended.append(exit_code),
     )
-    fake = SimpleNamespace(logged=logged, ended=ended, asked=[], run=run)
+    fake = SimpleNamespace(logged=logged, ended=ended, defined=defined, asked=[], run=run)
 
     def init(**options):
         fake.asked.append(options)
@@ -111,11 +120,18 @@ def wandb(monkeypatch):
 
 @pytest.mark.parametrize(("given", "used"), [(None, "new"), ("old", "old")])
 def test_wandb_is_told_the_same_as_the_files(config, tmp_path, wandb, given, used):
-    config.log.wandb = True
+    config.log = replace(config.log, wandb=True, wandb_project="p", wandb_entity="e", wandb_mode="offline")
     with Logger(config, 0, 0, given) as logger:
         assert logger.wandb_id == used
         logger.log(5, {"train_loss": 0.5})
         logger.log(5, {"tokens_per_second": 9.0}, "speed")
+    assert wandb.asked == [
+        {
+            "project": "p", "entity": "e", "mode": "offline", "id": given, "resume": "allow", "dir": str(tmp_path),
+            "name": tmp_path.name, "config": asdict(config),
+        }
+    ]  # fmt: skip
+    assert wandb.defined == [("*", "step")], "a resumed run logs some steps again"
     assert wandb.logged == lines(tmp_path / "metrics.jsonl") + lines(tmp_path / "speed.jsonl")
     assert wandb.ended == [0]
     with Logger(config, 1, 0, "old") as other:

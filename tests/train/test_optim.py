@@ -41,15 +41,10 @@ def problem(scale_of_gradients=1.0):
 
 
 def updater(parameters, **options):
+    """The first parameter is one that shards split, the second is whole in each."""
     optimizer = torch.optim.Adam(parameters, 0.1, fused=True)
-    defaults = {
-        "clip_norm": 1.0,
-        "fp16": False,
-        "stop": True,
-        "sum_shards": lambda t: t,
-        "names": ["mse", "sparsity", "pre_activation"],
-    }
-    return Update(optimizer, sharded=parameters[:1], replicated=parameters[1:], **{**defaults, **options})
+    defaults = {"clip_norm": 1.0, "sum_shards": lambda t: t, "fp16": False, "stop": True}
+    return Update(optimizer, dict(zip(("W_enc", "b_dec"), parameters)), **{**defaults, **options})
 
 
 @pytest.mark.parametrize("size", [0.01, 100.0])
@@ -65,24 +60,24 @@ def test_update_is_torchs_clipping_and_adam(size):
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize(("clip_norm", "fp16"), [(None, False), (None, True), (1.0, False)])
-def test_the_kernel_is_given_a_scale_only_where_there_is_something_to_scale(monkeypatch, clip_norm, fp16):
-    """For it writes the gradients back then. Without a clip the update is Adam's own, and a failed step is left out."""
+@pytest.mark.parametrize(("clip_norm", "fp16"), [(None, False), (None, True), (1e4, False), (150.0, False)])
+def test_gradients_are_written_back_only_in_steps_that_scale_them(clip_norm, fp16):
+    """The kernel writes them back when it is given a scale. Either way the update is Adam's, without failed steps."""
     (ours, theirs), gradients = problem(100.0)
-    given, kernel = [], torch._fused_adam_
-    monkeypatch.setattr(
-        torch, "_fused_adam_", lambda *tensors, **options: (given.append(options), kernel(*tensors, **options))
-    )
     update, adam = updater(ours, clip_norm=clip_norm, fp16=fp16, stop=False), torch.optim.Adam(theirs, 0.1)
-    for step, factor in enumerate([1.0, float("nan"), 2.0], 1):
+    scaled = []
+    for step, factor in enumerate([0.1, float("nan"), 2.0, 0.2], 1):
         for a, b, gradient in zip(ours, theirs, gradients):
             a.grad, b.grad = gradient * factor * update.scale, gradient * factor
+        before = [p.grad.clone() for p in ours]
         update(step, 0.1, torch.zeros(3))
         if factor == factor:
+            torch.nn.utils.clip_grad_norm_(theirs, clip_norm or 1e9)
             adam.step()
-    assert [options["grad_scale"] is None for options in given] == [clip_norm is None and not fp16] * 3
-    if clip_norm is None:
-        torch.testing.assert_close(ours, theirs)
+            scaled.append(not all(torch.equal(p.grad, gradient) for p, gradient in zip(ours, before)))
+    assert scaled == ([True] * 3 if fp16 else [False, clip_norm == 150, False])
+    torch.testing.assert_close(ours, theirs)
+    assert {float(update.optimizer.state[p]["step"]) for p in ours} == {3}, "each step counts once, a failed one never"
 
 
 def test_update_counts_every_shard_once():
@@ -127,7 +122,7 @@ def test_a_failure_is_recorded_with_its_term_and_step(stop):
             parameter.grad = gradient.clone()
         update(number, 0.1, torch.tensor(terms))
     assert dict(zip(update.names, update.failed_at.tolist())) == {
-        "mse": NEVER, "sparsity": 1, "pre_activation": NEVER, "grad_norm": 1,
+        "train_mse": NEVER, "train_sparsity": 1, "train_pre_activation": NEVER, "grad_norm": 1,
     }  # fmt: skip
     assert update.skipped == (2 if stop else 1)
     assert all(torch.equal(a, b) for a, b in zip(ours, before)) == stop

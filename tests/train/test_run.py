@@ -11,7 +11,7 @@ from clt.data.index import read_index
 from clt.errors import UserError
 from clt.lm.load import load_language_model
 from clt.train.distributed import World
-from clt.train.results import heldout_windows
+from clt.train.evaluation import heldout_windows
 from clt.train.run import check_run_dir, claim_run_dir, open_source
 
 
