@@ -236,4 +236,4 @@ def stream(rounds: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
         config = serving.make_store(Path(directory, "store"), 8192)
         with serving.Server(config, Path(directory)) as server:
-            return serving.throughput(server, rounds)
+            return serving.throughput(server, rounds, None)
