@@ -17,7 +17,6 @@ import math
 import re
 import signal
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,26 +36,22 @@ from xxhash import xxh3_64_hexdigest
 from clt.data.index import STATISTICS, read_index
 from clt.data.store import DiscBuffer
 from clt.memory import keep_freed_memory
-from clt.server.buffer import Buffer
 from clt.server.client import read_token
 from clt.server.generator import end_with_parent, lead
 from clt.server.run import close_buffer, environment_config, folder, is_loopback, open_buffer
 from clt.server.wire import Shape, Slice, activations_of, as_bytes, body_of, columns_of, frame, frame_bytes
 
 log = logging.getLogger("uvicorn.error")
-PUBLIC = ("/", "/healthz")
-"""Paths that need no token: they tell nothing but whether the server works."""
 QUERIES: dict[str, dict[str, tuple[int, int | None]]] = {
     "/activations": {"batch_size": (1, 1)},
     "/activations/tensor": {"batch_size": (1, 256)},
     "/activations/stream": {"batch_size": (1, 256), "max_batches": (1, None)},
     "/heldout": {"batch_size": (1, 64), "start": (0, 0)},
 }
-"""(least, default) of each parameter of the paths whose clients count among `server.max_streams`."""
-LOCAL = ["localhost", "127.0.0.1", "::1", "[::1]"]
-"""The names that a server without a token answers to."""
+"""Of the paths that give rows, whose clients count among `server.max_streams`: (least, default) of each parameter."""
+_PUBLIC = ("/", "/healthz")  # need no token: they tell nothing but whether the server works
+_LOCAL = ["localhost", "127.0.0.1", "::1", "[::1]"]  # the names that a server without a token answers to
 _TENSOR_BYTES, _JSON_BYTES = 16 << 20, 1 << 17  # of the rows in an answer that is made before it is sent, or a block
-_SAMPLE_SECONDS, _SAMPLES = 2.0, 300
 _BYTES = "application/octet-stream"
 
 
@@ -85,9 +80,6 @@ def cut(n: int, most: int) -> list[int]:
     return [min(most, n - at) for at in range(0, n, most)]
 
 
-# The endpoints
-
-
 async def stream(request: Request) -> Response:
     """Frames of batches of `batch_size` rows, `max_batches` of them or without end.
 
@@ -103,7 +95,6 @@ async def stream(request: Request) -> Response:
             size = sizes[sequence % len(sizes)]
             for piece in frame(await draw(request, size, math.inf) if sequence else first, sequence, *about):
                 yield piece
-            buffer.served(size, frame_bytes(size, *about))
             await asyncio.sleep(0)  # sending alone gives way to nobody, not even to the client's departure
 
     headers = {"x-clt-segment": buffer.segment}
@@ -117,9 +108,8 @@ async def batch(request: Request, most: int) -> tuple[list[Slice], dict[str, Any
     buffer, server = request.state.buffer, request.state.server
     (n,) = parameters(request, batch_size=min(server.max_batch, most))
     parts = [part for size in cut(n, buffer.block_rows) for part in await draw(request, size, server.wait_seconds)]
-    shape = buffer.shape
-    buffer.served(n, n * shape.row_bytes)
-    return parts, {"shape": [n, 2, shape.n_layers, shape.d_acts], "dtype": shape.dtype, "segment": buffer.segment}
+    dims = [n, 2, buffer.shape.n_layers, buffer.shape.d_acts]
+    return parts, {"shape": dims, "dtype": buffer.shape.dtype, "segment": buffer.segment}
 
 
 async def tensor(request: Request) -> Response:
@@ -147,22 +137,24 @@ async def heldout(request: Request) -> Response:
     shape = Shape(store.index.n_layers, store.index.d_acts, store.index.dtype)
     most = min(request.state.server.max_batch, max(1, _TENSOR_BYTES // shape.row_bytes))
     n, start = parameters(request, batch_size=most, start=len(store))
-    parts = [np.arange(at, min(at + n, len(store))) for at in range(start, len(store), n)]
+    batches = [np.arange(at, min(at + n, len(store))) for at in range(start, len(store), n)]
 
-    def pieces() -> Iterator[Any]:  # starlette asks for each in a thread, as it reads the disk
-        for sequence, rows in enumerate(parts):
-            columns = {"document": store.documents(rows), "row": rows, "token": store.tokens(rows)}
-            body = body_of(store.read(rows), {**columns, "position": store.positions(rows)})
-            yield from frame([body], sequence, shape, "")
+    def pieces() -> Iterator[bytes | memoryview]:  # starlette asks for each in a thread, as the disk is read
+        for sequence, rows in enumerate(batches):
+            columns = {
+                "document": store.documents(rows),
+                "token": store.tokens(rows),
+                "position": store.positions(rows),
+            }
+            yield from frame([body_of(store.read(rows), {**columns, "row": rows})], sequence, shape, "")
 
-    size = sum(frame_bytes(len(rows), shape, "") for rows in parts)
+    size = sum(frame_bytes(len(rows), shape, "") for rows in batches)
     return StreamingResponse(pieces(), 200, {"content-length": str(size)}, _BYTES)
 
 
 async def stats(request: Request) -> Response:
-    """JSON: the buffer's counters, the generator, the largest batch_size, and [seconds, rows served, fill] of late."""
-    more = {"max_batch": request.state.server.max_batch, "history": list(request.state.history)}
-    return JSONResponse({**request.state.buffer.stats(), **more})
+    """JSON: the buffer's counters and the last of them, the generator, the largest batch_size."""
+    return JSONResponse({**request.state.buffer.stats(), "max_batch": request.state.server.max_batch})
 
 
 async def index(request: Request) -> Response:
@@ -189,20 +181,7 @@ async def health(request: Request) -> Response:
 
 async def page(request: Request) -> Response:
     """The status page. It asks /stats, so it shows nothing to a person without the token."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-    return HTMLResponse(request.state.page, headers={"content-security-policy": policy})
-
-
-async def openapi(request: Request) -> Response:
-    """This document (OpenAPI 3.1)."""
-    paths = {}
-    for route in ROUTES:
-        query = [{"name": name, "in": "query", "schema": {"type": "integer", "minimum": least, "default": default}}
-                 for name, (least, default) in QUERIES.get(route.path, {}).items()]  # fmt: skip
-        about = {"description": route.endpoint.__doc__, "parameters": query}
-        about["responses"] = {"200": {"description": "as above"}, "default": {"description": 'JSON: {"error": reason}'}}
-        paths[route.path] = {method.lower(): about for method in (route.methods or set()) - {"HEAD"}}
-    return JSONResponse({"openapi": "3.1.0", "info": {"title": "Activation server", "version": "1"}, "paths": paths})
+    return HTMLResponse(request.state.page)
 
 
 def parameters(request: Request, **most: int) -> list[Any]:
@@ -223,67 +202,54 @@ def parameters(request: Request, **most: int) -> list[Any]:
     return [values[name] for name in most]
 
 
-# Around them
-
-
 class Guard:
     """Refuses before anything else is done, and counts clients until their last byte is sent."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self.app, self.local = app, TrustedHostMiddleware(app, LOCAL, www_redirect=False)
+        self.app, self.local = app, TrustedHostMiddleware(app, _LOCAL, www_redirect=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         state, counts = scope["state"], scope["path"] in QUERIES
+        most, buffer = state["server"].max_streams, state["buffer"]
         try:
             refuse(scope, Headers(scope=scope))
-            most, line = state["server"].max_streams, state["buffer"].line
-            if counts and state["buffer"].living()["clients"].sum() >= most:
+            if counts and buffer.living()["clients"].sum() >= most:
                 raise Unavailable(f"{most} clients are being served already (server.max_streams)")
-            line["clients"] += counts
+            buffer.line["clients"] += counts
             try:
                 await (self.local if state["token"] is None else self.app)(scope, receive, send)
             finally:
-                line["clients"] -= counts
+                buffer.line["clients"] -= counts
         except HTTPException as error:
             await (await refused(Request(scope), error))(scope, receive, send)
 
 
 def refuse(scope: Scope, headers: Headers) -> None:
-    """Raise HTTPException for a request that is not to be answered: a body, no token, a page of another site."""
-    token, path, close = scope["state"]["token"], scope["path"], {"connection": "close"}
-    if headers.get("content-length", "0").strip("0") or "transfer-encoding" in headers:
-        raise HTTPException(413, "no request here has a body", close)
+    """Raise HTTPException for a request that is not to be answered: without the token, or of a page of another site."""
+    token, path = scope["state"]["token"], scope["path"]
     if scope["method"] == "HEAD" and path in QUERIES:
         raise HTTPException(405, "the answer to HEAD would cost its rows", {"allow": "GET"})
     if token is not None:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         right = hmac.compare_digest(given.strip().encode("latin-1"), token.encode()) and scheme.lower() == "bearer"
-        if path not in PUBLIC and not right:
+        if path not in _PUBLIC and not right:
             what = "the token is not this server's" if given else "this server wants its token"
             raise HTTPException(401, f"{what}, as Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
         return
     if (here := scope.get("server")) is not None and not is_loopback(here[0]):
-        raise HTTPException(403, "this server has no token and so serves its own machine alone", close)
+        raise HTTPException(403, "this server has no token and so serves its own machine alone")
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")  # of pages in a browser on this machine
     foreign = origin is not None and origin.partition("://")[2] != headers.get("host")
-    if foreign or (site in ("cross-site", "same-site") and path not in PUBLIC):
-        raise HTTPException(403, "requests from pages of other sites are refused", close)
+    if foreign or (site in ("cross-site", "same-site") and path not in _PUBLIC):
+        raise HTTPException(403, "requests from pages of other sites are refused")
 
 
 async def refused(request: Request, error: Exception) -> Response:
     """The reason as JSON."""
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-
-
-async def sample(buffer: Buffer, history: deque[tuple[float, int, float]]) -> None:
-    """Note the counters, again and again."""
-    while True:
-        found = buffer.stats()
-        history.append((round(time.monotonic(), 1), found["rows_served"], round(found["fill"], 4)))
-        await asyncio.sleep(_SAMPLE_SECONDS)
 
 
 async def supervised(work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
@@ -301,31 +267,28 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     """From the first to the last request of one worker."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     end_with_parent(signal.SIGTERM)  # uvicorn takes signals for later, but what is prepared may take hours
-    config, history = environment_config(), deque(maxlen=_SAMPLES)
+    config = environment_config()
     keep_freed_memory(1 << 28)
     token, buffer = read_token(config.server.token_file), open_buffer(config)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    work = ((sample, buffer, history), (lead, config, buffer))
-    tasks = [asyncio.create_task(supervised(*each)) for each in work]
+    leading = asyncio.create_task(supervised(lead, config, buffer))
     try:
         yield {
-            "server": config.server, "token": token, "buffer": buffer, "history": history,
+            "server": config.server, "token": token, "buffer": buffer,
             "index": {**dataclasses.asdict(read_index(folder(config))), "shards": []},
             "statistics": (folder(config) / STATISTICS).read_bytes(),
             "heldout": DiscBuffer(Path(config.data.store) / "heldout"),
             "page": Path(__file__).with_name("page.html").read_text(),
         }  # fmt: skip
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        leading.cancel()
+        await asyncio.wait([leading])
         close_buffer(config, buffer)
 
 
 _GET = {"/": page, "/healthz": health, "/stats": stats, "/index": index, "/statistics": statistics, "/heldout": heldout,
-        "/activations": activations, "/activations/tensor": tensor, "/activations/stream": stream,
-        "/openapi.json": openapi}  # fmt: skip
+        "/activations": activations, "/activations/tensor": tensor, "/activations/stream": stream}  # fmt: skip
 ROUTES = [*(Route(path, answer) for path, answer in _GET.items()), Route("/refresh", refresh, methods=["POST"])]
 app = Starlette(False, ROUTES, [Middleware(Guard)], {HTTPException: refused}, lifespan=lifespan)
 app.router.redirect_slashes = False

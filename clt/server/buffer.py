@@ -16,6 +16,7 @@ import os
 import secrets
 import stat
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,22 @@ import numpy as np
 
 from clt.errors import UserError
 from clt.memory import check_memory, too_large
-from clt.server.wire import COLUMN_BYTES, COLUMNS, ITEM_BYTES, Shape, Slice, count_of
+from clt.server.wire import COLUMNS, ITEM_BYTES, Shape, Slice, count_of
 
 FREE, OPEN, FULL = range(3)
 GENERATOR, LEADER, _LINES = ((1 << 40) + i for i in range(3))
 """Locks beside those of the blocks; serving process i holds _LINES + i while it lives."""
 FOLDER = Path("/dev/shm")
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux
-_MAGIC, _WORKERS, _BLOCKS_AT = b"cltblk02", 128, 16_384
+_MAGIC, _WORKERS, _LINES_AT, _STATES_AT = b"cltblk02", 128, 12_288, 16_384
 _HEADER = np.dtype([
-    ("magic", "S8"), ("tag", "S128"), ("segment", "S16"), ("dtype", "S16"), ("blocks", "i8"), ("block_rows", "i8"),
-    ("open_blocks", "i8"), ("n_layers", "i8"), ("d_acts", "i8"), ("mark", "i8", 3), ("state", "S16"),
-    ("cause", "S1024"), ("pid", "i8"), ("restarts", "i8"), ("generated", "i8"), ("dropped", "i8"), ("refreshes", "i8"),
-    ("refreshed", "i8"),
+    ("magic", "S8"), ("tag", "S128"), ("segment", "S16"), ("dtype", "S16"), ("sizes", "i8", 5), ("mark", "i8", 3),
+    ("state", "S16"), ("cause", "S1024"), ("pid", "i8"), ("restarts", "i8"), ("generated", "i8"), ("dropped", "i8"),
+    ("refreshes", "i8"), ("refreshed", "i8"), ("history", "f8", (300, 3)),
 ])  # fmt: skip
-_LINE = np.dtype([(name, "i8") for name in ("clients", "held", "drawn", "dropped", "served_rows", "served_bytes")])
-_BLOCK = np.dtype([("state", "i4"), ("filled", "i4")])
+_LINE = np.dtype([(name, "i8") for name in ("clients", "held", "drawn", "dropped")])
+_STATE = np.dtype([("state", "i4"), ("filled", "i4")])
+_NOTHING = Slice(np.empty(0, "u1"), 0, 0, 0)
 
 
 class Buffer:
@@ -51,46 +52,36 @@ class Buffer:
         self.path = FOLDER / f"clt-{name}"
         self._fd = _open(self.path)
         size = os.fstat(self._fd).st_size
-        self._memory = memory = mmap.mmap(self._fd, 0) if size > _BLOCKS_AT else bytes(_BLOCKS_AT)
-        self.header = h = np.ndarray((), _HEADER, memory)
-        names = ("blocks", "block_rows", "open_blocks", "n_layers", "d_acts")
-        self.blocks, n, self.open_blocks, n_layers, d_acts = (int(h[name]) for name in names)
-        dtype, self.segment, self.tag = (h[name].item().decode("latin-1") for name in ("dtype", "segment", "tag"))
-        self.block_rows, self.shape = n, Shape(n_layers, d_acts, dtype)
-        known = h["magic"] == _MAGIC and dtype in ITEM_BYTES
-        if not known or size != _layout(self.blocks, n, self.shape)[2]:
-            raise UserError(
-                f"{self.path} is not a shuffle buffer of this version: remove it, or set another server.name"
-            )
-        self.lines = np.ndarray(_WORKERS, _LINE, memory, mmap.PAGESIZE)
-        self.line, self._own = np.zeros((), _LINE), None  # this process's, once it has joined
-        blocks = np.ndarray(self.blocks, _BLOCK, memory, _BLOCKS_AT)
-        self.state, self.filled = blocks["state"], blocks["filled"]
-        at, self._stride, _ = _layout(self.blocks, n, self.shape)
-        body = n * (COLUMN_BYTES + self.shape.row_bytes)
-        self._bodies = np.ndarray((self.blocks, body), "u1", memory, at, (self._stride, 1))
-        self._columns: dict[str, np.ndarray] = {}
-        for name, kind in COLUMNS.items():  # in each block one after the other, as on the wire
-            self._columns[name] = np.ndarray((self.blocks, n), kind, memory, at, (self._stride, int(kind[-1])))
-            at += n * int(kind[-1])
-        self._rows_at, self._rest = at, Slice(np.empty(0, np.uint8), 0, 0, 0)  # the rest: of a block that was taken
+        memory = mmap.mmap(self._fd, 0) if size > _STATES_AT else bytes(_STATES_AT)
+        self.header = np.ndarray((), _HEADER, memory)
+        texts = (self.header[name].item().decode("latin-1") for name in ("magic", "tag", "segment", "dtype"))
+        (magic, self.tag, self.segment, dtype), sizes = texts, self.header["sizes"].tolist()
+        self.blocks, self.block_rows, self.open_blocks = sizes[:3]
+        self.shape = Shape(sizes[3], sizes[4], dtype)
+        known = magic == _MAGIC.decode() and dtype in ITEM_BYTES
+        if not known or size != _layout(self.blocks, self.block_rows, self.shape)[-1]:
+            raise UserError(f"{self.path} is not a shuffle buffer of this version: remove it, or set server.name")
+        self.lines = np.ndarray(_WORKERS, _LINE, memory, _LINES_AT)
+        states = np.ndarray(self.blocks, _STATE, memory, _STATES_AT)
+        self.state, self.filled = states["state"], states["filled"]
+        block, first, _ = _layout(self.blocks, self.block_rows, self.shape)
+        self._blocks = np.ndarray(self.blocks, block, memory, first)["body"]
         # Of the places in a block; the same for every generator, as they go on with each other's open blocks.
-        self._order, self.random = np.random.default_rng(0).permutation(n), np.random.default_rng()
+        self._order, self.random = np.random.default_rng(0).permutation(self.block_rows), np.random.default_rng()
+        self.line, self._own = np.zeros((), _LINE), _WORKERS  # this process's, once it has joined
+        self._rest, self._refreshes = _NOTHING, int(self.header["refreshes"])  # of a block that was not used up
 
     @classmethod
     def create(
         cls, name: str, blocks: int, block_rows: int, open_blocks: int, shape: Shape, tag: str = "",
         mark: tuple[int, int, int] = (0, 0, 0),
     ) -> Buffer:  # fmt: skip
-        """An empty buffer, in the place of any other of that name; its rows come from behind `mark` in the text.
-
-        Raises UserError when the memory is not there.
-        """
+        """An empty buffer, in the place of any other of that name. Raises UserError when the memory is not there."""
         assert 0 < open_blocks <= blocks < 1 << 31, (open_blocks, blocks)
         texts = (_MAGIC, tag.encode(), secrets.token_hex(8).encode(), shape.dtype.encode())
-        numbers = (blocks, block_rows, open_blocks, shape.n_layers, shape.d_acts, mark)
-        header = np.array((*texts, *numbers, b"starting", b"", 0, 0, 0, 0, 0, 0), _HEADER)
-        partial, size = FOLDER / f"clt-{name}.partial", _layout(blocks, block_rows, shape)[2]
+        sizes = (blocks, block_rows, open_blocks, shape.n_layers, shape.d_acts)
+        header = np.array((*texts, sizes, mark, b"starting", b"", 0, 0, 0, 0, 0, 0, 0), _HEADER)
+        partial, size = FOLDER / f"clt-{name}.partial", _layout(blocks, block_rows, shape)[-1]
         check_memory(size, FOLDER)
         descriptor = _open(partial, os.O_CREAT)
         try:
@@ -118,8 +109,6 @@ class Buffer:
     def _lock(self, command: int, kind: int, at: int) -> int:
         return _FLOCK.unpack(fcntl.fcntl(self._fd, command, _FLOCK.pack(kind, os.SEEK_SET, at, 1, 0)))[0]
 
-    # The generator's side
-
     def put(self, rows: Any, mark: tuple[int, int, int]) -> int:
         """Put the first of the rows (a slice-able with columns and `copy_into`), each into another open block.
 
@@ -131,13 +120,12 @@ class Buffer:
         # If all were equally likely, all would be full at the same time, again and again.
         weights, n = np.linspace(1, 2, len(opened)), min(len(rows), -(-len(opened) // 2))
         block = self.random.choice(opened, n, replace=False, p=weights / weights.sum())
-        place, number, memory = self._order[self.filled[block]], int(self.header["generated"]), memoryview(self._memory)
-        starts = (self._rows_at + block * self._stride + place * self.shape.row_bytes).tolist()
-        part = rows[:n]
-        part.copy_into([memory[start : start + self.shape.row_bytes] for start in starts])
+        place, number, part = self._order[self.filled[block]], int(self.header["generated"]), rows[:n]
+        places = self._blocks["rows"]
+        part.copy_into([places[at].data for at in zip(block.tolist(), place.tolist())])
         for name in ("token", "position", "document"):
-            self._columns[name][block, place] = getattr(part, name)
-        self._columns["row"][block, place] = np.arange(number, number + n)
+            self._blocks[name][block, place] = getattr(part, name)
+        self._blocks["row"][block, place] = np.arange(number, number + n)
         self.header["mark"], self.header["generated"] = (mark[0], mark[1], mark[2] + n), number + n
         self.filled[block] += 1
         if self.header["refreshed"] == self.header["refreshes"]:  # else the next call drops them
@@ -161,30 +149,39 @@ class Buffer:
         """Record what the generator does (starting, running, failed) and, when it failed, why."""
         self.header["cause"], self.header["pid"], self.header["state"] = cause.encode()[:1024], pid, state.encode()
 
-    # The serving processes' side
+    def note(self) -> None:
+        """Add (second, rows drawn, fill) to the history."""
+        found = self.stats()
+        self.header["history"][:-1] = self.header["history"][1:]
+        self.header["history"][-1] = (time.time(), found["rows_drawn"], found["fill"])
 
     def draw(self, n: int) -> list[Slice] | None:
         """n rows, at most a block, that nobody else gets; None while there are none."""
+        if self._refreshes != self.header["refreshes"]:
+            self._count("dropped", self._rest.stop - self._rest.start)
+            self._rest, self._refreshes = _NOTHING, int(self.header["refreshes"])
         parts, rest = [], self._rest
         if rest.stop - rest.start < n:
             if (block := self._claim()) is None:
                 return None
-            parts, rest = (
-                [rest] * (rest.start < rest.stop),
-                Slice(self._copy(block), self.block_rows, 0, self.block_rows),
-            )
+            parts = [rest] if rest.start < rest.stop else []
+            rest = Slice(self._copy(block), self.block_rows, 0, self.block_rows)
             self._free(block, "held")
         cut = rest.start + n - count_of(parts)
         self._rest = rest._replace(start=cut)
-        self.line["held"] -= n
-        self.line["drawn"] += n
+        self._count("drawn", n)
         return [*parts, rest._replace(stop=cut)]
 
+    def _count(self, what: str, n: int) -> None:
+        self.line["held"] -= n
+        self.line[what] += n
+
     def _copy(self, block: int) -> np.ndarray:
-        """In memory that starts a cache line, as a block does: else copies may run at a fifth of the speed (measured)."""
-        memory = np.empty(self._bodies.shape[1] + 64, np.uint8)
+        """Into memory that starts a cache line, as a block does: to other places a copy may take five times as long."""
+        source = self._blocks[block : block + 1].view("u1")
+        memory = np.empty(len(source) + 64, "u1")
         start = -memory.__array_interface__["data"][0] % 64
-        np.copyto(body := memory[start : start + self._bodies.shape[1]], self._bodies[block])
+        np.copyto(body := memory[start : start + len(source)], source)
         return body
 
     def _claim(self) -> int | None:
@@ -201,13 +198,8 @@ class Buffer:
         self.state[block] = FREE
         self.drop(block)
 
-    def served(self, rows: int, size: int) -> None:
-        """Count what was sent."""
-        self.line["served_rows"] += rows
-        self.line["served_bytes"] += size
-
     def refresh(self) -> int:
-        """Drop the rows in shared memory; returns how many. The generator drops those of the open blocks first of all."""
+        """Drop all rows; returns how many. Generator and serving processes drop theirs before they go on."""
         dropped = int(self.filled[self.state == OPEN].sum())
         self.header["refreshes"] += 1
         while (block := self._claim()) is not None:
@@ -226,9 +218,8 @@ class Buffer:
 
     def leave(self) -> None:
         """The opposite, where it has joined."""
-        if self._own is not None:
-            self.drop(_LINES + self._own)
-            self._own = None
+        self.drop(_LINES + self._own)
+        self._own = _WORKERS
 
     def living(self) -> np.ndarray:
         """The lines of the serving processes that live, as they are now."""
@@ -239,16 +230,16 @@ class Buffer:
         """What is worth knowing. rows_generated = valid + open + in_flight + rows_drawn + rows_dropped + rows_lost."""
         h = self.header.copy()  # first: rows that move on meanwhile are counted twice at worst, and none as lost
         full, opened = int((self.state == FULL).sum()), int(self.filled[self.state == OPEN].sum())
-        total, living, generated = self.lines.copy(), self.living(), int(h["generated"])
-        drawn, dropped = int(total["drawn"].sum()), int(total["dropped"].sum() + h["dropped"])
-        valid, flight = full * self.block_rows, int(living["held"].sum())
+        lines, living, generated, valid = self.lines.copy(), self.living(), int(h["generated"]), full * self.block_rows
+        drawn, dropped = int(lines["drawn"].sum()), int(lines["dropped"].sum() + h["dropped"])
+        gone = drawn + dropped + (flight := int(living["held"].sum()))
         return {
             "segment": self.segment, "rows": self.blocks * self.block_rows, "block_rows": self.block_rows,
             "fill": min(1.0, full / (self.blocks - self.open_blocks + 1)), "valid": valid, "open": opened,
             "in_flight": flight, "rows_generated": generated, "rows_drawn": drawn, "rows_dropped": dropped,
-            "rows_lost": max(0, generated - valid - opened - flight - drawn - dropped),
-            "rows_served": int(total["served_rows"].sum()), "bytes_served": int(total["served_bytes"].sum()),
+            "rows_lost": max(0, generated - valid - opened - gone), "bytes_drawn": drawn * self.shape.row_bytes,
             "clients": int(living["clients"].sum()), "workers": len(living), "generator": self.generator(),
+            "history": h["history"][h["history"][:, 0] > 0].tolist(),
         }  # fmt: skip
 
     def generator(self) -> dict[str, Any]:
@@ -257,11 +248,17 @@ class Buffer:
         return {**texts, "pid": int(self.header["pid"]), "restarts": int(self.header["restarts"])}
 
 
-def _layout(blocks: int, block_rows: int, shape: Shape) -> tuple[int, int, int]:
-    """Where the first block starts, bytes from one to the next, and bytes of the file."""
-    first = -(-(_BLOCKS_AT + _BLOCK.itemsize * blocks) // mmap.PAGESIZE) * mmap.PAGESIZE
-    stride = -(-block_rows * (COLUMN_BYTES + shape.row_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
-    return first, stride, first + blocks * stride
+def _layout(blocks: int, block_rows: int, shape: Shape) -> tuple[np.dtype, int, int]:
+    """A block, where the first one starts, and bytes of the file."""
+    columns = [(name, kind, block_rows) for name, kind in COLUMNS.items()]  # one after the other, as on the wire
+    body = np.dtype([*columns, ("rows", "u1", (block_rows, shape.row_bytes))])
+    block = np.dtype({"names": ["body"], "formats": [body], "itemsize": _pages(body.itemsize)})
+    first = _pages(_STATES_AT + _STATE.itemsize * blocks)
+    return block, first, first + blocks * block.itemsize
+
+
+def _pages(size: int) -> int:
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _open(path: Path, flags: int = 0) -> int:
@@ -273,8 +270,8 @@ def _open(path: Path, flags: int = 0) -> int:
             return descriptor
         os.close(descriptor)
         told = f"is {stat.filemode(found.st_mode)} of user {found.st_uid}"
-    except FileNotFoundError:
-        raise
-    except OSError as error:  # a link, a directory
-        told = f"cannot be opened ({error.strerror})"
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        told = f"cannot be opened ({error.strerror})"  # a link, a directory
     raise UserError(f"{path} {told}; wanted a regular file of this user with mode 600: remove it, or set server.name")

@@ -22,8 +22,8 @@ from clt.server.run import buffer_name, load, record
 
 log = logging.getLogger("uvicorn.error")
 _TICK, _FULL = 0.1, 0.005  # seconds between two looks at a lock or the generator, and at a full buffer
-_DELAYS, _STEADY = (0.5, 60.0), 60.0  # seconds before a restart: the first and the slowest; to run, to be as new
-_RECORD = 10.0  # seconds between two records of the place in the text
+_STEADY = 60.0  # seconds before a restart at most; one that ran for longer is restarted at once
+_NOTE = 2.0  # seconds between two notes of the place in the text and of the counters
 
 
 def run(config: Config) -> None:
@@ -33,7 +33,7 @@ def run(config: Config) -> None:
     recorded in the buffer and ends the process.
     """
     end_with_parent(signal.SIGKILL)
-    buffer, recorded = Buffer(buffer_name(config)), time.monotonic()
+    buffer, noted = Buffer(buffer_name(config)), 0.0
     buffer.say("starting", pid=os.getpid())
     while not buffer.hold(GENERATOR):  # the last leader's, which the kernel is ending
         time.sleep(_TICK)
@@ -51,9 +51,10 @@ def run(config: Config) -> None:
                 done += n
                 if n == 0:
                     time.sleep(_FULL)
-                if time.monotonic() > recorded + _RECORD:
+                if time.monotonic() > noted + _NOTE:
                     record(config, buffer)
-                    recorded = time.monotonic()
+                    buffer.note()
+                    noted = time.monotonic()
     except UserError as error:
         buffer.say("failed", str(error), os.getpid())
         sys.exit(2)
@@ -64,7 +65,7 @@ def run(config: Config) -> None:
 
 async def lead(config: Config, buffer: Buffer) -> None:
     """Once no other serving process does: keep a generator running, restarted with back-off. Ends with its task."""
-    spawn, delay = multiprocessing.get_context("spawn"), _DELAYS[0]
+    spawn, delay = multiprocessing.get_context("spawn"), 0.25
     while not buffer.hold(LEADER):
         await asyncio.sleep(_TICK)
     while True:
@@ -84,10 +85,9 @@ async def lead(config: Config, buffer: Buffer) -> None:
         elif buffer.generator()["state"] != "failed":  # else it has said why itself
             buffer.say("failed", f"it ended with status {status}")
         log.error("the generator ended: %s", buffer.generator()["cause"])
-        delay = _DELAYS[0] if time.monotonic() - began > _STEADY else delay
+        delay = 0.5 if time.monotonic() - began > _STEADY else min(2 * delay, _STEADY)
         await asyncio.sleep(delay)
         buffer.header["restarts"] += 1
-        delay = min(2 * delay, _DELAYS[1])
 
 
 def end_with_parent(number: int) -> None:

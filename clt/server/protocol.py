@@ -1,7 +1,4 @@
-"""uvicorn's HTTP protocol with a deadline for a client that keeps the server waiting (slowloris).
-
-`clt serve` uses it; by hand: `uvicorn clt.server.app:app --http clt.server.protocol:Protocol --ws none`.
-"""
+"""uvicorn's HTTP protocol with one deadline (against slowloris), for `clt serve` and `uvicorn --http`."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD = 16_384
+_MAX_HEAD = 16_384
 
 
 class Protocol(HttpToolsProtocol):
@@ -22,17 +19,16 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        transport.set_write_buffer_limits(0)  # pause_writing when anything waits, also behind a whole answer
+        if transport.get_extra_info("sslcontext") is None:  # with TLS, asyncio gives up what is unsent by itself
+            transport.set_write_buffer_limits(0)  # pause_writing when anything waits, also behind a whole answer
+        self.wait(True)
         if len(self.connections) > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
             transport.abort()
-        self.wait(True)
 
     def data_received(self, data: bytes) -> None:
         self.head += len(data)
-        if self.head > MAX_HEAD:
-            return self.transport.abort()
         self.wait(True)
-        super().data_received(data)
+        self.transport.abort() if self.head > _MAX_HEAD else super().data_received(data)
 
     def on_headers_complete(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
@@ -40,7 +36,6 @@ class Protocol(HttpToolsProtocol):
         self.head = 0
         self.wait(self.flow.write_paused)
         super().on_headers_complete()
-        self.scope["state"]["abort"] = self.transport.abort
 
     def pause_writing(self) -> None:
         self.wait(True)

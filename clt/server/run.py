@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import ipaddress
 import json
 import os
 import signal
@@ -73,7 +72,17 @@ def open_buffer(config: Config, join: bool = True) -> Buffer:
     """
     own_folder(config).mkdir(parents=True, exist_ok=True)
     with _alone(config, _PREPARE_SECONDS):
-        buffer = _attach(config) or _create(config)
+        try:
+            buffer = Buffer(buffer_name(config))
+        except FileNotFoundError:
+            buffer = _create(config)
+        if buffer.tag != tag(config):
+            if len(buffer.living()):
+                raise UserError(f"a server with other settings runs on {buffer.path}: stop it, or set server.name")
+            record(config, buffer)
+            buffer.path.unlink(missing_ok=True)
+            buffer = None  # its memory goes before the next is asked for
+            buffer = _create(config)
         if join:
             buffer.join()
         return buffer
@@ -100,26 +109,11 @@ def _alone(config: Config, seconds: float) -> contextlib.ExitStack:
             return stack
         except UserError as error:
             if time.monotonic() > end:
-                raise UserError(f"waited {seconds:g} s in vain: {error}") from error
+                raise
             if not told:
                 print(f"waiting: {error}", file=sys.stderr, flush=True)
             told = True
             time.sleep(0.1)
-
-
-def _attach(config: Config) -> Buffer | None:
-    try:
-        buffer = Buffer(buffer_name(config))
-    except FileNotFoundError:
-        return None
-    if buffer.tag == tag(config):
-        return buffer
-    if len(buffer.living()):
-        raise UserError(
-            f"a server with other settings runs on the buffer {buffer_name(config)!r}: stop it, or set another server.name"
-        )
-    record(config, buffer)
-    return None
 
 
 def _create(config: Config) -> Buffer:
@@ -151,10 +145,9 @@ def load(config: Config) -> Any:
 
 
 def record(config: Config, buffer: Buffer) -> None:
-    """Save the place in the text: a server that is started again goes on behind the rows that were in the buffer.
+    """Save the place in the text, for a server that starts when the buffer has gone.
 
-    After a crash the buffer itself knows it; after a power cut the rows since the last record are repeated. A disk that
-    is full or gone is no reason to stop serving.
+    A disk that is full or gone is no reason to stop serving.
     """
     try:
         place = {"rows": buffer.tag[:64], "mark": buffer.header["mark"].tolist()}
@@ -165,23 +158,23 @@ def record(config: Config, buffer: Buffer) -> None:
 
 def _position(config: Config) -> tuple[int, int, int]:
     file = own_folder(config) / "position.json"
+    if not file.exists():
+        return 0, 0, 0
     try:
-        found = json.loads(file.read_text()) if file.exists() else {"rows": None}
-        first, second, third = found["mark"] if found["rows"] == tag(config)[:64] else (0, 0, 0)
-        return int(first), int(second), int(third)
+        found = json.loads(file.read_text())
+        first, second, third = map(int, found["mark"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}, the place in the text, is damaged ({error}); delete it to begin anew") from error
+    return (first, second, third) if found["rows"] == tag(config)[:64] else (0, 0, 0)
 
 
 def environment_overrides() -> list[str]:
     """What CLT_SERVER_<FIELD> set, as overrides of a config."""
-    found = {name: name.removeprefix("CLT_SERVER_").lower() for name in os.environ if name.startswith("CLT_SERVER_")}
-    found.pop("CLT_SERVER_TOKEN", None)  # not a field: no file shall hold it
-    for name, field in found.items():
-        if field not in names(ServerConfig):
-            known = ", ".join(f"CLT_SERVER_{each.upper()}" for each in ("token", *names(ServerConfig)))
-            raise UserError(f"{name} in the environment sets nothing; known: {known}")
-    return [f"server.{field}={os.environ[name]}" for name, field in found.items()]
+    known = {f"CLT_SERVER_{field.upper()}": f"server.{field}" for field in names(ServerConfig)}
+    for name in os.environ:
+        if name.startswith("CLT_SERVER_") and name not in {*known, "CLT_SERVER_TOKEN"}:
+            raise UserError(f"{name} in the environment sets nothing; known: CLT_SERVER_TOKEN, {', '.join(known)}")
+    return [f"{key}={os.environ[name]}" for name, key in known.items() if name in os.environ]
 
 
 def environment_config() -> Config:
@@ -192,10 +185,8 @@ def environment_config() -> Config:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address (or localhost) can be reached from this machine alone."""
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
+    """Whether an address can be reached from this machine alone."""
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def serve(config: Config, **options: Any) -> None:
@@ -206,7 +197,7 @@ def serve(config: Config, **options: Any) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell inherits it as ignored
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # uvicorn raises it again when all is shut down
     host, port = config.server.host, config.server.port
-    if (token := read_token(config.server.token_file)) is None and not is_loopback(host):
+    if read_token(config.server.token_file) is None and not is_loopback(host):
         raise UserError(f"server.host={host} lets other machines in, who need a token: set server.token_file")
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
@@ -219,7 +210,6 @@ def serve(config: Config, **options: Any) -> None:
         os.environ["CLT_CONFIG"] = str(file)
         for field in names(ServerConfig):  # they are in the config already, below the command line's
             os.environ.pop(f"CLT_SERVER_{field.upper()}", None)
-        print(f"serving on {host}:{port}, {'with' if token else 'without'} a token", file=sys.stderr)
         uvicorn.run("clt.server.app:app", host=host, port=port, workers=config.server.workers, ws="none",
                     http="clt.server.protocol:Protocol", access_log=False, server_header=False,
                     timeout_graceful_shutdown=_GRACE_SECONDS, **options)  # fmt: skip
