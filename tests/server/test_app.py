@@ -43,6 +43,7 @@ def strict(serve, lm_overrides, tmp_path_factory) -> Server:
     environment["CLT_SERVER_TOKEN_FILE"] = str(path / "token")
     server = serve(*keys, "server.workers=2", by="uvicorn", **environment)
     server.store = path / "stores"
+    eventually(lambda: ActivationClient(server.url, TOKEN).stats()["fill"] == 1)
     return server
 
 
@@ -237,7 +238,7 @@ def test_a_server_that_others_could_use_is_not_started(tmp_path: Path, field: st
 
 
 def send(server: Server, *parts: bytes, half_close: bool = False) -> bytes:
-    """What a raw connection answers until it is closed; each part is sent when the server has nothing to say for a while."""
+    """What a raw connection answers until it is closed; parts are sent while the server says nothing."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=0.2) as connection:
         with contextlib.suppress(ConnectionError):
             for part in parts:
@@ -270,15 +271,11 @@ def test_what_is_no_request_ends_the_connection(strict: Server, parts, half_clos
 
 
 def test_a_stream_goes_on_until_the_client_leaves_or_asks_again(shared: Server) -> None:
-    """Another request behind it, or a part of one, ends the connection: uvicorn would go on with the stream for ever."""
-    client = ActivationClient(shared.url)
-    for more in (
-        None,
-        b"GET /stats HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n",
-        b"GET /stats HTTP/1.1\r\na: " + b"b" * 20_000,
-    ):
-        with shared.connect("/activations/stream?batch_size=64") as connection:
-            response = http.client.HTTPResponse(connection)
+    """Another request behind it, or a part of one, ends the connection: uvicorn would go on with the stream."""
+    client, head = ActivationClient(shared.url), b"GET /stats HTTP/1.1\r\nhost: 127.0.0.1\r\n"
+    for more in (None, head + b"\r\n", head + b"a: " + b"b" * 20_000):
+        connection = shared.connect("/activations/stream?batch_size=64")
+        with connection, contextlib.closing(http.client.HTTPResponse(connection)) as response:
             response.begin()
             assert response.headers["transfer-encoding"] == "chunked"
             assert len(response.read(1_000_000)) == 1_000_000
