@@ -244,13 +244,13 @@ class ServerConfig:
     token_file: str | None = None
     """File, its owner's alone, with the bearer token that clients must send; null: CLT_SERVER_TOKEN, or none."""
     max_batch: Annotated[int, POSITIVE] = 8192
-    """Rows in a batch at most; in JSON 64, as a tensor 16 MB or a block."""
+    """Rows in a batch at most; as a tensor 16 MB or a block, in JSON 128 KB, 64 rows at most."""
     max_streams: Annotated[int, POSITIVE] = 64
     """Clients that are sent rows at once, over all workers."""
     wait_seconds: Annotated[float, POSITIVE] = 30.0
-    """How long a request waits for rows before it is told to come again."""
+    """How long a request waits for its first rows before it is told to come again."""
     idle_seconds: Annotated[float, POSITIVE] = 60.0
-    """How long a client may take to read what it was sent, 2 MB at most, before it is dropped."""
+    """How long a client may take to send a request, and to read what it was sent, 2 MB at most, before it is dropped."""
 
 
 @dataclass

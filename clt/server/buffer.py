@@ -185,9 +185,11 @@ class Buffer:
         return body
 
     def _claim(self) -> int | None:
-        """A random full block, locked."""
-        for block in self.random.permutation(np.flatnonzero(self.state == FULL)).tolist():
-            if self.hold(block):
+        """A random full block, locked; those that others have locked are left to them."""
+        full = np.flatnonzero(self.state == FULL)
+        start = self.random.integers(len(full)) if len(full) else 0
+        for at in range(len(full)):
+            if self.hold(block := int(full[(start + at) % len(full)])):
                 if self.state[block] == FULL:
                     return block
                 self.drop(block)
