@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hmac
 import itertools
+import json
 import logging
 import math
 import re
@@ -28,7 +29,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from xxhash import xxh3_64_hexdigest
@@ -83,7 +84,7 @@ def cut(n: int, most: int) -> list[int]:
 async def stream(request: Request) -> Response:
     """Frames of batches of `batch_size` rows, `max_batches` of them or without end.
 
-    Until its first frame, a stream that finds no rows is refused; after it, it waits for as long as its client does.
+    Without rows for the first frame it is refused; from then on it waits for rows for as long as its client does.
     """
     buffer, server = request.state.buffer, request.state.server
     n, count = parameters(request, batch_size=server.max_batch, max_batches=10**9)
@@ -157,16 +158,6 @@ async def stats(request: Request) -> Response:
     return JSONResponse({**request.state.buffer.stats(), "max_batch": request.state.server.max_batch})
 
 
-async def index(request: Request) -> Response:
-    """JSON: what a row is and where it comes from, as in a store's index.json, without shards."""
-    return JSONResponse(request.state.index)
-
-
-async def statistics(request: Request) -> Response:
-    """Mean and sd of the training rows: the bytes of a store's stats.safetensors."""
-    return Response(request.state.statistics, media_type=_BYTES)
-
-
 async def refresh(request: Request) -> Response:
     """JSON: how many of the buffer's rows were dropped; the generator makes others."""
     return JSONResponse({"dropped": request.state.buffer.refresh()})
@@ -179,16 +170,17 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "ok", "generator": state})
 
 
-async def page(request: Request) -> Response:
-    """The status page. It asks /stats, so it shows nothing to a person without the token."""
-    return HTMLResponse(request.state.page)
+def kept(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
+    """An endpoint that gives what `lifespan` has read."""
+
+    async def answer(request: Request) -> Response:
+        return Response(getattr(request.state, name), media_type=kind)
+
+    return answer
 
 
 def parameters(request: Request, **most: int) -> list[Any]:
-    """The query's whole numbers, in the order of `most`, the largest of each.
-
-    Raises HTTPException: 400 for what is unknown, repeated or no number, 422 for what is out of range.
-    """
+    """The query's whole numbers, in the order of `most`, the largest of each; HTTPException for what is no such."""
     known = QUERIES[request.url.path]
     values = {name: default and min(default, most[name]) for name, (_, default) in known.items()}
     for name, text in request.query_params.multi_items():
@@ -276,7 +268,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     try:
         yield {
             "server": config.server, "token": token, "buffer": buffer,
-            "index": {**dataclasses.asdict(read_index(folder(config))), "shards": []},
+            "index": json.dumps({**dataclasses.asdict(read_index(folder(config))), "shards": []}),
             "statistics": (folder(config) / STATISTICS).read_bytes(),
             "heldout": DiscBuffer(Path(config.data.store) / "heldout"),
             "page": Path(__file__).with_name("page.html").read_text(),
@@ -287,7 +279,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
         close_buffer(config, buffer)
 
 
-_GET = {"/": page, "/healthz": health, "/stats": stats, "/index": index, "/statistics": statistics, "/heldout": heldout,
+_GET = {"/": kept("page", "text/html"), "/index": kept("index", "application/json"),
+        "/statistics": kept("statistics", _BYTES), "/healthz": health, "/stats": stats, "/heldout": heldout,
         "/activations": activations, "/activations/tensor": tensor, "/activations/stream": stream}  # fmt: skip
 ROUTES = [*(Route(path, answer) for path, answer in _GET.items()), Route("/refresh", refresh, methods=["POST"])]
 app = Starlette(False, ROUTES, [Middleware(Guard)], {HTTPException: refused}, lifespan=lifespan)

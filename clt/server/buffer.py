@@ -43,7 +43,7 @@ _NOTHING = Slice(np.empty(0, "u1"), 0, 0, 0)
 
 
 class Buffer:
-    """The buffer of that name. `put` is for the process that holds GENERATOR; all else is for any.
+    """The buffer of that name, for any process; `put` is for the one that holds GENERATOR.
 
     Raises FileNotFoundError when there is none, UserError for what cannot be one of ours.
     """

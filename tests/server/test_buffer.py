@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 
 from clt.errors import UserError
 from clt.lm.forward import Rows
-from clt.server.buffer import FREE, FULL, GENERATOR, OPEN, Buffer
+from clt.server.buffer import FREE, FULL, OPEN, Buffer
 from clt.server.wire import Shape, Slice, activations_of, columns_of
 from tests.server.conftest import eventually
 
@@ -156,49 +155,6 @@ def spawn() -> Iterator[Callable[..., BaseProcess]]:
 def kill(child: BaseProcess) -> None:
     child.kill()
     child.join()
-
-
-def _work(name: str, file: str) -> None:
-    buffer = Buffer(name)
-    buffer.join()
-    with open(file, "ab", buffering=0) as out:
-        while True:
-            if (parts := buffer.draw(5)) is not None:
-                out.write(np.array(check(parts)).tobytes())
-
-
-def _generate(name: str) -> None:
-    buffer = Buffer(name)
-    while not buffer.hold(GENERATOR):
-        time.sleep(0.01)
-    first = int(buffer.header["mark"][2])
-    while True:
-        first += buffer.put(known_rows(BLOCK_ROWS, first), (0, 0, first))
-
-
-def test_killed_servers_and_generators_cost_a_block_each_and_no_row_twice(
-    buffer: Buffer, name: str, spawn: Callable[..., BaseProcess], tmp_path: Path
-) -> None:
-    def work(number: int) -> BaseProcess:
-        return spawn(_work, name, str(tmp_path / str(number)))
-
-    workers, generator, kills = [work(0), work(1)], spawn(_generate, name), 12
-    for number in range(kills):
-        before = int(buffer.header["generated"])
-        eventually(lambda before=before: int(buffer.header["generated"]) > before + 200)
-        if number % 3 == 2:
-            kill(generator)
-            generator = spawn(_generate, name)
-        else:
-            kill(workers.pop(0))
-            workers.append(work(number + 2))
-    for child in (*workers, generator):
-        kill(child)
-    rows = np.concatenate([np.fromfile(file, np.int64) for file in tmp_path.iterdir()])
-    assert len(rows) > 1000
-    assert Counter(rows.tolist()).most_common(1)[0][1] == 1
-    assert adds_up(buffer.stats())
-    assert buffer.stats()["rows_lost"] <= (kills + 3) * BLOCK_ROWS
 
 
 @given(st.lists(st.tuples(st.sampled_from(["put", "draw", "refresh"]), st.integers(1, BLOCK_ROWS)), max_size=60))
