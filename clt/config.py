@@ -250,7 +250,7 @@ class ServerConfig:
     wait_seconds: Annotated[float, POSITIVE] = 30.0
     """How long a request waits for its first rows before it is told to come again."""
     idle_seconds: Annotated[float, POSITIVE] = 60.0
-    """How long a client may take to send a request, and to read what it was sent, 2 MB at most, until it is dropped."""
+    """How long a client may take to read what it was sent, 2 MB at most, before it is dropped."""
 
 
 @dataclass

@@ -8,11 +8,11 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-_MAX_HEAD = 16_384
+_MAX_HEAD, _HEAD_SECONDS = 16_384, 10.0
 
 
 class Protocol(HttpToolsProtocol):
-    """One connection. Its client has `server.idle_seconds` to send a whole head, and to take what it was sent."""
+    """One connection. Its client has `server.idle_seconds` to take what it was sent, and ten at most to send a head."""
 
     timer: asyncio.TimerHandle | None = None
     head = 0  # bytes that came since the last head; no request here has a body
@@ -21,13 +21,13 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         if transport.get_extra_info("sslcontext") is None:  # with TLS, asyncio gives up what is unsent by itself
             transport.set_write_buffer_limits(0)  # pause_writing when anything waits, also behind a whole answer
-        self.wait(True)
+        self.wait(True, _HEAD_SECONDS)
         if len(self.connections) > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
             transport.abort()
 
     def data_received(self, data: bytes) -> None:
         self.head += len(data)
-        self.wait(True)
+        self.wait(True, _HEAD_SECONDS)
         self.transport.abort() if self.head > _MAX_HEAD else super().data_received(data)
 
     def on_headers_complete(self) -> None:
@@ -49,9 +49,9 @@ class Protocol(HttpToolsProtocol):
         self.wait(False)
         super().connection_lost(exc)
 
-    def wait(self, begins: bool) -> None:
+    def wait(self, begins: bool, most: float = 1e9) -> None:
         if begins and self.timer is None:
-            self.timer = self.loop.call_later(self.app_state["server"].idle_seconds, self.transport.abort)
+            self.timer = self.loop.call_later(min(most, self.app_state["server"].idle_seconds), self.transport.abort)
         elif not begins and self.timer is not None:
             self.timer.cancel()
             self.timer = None

@@ -202,7 +202,9 @@ def serve(config: Config, **options: Any) -> None:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        raise UserError(f"server.host={host} server.port={port}: {error.strerror}; choose others") from error
+        raise UserError(
+            f"server.host={host} server.port={port}: {os.strerror(error.errno or 0)}; choose others"
+        ) from error
     buffer = open_buffer(config, join=False)
     try:
         file = own_folder(config) / f"serve-{port}.yaml"  # stays, for new workers
