@@ -70,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = add("serve", _serve, "serve activations over HTTP")
     _add_config(command)
     command.add_argument("--config", dest="preset", help="test, production, large-scale, or a YAML file over CONFIG")
-    command.add_argument("--without-token", action="store_true", help="serve other machines without asking for a token")
     command.add_argument("--ssl-certfile", help="TLS certificate (uvicorn's option)")
     command.add_argument("--ssl-keyfile", help="TLS key (uvicorn's option)")
 
@@ -124,7 +123,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise UserError(f"clt serve needs {error.name}: pip install 'clt-trainer[serve]'") from error
     config = _config(arguments, arguments.preset, environment_overrides())
-    serve(config, arguments.without_token, ssl_certfile=arguments.ssl_certfile, ssl_keyfile=arguments.ssl_keyfile)
+    serve(config, ssl_certfile=arguments.ssl_certfile, ssl_keyfile=arguments.ssl_keyfile)
 
 
 def _eval(arguments: argparse.Namespace) -> None:

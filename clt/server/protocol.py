@@ -1,68 +1,57 @@
-"""uvicorn's HTTP protocol with one deadline: for a whole head, and for a client to take what it was sent (slowloris).
-
-`clt serve` uses it; by hand: `uvicorn clt.server.app:app --http clt.server.protocol:Protocol --ws none`.
-"""
+"""uvicorn's HTTP protocol with one deadline (against slowloris), for `clt serve` and `uvicorn --http`."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import resource
-import socket
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-HEAD_SECONDS, MAX_HEAD = 10.0, 16_384
-"""Time for a request's line and headers, and their bytes."""
+_MAX_HEAD, _HEAD_SECONDS = 16_384, 10.0
 
 
 class Protocol(HttpToolsProtocol):
-    """One connection. The lifespan's state has `server`, whose `idle_seconds` are the time to take what was sent."""
+    """One connection. Its client has `server.idle_seconds` to take what it was sent, and ten at most to send a head."""
 
-    _timer: asyncio.TimerHandle | None = None
-    _head = 0
+    timer: asyncio.TimerHandle | None = None
+    head = 0  # bytes that came since the last head; no request here has a body
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         if transport.get_extra_info("sslcontext") is None:  # with TLS, asyncio gives up what is unsent by itself
-            transport.set_write_buffer_limits(0)  # `pause_writing` when anything waits, also behind a whole answer
-        with contextlib.suppress(OSError):  # bbr, where it is the default, costs a tenth on the loopback (measured)
-            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+            transport.set_write_buffer_limits(0)  # pause_writing when anything waits, also behind a whole answer
+        self.wait(True, _HEAD_SECONDS)
         if len(self.connections) > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
             transport.abort()
-        self._deadline(HEAD_SECONDS)
 
     def data_received(self, data: bytes) -> None:
-        self._head += len(data)  # no request here has a body
-        if self._head > MAX_HEAD:
-            self.transport.abort()
-        elif not self.transport.is_closing():
-            if self._timer is None:
-                self._deadline(HEAD_SECONDS)
-            super().data_received(data)
+        self.head += len(data)
+        self.wait(True, _HEAD_SECONDS)
+        self.transport.abort() if self.head > _MAX_HEAD else super().data_received(data)
 
     def on_headers_complete(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
             return self.transport.abort()  # pipelined: uvicorn would not tell the first answer of a client that leaves
-        self._head = 0
-        self._deadline(None)
+        self.head = 0
+        self.wait(self.flow.write_paused)
         super().on_headers_complete()
-        self.scope.setdefault("state", {})["abort"] = self.transport.abort
 
     def pause_writing(self) -> None:
-        self._deadline(self.app_state["server"].idle_seconds)
+        self.wait(True)
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        self._deadline(HEAD_SECONDS if self._head else None)
+        self.wait(False)
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._deadline(None)
+        self.wait(False)
         super().connection_lost(exc)
 
-    def _deadline(self, seconds: float | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
+    def wait(self, begins: bool, most: float = 1e9) -> None:
+        if begins and self.timer is None:
+            self.timer = self.loop.call_later(min(most, self.app_state["server"].idle_seconds), self.transport.abort)
+        elif not begins and self.timer is not None:
+            self.timer.cancel()
+            self.timer = None

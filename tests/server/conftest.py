@@ -1,10 +1,8 @@
-"""Small shared buffers of known rows, and processes to kill."""
+"""Servers of small stores: real processes, to be asked, killed and started again."""
 
 import contextlib
 import http.client
-import multiprocessing
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -13,31 +11,17 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from clt.config import Config, load_config
-from clt.lm.forward import Rows
 from clt.parsing import to_yaml
-from clt.server.buffer import Buffer
-from clt.server.client import ActivationClient, ServerError
+from clt.server.client import ActivationClient
 
 if any(find_spec(package) is None for package in ("starlette", "uvicorn")):
     collect_ignore_glob = ["test_*.py"]  # they are the `serve` extra's
-
-BLOCKS, BLOCK_ROWS, OPEN_BLOCKS, L, D = 8, 8, 3, 2, 3
-
-
-def known_rows(n: int, first: int = 0, dtype: str = "float16", shape: tuple[int, int] = (L, D)) -> Rows:
-    """n rows of which document tells the content: every value is document % 1024."""
-    document = np.arange(first, first + n)
-    values = torch.from_numpy(document % 1024).to(getattr(torch, dtype))
-    tensor = values.view(n, 1, 1, 1).expand(n, 2, *shape).contiguous()
-    return Rows(tensor, (document * 3).astype(np.int32), (document % 7).astype(np.int32), document)
+ROOT = Path(__file__).parents[2]
 
 
 def eventually(holds: Callable[[], object], seconds: float = 60.0) -> None:
@@ -48,57 +32,12 @@ def eventually(holds: Callable[[], object], seconds: float = 60.0) -> None:
         time.sleep(0.01)
 
 
-def pause_generator(client: ActivationClient, token: str | None = None) -> int:
-    """Stop it (SIGSTOP) at a moment when it does not hold the buffer's lock; returns its pid."""
-    eventually(lambda: client.stats()["generator"]["pid"])
+def pause_generator(client: ActivationClient) -> int:
+    """Stop it (SIGSTOP); returns its pid."""
+    eventually(lambda: client.stats()["generator"]["state"] == "running")
     pid = client.stats()["generator"]["pid"]
-    quick = ActivationClient(client.url, token, timeout=3, patience=0)
-    while True:
-        os.kill(pid, signal.SIGSTOP)
-        with contextlib.suppress(ServerError):
-            quick.stats()
-            return pid
-        os.kill(pid, signal.SIGCONT)
-
-
-@pytest.fixture
-def name() -> Iterator[str]:
-    """The name of a buffer that does not outlive the test."""
-    name = f"test-{secrets.token_hex(4)}"
-    yield name
-    Path(f"/dev/shm/clt-{name}").unlink(missing_ok=True)
-
-
-@pytest.fixture
-def buffer(name: str) -> Buffer:
-    """An empty buffer of 8 blocks of 8 rows (2, 2, 3) float16, 3 of them open at a time."""
-    return Buffer.create(name, BLOCKS, BLOCK_ROWS, OPEN_BLOCKS, (L, D, "float16"))
-
-
-@pytest.fixture
-def spawn() -> Iterator[Callable[..., BaseProcess]]:
-    """spawn(function, *arguments): a started process of its own, from a server that has imported torch; ended after."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clt.server.buffer", "tests.server.conftest"])
-    children: list[BaseProcess] = []
-
-    def start(function: Callable[..., object], *arguments: object) -> BaseProcess:
-        child = context.Process(target=function, args=arguments)
-        child.start()
-        children.append(child)
-        return child
-
-    yield start
-    for child in children:
-        child.kill()
-        child.join()
-
-
-def kill(child: BaseProcess) -> None:
-    """SIGKILL, and wait for the end."""
-    assert child.pid is not None
-    os.kill(child.pid, signal.SIGKILL)
-    child.join()
+    os.kill(pid, signal.SIGSTOP)
+    return pid
 
 
 class Server:
@@ -109,16 +48,14 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._command = [sys.executable, "-m", *(part.format(port=self.port) for part in command)]
+        self._command = [part.format(port=self.port) for part in command]
         self.start()
 
     def start(self, *overrides: str) -> None:
         """Start the process, again if it has ended, and wait until it serves. `overrides` are for `clt serve`."""
-        root = Path(__file__).parents[2]
         with open(self.log, "a") as file:
-            limit = ["prlimit", f"--nofile={os.environ['CLT_TEST_NOFILE']}"] if "CLT_TEST_NOFILE" in os.environ else []
-            command = [*limit, *self._command, *overrides]
-            self.process = subprocess.Popen(command, env=self._environment, cwd=root, stdout=file, stderr=file)
+            command = [*self._command, *overrides]
+            self.process = subprocess.Popen(command, env=self._environment, cwd=ROOT, stdout=file, stderr=file)
         try:
             eventually(self._answers, 120)
         except AssertionError:
@@ -127,18 +64,28 @@ class Server:
 
     def _answers(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()
-        return self.status("/healthz") == 200
+        return self.ask("/healthz")[0] == 200
 
-    def status(self, path: str) -> int | None:
-        """The status of a GET, or None when nobody answers."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        try:
-            connection.request("GET", path)
-            return connection.getresponse().status
-        except OSError:
-            return None
-        finally:
-            connection.close()
+    def ask(self, path: str, method: str = "GET", **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:
+        """Status, headers and body of the answer to a request; status 0 when nobody answers."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            try:
+                connection.request(method, path, headers={name.replace("_", "-"): headers[name] for name in headers})
+                response = connection.getresponse()
+                return response.status, response.headers, response.read()
+            except OSError:
+                return 0, http.client.HTTPMessage(), b""
+
+    def connect(self, path: str, receive_buffer: int = 1 << 16, token: str = "") -> socket.socket:
+        """A connection on which a request was sent and nothing read."""
+        connection = socket.socket()
+        connection.settimeout(60)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        connection.connect(("127.0.0.1", self.port))
+        head = f"GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {token}\r\n\r\n"
+        connection.sendall(head.encode())
+        return connection
 
     def stop(self) -> None:
         """Ctrl-C, and wait for the end of all its processes."""
@@ -150,20 +97,21 @@ class Server:
 def serve(
     stores: Path, lm_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Server]]:
-    """serve(*overrides, by="clt"|"uvicorn"|"plain uvicorn", **environment): a server of a copy of the stores."""
+    """serve(*overrides, by="clt"|"uvicorn"|"plain uvicorn", **environment): a server of a copy of the stores.
+
+    `before` are the words of a command that starts it, and `options` of what `clt serve` gets besides.
+    """
     servers = []
 
-    def start(*overrides: str, by: str = "clt", **environment: str) -> Server:
+    def start(*overrides: str, by: str = "clt", before: Iterable[str] = (), **environment: str) -> Server:
         path = tmp_path_factory.mktemp("server")
         config = _config(stores, lm_overrides, path, overrides)
         (path / "config.yaml").write_text(to_yaml(config))
-        if by == "clt":
-            command = ["clt.cli", "serve", str(path / "config.yaml"), "server.port={port}"]
-        else:
-            command = ["uvicorn", "clt.server.app:app", "--port", "{port}", "--workers", str(config.server.workers)]
-            command += ["--timeout-graceful-shutdown", "1"]
-            if by == "uvicorn":
-                command += ["--http", "clt.server.protocol:Protocol", "--ws", "none"]
+        command = [*before, sys.executable, "-m", "clt.cli", "serve", str(path / "config.yaml"), "server.port={port}"]
+        if by != "clt":
+            command[-4:] = ["uvicorn", "clt.server.app:app", "--port", "{port}", "--timeout-graceful-shutdown", "1"]
+            command += ["--workers", str(config.server.workers)]
+            command += ["--http", "clt.server.protocol:Protocol", "--ws", "none"] if by == "uvicorn" else []
             environment["CLT_CONFIG"] = str(path / "config.yaml")
         servers.append(Server(command, environment, path / "store", path / "log"))
         return servers[-1]
@@ -171,6 +119,12 @@ def serve(
     yield start
     for server in servers:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def shared(serve: Callable[..., Server]) -> Server:
+    """`clt serve` with the config's own limits, for tests that leave it as it is."""
+    return serve()
 
 
 @pytest.fixture
@@ -181,6 +135,5 @@ def own_config(stores: Path, lm_overrides: list[str], tmp_path: Path) -> Config:
 
 def _config(stores: Path, lm_overrides: list[str], path: Path, overrides: Iterable[str]) -> Config:
     shutil.copytree(stores, path / "store")
-    return load_config(
-        None, [*lm_overrides, f"data.store={path / 'store'}", "server.source=store", "server.rows=512", *overrides]
-    )
+    keys = [f"data.store={path / 'store'}", "server.source=store", "server.rows=512"]
+    return load_config(None, [*lm_overrides, *keys, *overrides])

@@ -4,77 +4,48 @@ import contextlib
 import http.client
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from clt.config import load_config
 from clt.data.extract import extract
 from clt.data.store import DiscBuffer
-from clt.server.client import ActivationClient
-from tests.server.conftest import Server, eventually, pause_generator
+from clt.parsing import to_yaml
+from clt.server.client import ActivationClient, ServerError
+from clt.server.wire import Batch
+from tests.server.conftest import ROOT, Server, eventually, pause_generator
+from tests.server.test_buffer import adds_up
 
-ROOT = Path(__file__).parents[2]
 TOKEN = "a-token-of-the-tests-0123456789"
 
 
 @pytest.fixture(scope="module")
-def server(serve) -> Server:
-    """With the config's own limits, by `clt serve`."""
-    return serve()
-
-
-@pytest.fixture(scope="module")
-def strict(serve, tmp_path_factory) -> Server:
-    """With a token and narrow limits, two workers, by uvicorn and the environment."""
-    file = tmp_path_factory.mktemp("token") / "token"
-    file.write_text(TOKEN + "\n")
-    file.chmod(0o600)
-    limits = {"max_batch": 100, "max_streams": 2, "wait_seconds": 1.5, "idle_seconds": 1}
+def strict(serve, lm_overrides, tmp_path_factory) -> Server:
+    """With a token, narrow limits and rows in bfloat16; two workers, by uvicorn and the environment."""
+    path = tmp_path_factory.mktemp("strict")
+    (path / "token").write_text(TOKEN + "\n")
+    (path / "token").chmod(0o600)
+    keys = [f"data.store={path / 'stores'}", "data.dtype=bfloat16"]
+    for part in ("train", "heldout"):
+        extract(load_config(None, [*lm_overrides, *keys]), part, progress=False)
+    limits = {"max_batch": 100, "max_streams": 2, "wait_seconds": 1.5, "idle_seconds": 1, "workers": 7}
     environment = {f"CLT_SERVER_{name.upper()}": str(value) for name, value in limits.items()}
-    environment |= {"CLT_SERVER_TOKEN_FILE": str(file), "CLT_SERVER_WORKERS": "7"}
-    return serve("server.workers=2", by="uvicorn", **environment)
-
-
-def ask(server: Server, path: str, method: str = "GET", **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    try:
-        connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
-        response = connection.getresponse()
-        return response.status, response.headers, response.read()
-    finally:
-        connection.close()
-
-
-def send(server: Server, *parts: bytes, pause: float = 0.0, half_close: bool = False) -> bytes:
-    """What a raw connection answers until it is closed."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
-        with contextlib.suppress(ConnectionError):
-            for part in parts:
-                connection.sendall(part)
-                time.sleep(pause)
-            if half_close:
-                connection.shutdown(socket.SHUT_WR)
-        answer = b""
-        with contextlib.suppress(ConnectionError):
-            while piece := connection.recv(65536):
-                answer += piece
-        return answer
-
-
-def known_rows(store: Path) -> set[tuple[int, int, int, bytes]]:
-    """(document, position, token, bytes) of the training store's rows."""
-    buffer, every = DiscBuffer(store / "train"), slice(None)
-    columns = [column(every).tolist() for column in (buffer.documents, buffer.positions, buffer.tokens)]
-    return {(*keys, bits(row)) for *keys, row in zip(*columns, buffer[:])}
+    environment["CLT_SERVER_TOKEN_FILE"] = str(path / "token")
+    server = serve(*keys, "server.workers=2", by="uvicorn", **environment)
+    server.store = path / "stores"
+    eventually(lambda: ActivationClient(server.url, TOKEN).stats()["fill"] == 1)
+    return server
 
 
 def bits(row: torch.Tensor) -> bytes:
@@ -82,287 +53,77 @@ def bits(row: torch.Tensor) -> bytes:
     return row.contiguous().view(torch.int16).numpy().tobytes()
 
 
-def test_streamed_rows_are_the_stores_and_come_once(server):
-    known, seen = known_rows(server.store), set()
-    for batch in ActivationClient(server.url).stream_activations(50, max_batches=30):
-        for i, row in enumerate(batch.activations):
-            place = (int(batch.document[i]), int(batch.position[i]), int(batch.token[i]))
-            assert (*place, bits(row)) in known
-        seen |= set(batch.row.tolist())
-    assert len(seen) == 1500
+def stored(store: Path) -> Counter[tuple[int, int, int, bytes]]:
+    """How often each row is in the training store, by document, position, token and bits."""
+    buffer, every = DiscBuffer(store / "train"), slice(None)
+    columns = [column(every).tolist() for column in (buffer.documents, buffer.positions, buffer.tokens)]
+    return Counter((*place, bits(row)) for *place, row in zip(*columns, buffer[:]))
 
 
-def test_rows_come_in_no_order(server):
-    batch = next(ActivationClient(server.url).stream_activations(100, 1))
-    steps = np.diff(batch.row)
-    assert 20 < (steps > 0).sum() < 79, "as of a shuffled list"
+def identities(batch: Batch) -> list[tuple[int, int, int, bytes]]:
+    """The same of rows that came from a server."""
+    columns = (batch.document.tolist(), batch.position.tolist(), batch.token.tolist())
+    return [(*place, bits(row)) for *place, row in zip(*columns, batch.activations)]
 
 
-def test_a_tensor_says_its_shape_and_dtype(server):
-    status, headers, body = ask(server, "/activations/tensor?batch_size=7")
-    assert status == 200
-    assert headers["x-tensor-shape"] == "7,2,3,16"
-    assert headers["x-tensor-dtype"] == "float16"
-    tensor = torch.frombuffer(bytearray(body), dtype=torch.float16).view(7, 2, 3, 16)
-    known = {row for *_, row in known_rows(server.store)}
-    assert all(bits(row) in known for row in tensor)
+# Rows
 
 
-def test_json_carries_the_values_exactly(server):
-    status, _, body = ask(server, "/activations?batch_size=4")
-    assert status == 200
-    found, known = json.loads(body), known_rows(server.store)
-    assert (found["shape"], found["dtype"]) == ([4, 2, 3, 16], "float16")
-    values = torch.tensor(found["activations"], dtype=torch.float64)
-    assert torch.equal(values, values.half().double())
-    for i, row in enumerate(values.half()):
-        assert (found["document"][i], found["position"][i], found["token"][i], bits(row)) in known
+def test_streamed_rows_are_the_stores_come_once_in_no_order_and_about_equally_often(shared: Server) -> None:
+    """Blocks are random samples of the last fills: over some epochs, no row is left out or favoured."""
+    batches = list(ActivationClient(shared.url).stream_activations(50, 120))
+    known, count = stored(shared.store), Counter(row for batch in batches for row in identities(batch))
+    often = [count[row] / times for row, times in known.items()]
+    assert set(count) <= set(known)
+    assert len({row for batch in batches for row in batch.row.tolist()}) == 6000
+    assert 4 <= min(often) <= max(often) <= 9
+    assert all(10 < (np.diff(batch.row) > 0).sum() < 40 for batch in batches), "as of a shuffled list"
 
 
-def test_bfloat16_is_carried_exactly(serve, config):
-    own = config("data.dtype=bfloat16")
-    for part in ("train", "heldout"):
-        extract(own, part, progress=False)
-    server = serve(f"data.store={own.data.store}", "data.dtype=bfloat16")
-    client, known = ActivationClient(server.url), {row for *_, row in known_rows(Path(own.data.store))}
-    listed = torch.tensor(client.get_activations(7)["activations"], dtype=torch.float64)
-    assert torch.equal(listed, listed.bfloat16().double())
-    tensors = [client.get_activations_tensor(7), next(client.stream_activations(7)).activations, listed.bfloat16()]
-    for tensor in (*tensors, next(client.heldout(7)).activations):
-        assert tensor.dtype == torch.bfloat16
-        assert tensor.shape == (7, 2, 3, 16)
-    assert all(bits(row) in known for tensor in tensors for row in tensor)
+def test_a_tensor_and_json_carry_the_rows_exactly(shared: Server, strict: Server) -> None:
+    for server, token, dtype in ((shared, "", "float16"), (strict, TOKEN, "bfloat16")):
+        known = {row for *_, row in stored(server.store)}
+        status, headers, body = server.ask("/activations/tensor?batch_size=70", authorization=f"Bearer {token}")
+        assert (status, headers["x-tensor-shape"], headers["x-tensor-dtype"]) == (200, "70,2,3,16", dtype)
+        tensor = torch.frombuffer(bytearray(body), dtype=getattr(torch, dtype)).view(70, 2, 3, 16)
+        status, _, body = server.ask("/activations?batch_size=40", authorization=f"Bearer {token}")
+        found = json.loads(body)
+        assert (status, found["shape"], found["dtype"]) == (200, [40, 2, 3, 16], dtype)
+        listed = torch.tensor(found["activations"], dtype=torch.float64)
+        assert torch.equal(listed, listed.to(tensor.dtype).double())
+        streamed = next(ActivationClient(server.url, token or None).stream_activations(7)).activations
+        for rows in (tensor, listed.to(tensor.dtype), streamed):
+            assert all(bits(row) in known for row in rows)
 
 
-def test_a_second_request_before_the_first_answer_ends_the_connection_and_no_stream_goes_on(server):
-    asked = b"".join(
-        b"GET %s HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n" % path
-        for path in (b"/activations/stream?batch_size=8", b"/stats")
-    )
-    send(server, asked)
-    eventually(lambda: json.loads(ask(server, "/stats")[2])["clients"] == 0)
-    assert "Traceback" not in server.log.read_text()
-
-
-def test_plain_uvicorn_serves(serve):
-    server = serve(by="plain uvicorn")
-    assert len({row for batch in ActivationClient(server.url).stream_activations(50, 4) for row in batch.row}) == 200
-
-
-def test_workers_of_a_killed_server_end_and_it_can_be_started_again(serve):
-    server = serve("server.workers=2")
-    server.process.kill()
-    server.process.wait()
-    eventually(lambda: server.status("/healthz") is None)
-    server.start()
-    assert len(next(ActivationClient(server.url).stream_activations(5)).row) == 5
-
-
-def test_a_stream_without_end_goes_on_until_the_client_leaves(server):
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    connection.request("GET", "/activations/stream?batch_size=64")
-    response = connection.getresponse()
-    assert response.headers["transfer-encoding"] == "chunked"
-    assert len(response.read(1_000_000)) == 1_000_000
-    assert json.loads(ask(server, "/stats")[2])["clients"] == 1
-    connection.close()
-    eventually(lambda: json.loads(ask(server, "/stats")[2])["clients"] == 0)
-
-
-def test_what_training_needs_besides(server):
-    client, heldout = ActivationClient(server.url), DiscBuffer(server.store / "heldout")
-    train = DiscBuffer(server.store / "train")
-    batches = list(client.heldout(64))
+def test_what_training_needs_besides(shared: Server) -> None:
+    client, heldout = ActivationClient(shared.url), DiscBuffer(shared.store / "heldout")
+    train, batches = DiscBuffer(shared.store / "train"), list(client.heldout(64))
     assert [len(batch.row) for batch in batches] == [64, 64, 22]
     assert torch.equal(torch.cat([batch.activations for batch in batches]), heldout[:])
     assert np.array_equal(np.concatenate([batch.token for batch in batches]), heldout.tokens(slice(None)))
-    assert np.array_equal(np.concatenate([batch.row for batch in batches]), np.arange(150))
     index = client.index()
     assert (index.n_layers, index.d_acts, index.model, index.shards) == (3, 16, train.index.model, [])
     assert torch.equal(client.statistics().target_sd, train.statistics.target_sd)
-    assert client.statistics().rows == 1000
 
 
-def test_the_counters_add_up(server):
-    client = ActivationClient(server.url)
+def test_the_counters_add_up_and_refresh_makes_other_rows(shared: Server) -> None:
+    client = ActivationClient(shared.url)
     eventually(lambda: client.stats()["fill"] == 1)
     before = client.stats()
-    for _ in client.stream_activations(40, 10):
-        pass
-    ask(server, "/activations/tensor?batch_size=30")
-    ask(server, "/activations?batch_size=5")
+    assert shared.ask("/activations/tensor", "HEAD")[0] == 405, "its answer would cost rows"
+    assert len(list(client.stream_activations(40, 10))) == 10
+    assert shared.ask("/activations/tensor?batch_size=30")[0] == shared.ask("/activations?batch_size=5")[0] == 200
     eventually(lambda: client.stats()["fill"] == 1)
     after = client.stats()
-    gone = {key: after[key] - before[key] for key in ("rows_drawn", "rows_served", "rows_lost")}
-    assert gone == {"rows_drawn": 435, "rows_served": 435, "rows_lost": 0}
-    names = ("valid", "open", "in_flight", "rows_drawn", "rows_dropped", "rows_lost")
-    assert after["rows_generated"] == sum(after[name] for name in names)
-    assert after["bytes_served"] - before["bytes_served"] > 430 * 2 * 3 * 16 * 2
-
-
-def test_refresh_makes_other_rows(server):
-    client = ActivationClient(server.url)
-    eventually(lambda: client.stats()["fill"] == 1)
-    newest = client.stats()["rows_generated"]
+    assert (after["rows_drawn"] - before["rows_drawn"], after["rows_lost"]) == (435, 0)
+    assert adds_up(after)
     assert client.refresh() > 256
-    assert min(next(client.stream_activations(100, 1)).row) >= newest
+    assert min(next(client.stream_activations(100, 1)).row) >= after["rows_generated"]
     assert client.stats()["rows_dropped"] > 256
 
 
-@pytest.mark.parametrize(
-    ("path", "status", "reason"),
-    [
-        ("/activations/stream?batch_size=0", 422, "wanted 1 to 8192"),
-        ("/activations/stream?batch_size=-5", 422, "wanted 1 to 8192"),
-        ("/activations/stream?batch_size=8193", 422, "wanted 1 to 8192"),
-        ("/activations/stream?batch_size=" + "9" * 5000, 422, "wanted 1 to 8192"),
-        ("/activations/stream?batch_size=1e3", 400, "wanted a whole number"),
-        ("/activations/stream?batch_size=", 400, "wanted a whole number"),
-        ("/activations/stream?batch_size=%D9%A3", 400, "wanted a whole number"),
-        ("/activations/stream?batch_size=1&batch_size=1", 400, "given more than once"),
-        ("/activations/stream?max_batches=0", 422, "wanted 1 to"),
-        ("/activations/stream?batchsize=1", 400, "unknown parameter 'batchsize'; known: batch_size, max_batches"),
-        ("/activations?batch_size=65", 422, "wanted 1 to 64"),
-        ("/activations/tensor?max_batches=1", 400, "unknown parameter"),
-        ("/heldout?start=151", 422, "wanted 0 to 150"),
-        ("/stats?x", 400, "unknown parameter"),
-        ("/nowhere", 404, "nothing there; wanted one of /, /healthz"),
-        ("/activations/", 404, "nothing there; wanted one of /, /healthz"),
-        ("/../../etc/passwd", 404, "nothing there; wanted one of /, /healthz"),
-    ],
-)
-def test_mistakes_are_told(server, path, status, reason):
-    found, headers, body = ask(server, path)
-    assert (found, headers["content-type"]) == (status, "application/json")
-    assert reason in json.loads(body)["error"]
-
-
-def test_wrong_methods_and_bodies(server):
-    for method, path in [("POST", "/stats"), ("GET", "/refresh"), ("DELETE", "/"), ("PUT", "/activations/tensor")]:
-        status, headers, body = ask(server, path, method)
-        assert status == 405
-        assert "error" in json.loads(body)
-        assert headers["allow"]
-    before = ActivationClient(server.url).stats()["rows_drawn"]
-    assert ask(server, "/activations/tensor", "HEAD")[0] == 405
-    assert ActivationClient(server.url).stats()["rows_drawn"] == before
-    assert ask(server, "/refresh", "POST", content_length="5")[0] == 413
-    assert ask(server, "/stats", transfer_encoding="chunked")[0] == 413
-
-
-def test_pages_of_other_sites_cannot_use_a_browser_on_this_machine(server):
-    assert ask(server, "/refresh", "POST", origin="http://evil.example")[0] == 403
-    assert ask(server, "/stats", origin=server.url)[0] == 200
-    for site in ("cross-site", "same-site"):  # e.g. of an <img>, which has no origin
-        assert ask(server, "/activations/stream", sec_fetch_site=site)[0] == 403
-    assert ask(server, "/", sec_fetch_site="cross-site")[0] == 200, "a link to the page"
-    assert ask(server, "/refresh", "POST", origin="http://localhost:1")[0] == 403, "another port is another site"
-    assert ask(server, "/stats", host="evil.example:8000")[0] == 400, "a name that stands for this machine's address"
-    assert ask(server, "/stats", host=f"localhost:{server.port}")[0] == 200
-    assert ask(server, "/stats", host="[")[0] == 400
-    assert ask(server, "/stats", origin="http://[")[0] == 403
-
-
-def test_headers_have_a_limit_while_an_answer_is_under_way(server):
-    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
-        connection.sendall(b"GET /activations/stream?batch_size=1 HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
-        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
-        connection.sendall(b"GET /stats HTTP/1.1\r\nhost: 127.0.0.1\r\na: " + b"b" * 20_000)
-        end = time.monotonic() + 60
-        with contextlib.suppress(ConnectionError):
-            while connection.recv(1 << 20):  # the stream is without end, unless the server drops the connection
-                assert time.monotonic() < end
-
-
-def test_bytes_that_are_no_request_end_the_connection(server):
-    assert send(server, b"\x00\x01 nonsense\r\n\r\n").startswith(b"HTTP/1.1 400 ")
-    assert send(server, b"GET / HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 4000 + b"\r\n") == b""
-    assert send(server, b"GET /stats HT", half_close=True) == b""
-
-
-def test_a_request_that_does_not_end_is_not_waited_for(server):
-    drip = [b"GET /stats HTTP/1.1\r\n", *[b"a: b\r\n"] * 30]
-    with ThreadPoolExecutor(2) as pool:
-        answers = [pool.submit(send, server, *drip, pause=0.5), pool.submit(send, server)]
-        assert [answer.result(60) for answer in answers] == [b"", b""]
-
-
-def test_waiting_clients_hear_at_once_why_the_generator_died(server):
-    client = ActivationClient(server.url, patience=0)
-    pid = pause_generator(client, TOKEN)
-    client.refresh()
-    answers: list[tuple[int, http.client.HTTPMessage, bytes]] = []
-    waiting = [threading.Thread(target=lambda: answers.append(ask(server, "/activations"))) for _ in range(3)]
-    for thread in waiting:
-        thread.start()
-    eventually(lambda: client.stats()["clients"] == 3)
-    os.kill(pid, signal.SIGKILL)
-    began = time.monotonic()
-    for thread in waiting:
-        thread.join()
-    assert time.monotonic() - began < 10  # and not the 30 seconds of wait_seconds
-    for status, headers, body in answers:
-        assert status == 503
-        assert "SIGKILL" in json.loads(body)["error"]
-        assert int(headers["retry-after"]) > 0
-    patient = ActivationClient(server.url, patience=60)
-    assert len(patient.get_activations_tensor(10)) == 10
-    assert patient.stats()["generator"]["restarts"] >= 1
-
-
-def test_the_token_is_asked_for_and_told_nobody(strict):
-    for headers in (
-        {},
-        {"authorization": f"Bearer {TOKEN}x"},
-        {"authorization": f"Basic {TOKEN}"},
-        {"authorization": "é"},
-    ):
-        for path in ("/stats", "/activations", "/index", "/nowhere"):
-            status, answer, body = ask(strict, path, **headers)
-            assert (status, answer["www-authenticate"]) == (401, "Bearer")
-            assert "token" in json.loads(body)["error"]
-    assert ask(strict, "/refresh", "POST")[0] == 401
-    assert ask(strict, "/")[0] == ask(strict, "/healthz")[0] == 200
-    assert ask(strict, "/stats", authorization=f"bearer {TOKEN}")[0] == 200
-    assert TOKEN not in strict.log.read_text()
-
-
-def test_limits_from_the_environment(strict):
-    def error(path: str) -> tuple[int, str]:
-        status, _, body = ask(strict, path, authorization=f"Bearer {TOKEN}")
-        return status, json.loads(body)["error"]
-
-    assert error("/activations/tensor?batch_size=101") == (422, "parameter batch_size is 101; wanted 1 to 100")
-    assert error("/activations?batch_size=65") == (422, "parameter batch_size is 65; wanted 1 to 64")
-
-
-def test_slow_readers_are_ended(strict):
-    client = ActivationClient(strict.url, TOKEN)
-    request = f"GET /activations/stream?batch_size=100 HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\n\r\n"
-    with contextlib.ExitStack() as stack:
-        for _ in range(2):
-            connection = stack.enter_context(socket.create_connection(("127.0.0.1", strict.port)))
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.sendall(request.encode())
-        eventually(lambda: client.stats()["clients"] == 2)
-        status, _, body = ask(strict, "/activations", authorization=f"Bearer {TOKEN}")
-        assert status == 503, "a third client of two"
-        assert "server.max_streams" in json.loads(body)["error"]
-        eventually(lambda: client.stats()["clients"] == 0, 30)  # they read nothing for idle_seconds
-
-
-def test_answers_that_nobody_reads_are_ended_however_small(strict):
-    """A connection that is to be closed waits for what is unsent: without a deadline, for ever."""
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect(("127.0.0.1", strict.port))
-        with contextlib.suppress(ConnectionError):
-            while True:
-                connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-                time.sleep(0.01)  # each is answered before the next comes
-
-
-def test_two_workers_give_each_row_once(strict):
+def test_two_workers_give_each_row_once(strict: Server) -> None:
     client, seen = ActivationClient(strict.url, TOKEN), []
     assert client.stats()["workers"] == 2, "CLT_SERVER_WORKERS is for clt serve"
 
@@ -378,41 +139,266 @@ def test_two_workers_give_each_row_once(strict):
     assert len(seen) == len(set(seen)) == 400
 
 
-def test_an_empty_buffer_is_waited_for_and_then_reported(strict):
+def test_plain_uvicorn_serves_what_a_model_gives(serve) -> None:
+    server = serve("server.source=model", "server.statistics_tokens=100", by="plain uvicorn")
+    batches = list(ActivationClient(server.url).stream_activations(50, 4))
+    assert len({row for batch in batches for row in batch.row.tolist()}) == 200
+    known = {row[:3] for row in stored(server.store)}  # document, position and token
+    assert len({row[:3] for batch in batches for row in identities(batch)} & known) > 100
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "reason"),
+    [
+        ("/activations/stream?batch_size=0", 422, "parameter batch_size is 0; wanted 1 to 8192"),
+        ("/activations/stream?batch_size=-5", 422, "wanted 1 to 8192"),
+        ("/activations/stream?batch_size=8193", 422, "wanted 1 to 8192"),
+        ("/activations/stream?batch_size=" + "9" * 5000, 400, "wanted one whole number"),
+        ("/activations/stream?batch_size=1e3", 400, "wanted one whole number"),
+        ("/activations/stream?batch_size=", 400, "wanted one whole number"),
+        ("/activations/stream?batch_size=%D9%A3", 400, "wanted one whole number"),
+        ("/activations/stream?batch_size=1&batch_size=1", 400, "wanted one whole number"),
+        ("/activations/stream?max_batches=0", 422, "wanted 1 to"),
+        ("/activations/stream?batchsize=1", 400, "unknown parameter 'batchsize'; known: batch_size, max_batches"),
+        ("/activations?batch_size=65", 422, "wanted 1 to 64"),
+        ("/activations/tensor?max_batches=1", 400, "unknown parameter"),
+        ("/heldout?start=151", 422, "wanted 0 to 150"),
+        ("/nowhere", 404, "Not Found"),
+        ("/activations/", 404, "Not Found"),
+        ("/../../etc/passwd", 404, "Not Found"),
+        ("/refresh", 405, "Method Not Allowed"),
+    ],
+)
+def test_mistakes_are_told(shared: Server, path: str, status: int, reason: str) -> None:
+    found, headers, body = shared.ask(path)
+    assert (found, headers["content-type"]) == (status, "application/json")
+    assert reason in json.loads(body)["error"]
+
+
+@pytest.mark.parametrize(
+    ("status", "request_", "headers"),
+    [
+        (403, "POST /refresh", {"origin": "http://evil.example"}),
+        (403, "POST /refresh", {"origin": "http://localhost:1"}),
+        (403, "GET /stats", {"origin": "http://["}),
+        (403, "GET /activations/stream", {"sec_fetch_site": "cross-site"}),  # e.g. of an <img>, which has no origin
+        (403, "GET /activations/stream", {"sec_fetch_site": "same-site"}),
+        (400, "GET /stats", {"host": "evil.example:8000"}),  # a name that stands for this machine's address
+        (400, "GET /stats", {"host": "["}),
+        (200, "GET /", {"sec_fetch_site": "cross-site"}),  # a link to the page
+        (200, "GET /stats", {"host": "localhost:1", "origin": "http://localhost:1"}),
+    ],
+)
+def test_pages_of_other_sites_cannot_use_a_browser_on_this_machine(shared: Server, status, request_, headers) -> None:
+    method, path = request_.split()
+    assert shared.ask(path, method, **headers)[0] == status
+
+
+def test_the_token_is_asked_for_and_told_nobody_and_limits_come_from_the_environment(strict: Server) -> None:
+    for given in (None, f"Bearer {TOKEN}x", f"Basic {TOKEN}", "é"):
+        headers = {} if given is None else {"authorization": given}
+        for path in ("/stats", "/activations", "/index", "/nowhere"):
+            status, answer, body = strict.ask(path, **headers)
+            assert (status, answer["www-authenticate"]) == (401, "Bearer")
+            assert "token" in json.loads(body)["error"]
+    assert strict.ask("/refresh", "POST")[0] == 401
+    assert strict.ask("/")[0] == strict.ask("/healthz")[0] == 200
+    assert strict.ask("/stats", authorization=f"bearer {TOKEN}")[0] == 200
+    assert TOKEN not in strict.log.read_text()
+    status, _, body = strict.ask("/activations/tensor?batch_size=101", authorization=f"Bearer {TOKEN}")
+    assert (status, json.loads(body)["error"]) == (422, "parameter batch_size is 101; wanted 1 to 100")
+
+
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [("host=0.0.0.0", "server.token_file"), ("token_file={}", "can be read by others (-rw-r--r--): run `chmod 600")],
+)
+def test_a_server_that_others_could_use_is_not_started(tmp_path: Path, field: str, told: str) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "token").chmod(0o644)
+    keys = [f"data.store={tmp_path}", "server." + field.format(tmp_path / "token")]
+    command = [sys.executable, "-m", "clt.cli", "serve", *keys]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert told in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# Slow and odd connections
+
+
+def send(server: Server, *parts: bytes, half_close: bool = False) -> bytes:
+    """What a raw connection answers until it is closed; parts are sent while the server says nothing."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=0.2) as connection:
+        with contextlib.suppress(ConnectionError):
+            for part in parts:
+                connection.sendall(part)
+                with contextlib.suppress(TimeoutError):
+                    connection.recv(1, socket.MSG_PEEK)
+            if half_close:
+                connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        connection.settimeout(60)
+        with contextlib.suppress(ConnectionError):
+            while piece := connection.recv(65536):
+                answer += piece
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("parts", "half_close", "answer"),
+    [
+        ([b"\x00\x01 nonsense\r\n\r\n"], False, b"HTTP/1.1 400 "),
+        ([b"GET / HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 4000 + b"\r\n"], False, b""),  # a head of 24 KB
+        ([b"GET /stats HT"], True, b""),
+        ([b"GET /stats HTTP/1.1\r\n", *[b"a: b\r\n"] * 20], False, b""),  # a head that does not end
+        ([], False, b""),  # nothing at all
+    ],
+)
+def test_what_is_no_request_ends_the_connection(strict: Server, parts, half_close: bool, answer: bytes) -> None:
+    found = send(strict, *parts, half_close=half_close)
+    assert found.startswith(answer) if answer else found == b""
+
+
+def test_a_stream_goes_on_until_the_client_leaves_or_asks_again(shared: Server) -> None:
+    """Another request behind it, or a part of one, ends the connection: uvicorn would go on with the stream."""
+    client, head = ActivationClient(shared.url), b"GET /stats HTTP/1.1\r\nhost: 127.0.0.1\r\n"
+    for more in (None, head + b"\r\n", head + b"a: " + b"b" * 20_000):
+        connection = shared.connect("/activations/stream?batch_size=64")
+        with connection, contextlib.closing(http.client.HTTPResponse(connection)) as response:
+            response.begin()
+            assert response.headers["transfer-encoding"] == "chunked"
+            assert len(response.read(1_000_000)) == 1_000_000
+            assert client.stats()["clients"] == 1
+            if more is not None:
+                connection.sendall(more)
+                eventually(lambda: client.stats()["clients"] == 0)  # while the connection is open
+        eventually(lambda: client.stats()["clients"] == 0)
+    assert "Traceback" not in shared.log.read_text()
+
+
+def test_slow_readers_are_ended_and_others_are_told_of_them(strict: Server) -> None:
+    client = ActivationClient(strict.url, TOKEN)
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(strict.connect("/activations/stream?batch_size=100", 4096, TOKEN))
+        eventually(lambda: client.stats()["clients"] == 2)
+        status, _, body = strict.ask("/activations", authorization=f"Bearer {TOKEN}")
+        assert status == 503, "a third client of two"
+        assert "server.max_streams" in json.loads(body)["error"]
+        eventually(lambda: client.stats()["clients"] == 0)  # they read nothing for idle_seconds
+
+
+def test_answers_that_nobody_reads_are_ended_however_small(strict: Server) -> None:
+    """A connection that is to be closed waits for what is unsent: without a deadline, for ever."""
+    with strict.connect("/", 4096) as connection, contextlib.suppress(ConnectionError):
+        while True:
+            connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            connection.settimeout(0.01)  # each is answered before the next comes
+            with contextlib.suppress(TimeoutError):
+                connection.recv(1, socket.MSG_WAITALL | socket.MSG_PEEK)
+
+
+def test_failed_requests_give_their_place_back(strict: Server) -> None:
+    for _ in range(5):
+        assert strict.ask("/activations/tensor?batch_size=0", authorization=f"Bearer {TOKEN}")[0] == 422
+        with strict.connect("/activations/stream", token=TOKEN) as connection:
+            connection.recv(10)
+    client = ActivationClient(strict.url, TOKEN)
+    eventually(lambda: client.stats()["clients"] == 0)
+    assert len(next(client.stream_activations(5)).row) == 5
+
+
+# A generator that makes no rows, or dies
+
+
+def test_an_empty_buffer_is_waited_for_and_then_reported(strict: Server) -> None:
     client = ActivationClient(strict.url, TOKEN, patience=0)
-    eventually(lambda: client.stats()["fill"] > 0.9)
-    pid = pause_generator(client, TOKEN)
+    pid = pause_generator(client)
     try:
-        query = f"?batch_size=100&max_batches=100 HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\n\r\n"
-        head, _, body = send(strict, f"GET /activations/stream{query}".encode()).partition(b"\r\n\r\n")
-        assert len(body) < int(head.lower().partition(b"content-length: ")[2].split()[0]), "the connection is closed"
-        assert "a stream was ended: the buffer had no rows for 1.5 seconds" in strict.log.read_text()
-        assert "ASGI callable" not in strict.log.read_text(), "uvicorn's error in one's own program"
         client.refresh()
-        began = time.monotonic()
-        status, headers, body = ask(strict, "/activations", authorization=f"Bearer {TOKEN}")
+        status, headers, body = strict.ask("/activations", authorization=f"Bearer {TOKEN}")
         assert (status, headers["retry-after"]) == (503, "1")
         assert "had no rows for 1.5 seconds" in json.loads(body)["error"]
-        assert 1.4 < time.monotonic() - began < 20
     finally:
         os.kill(pid, signal.SIGCONT)
 
 
-def test_other_machines_are_not_served_without_a_token(tmp_path):
-    command = [sys.executable, "-m", "clt.cli", "serve", "server.host=0.0.0.0", f"data.store={tmp_path}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "server.token_file" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_waiting_clients_hear_why_the_generator_died_and_streams_go_on_after_it(shared: Server) -> None:
+    client = ActivationClient(shared.url, patience=0)
+    stream = client.stream_activations(8, 1000)
+    next(stream)
+    pid = pause_generator(client)
+    client.refresh()
+    answers: list[tuple[int, http.client.HTTPMessage, bytes]] = []
+    waiting = [threading.Thread(target=lambda: answers.append(shared.ask("/activations"))) for _ in range(3)]
+    for thread in waiting:
+        thread.start()
+    eventually(lambda: client.stats()["clients"] == 4)
+    os.kill(pid, signal.SIGKILL)
+    for thread in waiting:
+        thread.join()
+    for status, headers, body in answers:
+        assert status == 503
+        assert "SIGKILL" in json.loads(body)["error"], "and not that there were no rows for wait_seconds"
+        assert int(headers["retry-after"]) > 0
+    assert len({row for batch in stream for row in batch.row.tolist()}) == 999 * 8
+    assert client.stats()["generator"]["restarts"] >= 1
 
 
-def test_stopping_leaves_nothing(serve):
-    name = f"test-{os.getpid()}-stop"
-    server, file = serve(f"server.name={name}"), Path(f"/dev/shm/clt-{name}")
-    assert file.exists()
-    with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(b"GET /activations/stream HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
-        assert connection.recv(12) == b"HTTP/1.1 200"
-        server.process.terminate()
-        assert server.process.wait(60) == 0
-    assert not file.exists()
+# What lies between a server and those who use it
+
+
+def _has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None or not _has_ipv6(), reason="needs openssl and IPv6")
+def test_tls_and_ipv6(own_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    make += ["-addext", "subjectAltName=IP:::1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(make, check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    (tmp_path / "config.yaml").write_text(to_yaml(own_config))
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "clt.cli", "serve", str(tmp_path / "config.yaml"), "server.host=::1"]
+    command += [f"server.port={port}", "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
+    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, cwd=ROOT, stderr=log) as process:
+        try:
+            client = ActivationClient(f"https://[::1]:{port}", patience=60)
+            batches = list(client.stream_activations(100, 20))
+            assert len({row for batch in batches for row in batch.row.tolist()}) == 2000
+            assert len(client.get_activations_tensor(10)) == 10
+            monkeypatch.delenv("SSL_CERT_FILE")
+            with pytest.raises(ServerError, match="CERTIFICATE_VERIFY_FAILED"):
+                ActivationClient(client.url, patience=0).stats()
+            with pytest.raises(ServerError):
+                ActivationClient(client.url.replace("https", "http"), patience=0).stats()
+        finally:
+            process.send_signal(signal.SIGINT)
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_the_status_page_in_a_browser(shared: Server, tmp_path: Path) -> None:
+    client = ActivationClient(shared.url)
+    list(client.stream_activations(100, 10))
+    eventually(lambda: client.stats()["fill"] == 1 and len(client.stats()["history"]) > 2)
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]
+    browser += ["--virtual-time-budget=6000", "--dump-dom", shared.url]
+    dom = subprocess.run(browser, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert "Generator <b>running</b>" in dom
+    figures = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", dom))
+    assert int(figures["Rows served"].replace(",", "")) >= 1000
+    assert figures["Rows in the buffer"].endswith("/ 512")
+    assert figures["Fill"] == "100.0 %"
+    charts = re.findall(r'<polyline points="([0-9., ]+)"', dom)
+    assert len(charts) == 2, "rows/s and fill over time"
+    assert "rows (2, 3, 16)" in dom

@@ -1,123 +1,26 @@
 """What is made before the first row, whose buffer it is, and how a server ends in any phase."""
 
+import dataclasses
 import fcntl
-import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from clt.config import PRESETS, Config, load_config
 from clt.data.extract import extract
-from clt.data.feed import StoredRows, describe_feed, from_model, from_store
-from clt.data.index import read_index
-from clt.data.statistics import Statistics
-from clt.data.store import DiscBuffer
 from clt.errors import UserError
-from clt.lm.capture import capture
-from clt.lm.load import load_language_model
-from clt.lm.text import windows
 from clt.parsing import to_yaml
 from clt.server.client import ActivationClient
-from clt.server.generator import device_for
-from clt.server.run import buffer_name, close_buffer, folder, open_buffer, own_folder, record, rows_tag, tag
-from tests.server.conftest import eventually
+from clt.server.run import buffer_name, close_buffer, load, open_buffer, own_folder, record, tag
+from tests.server.conftest import ROOT, eventually
 
 MakeConfig = Callable[..., Config]
-Keys = list[tuple[bytes, int, int, int]]
-
-
-def keys(tensor: torch.Tensor, token: np.ndarray, position: np.ndarray, document: np.ndarray) -> Keys:
-    """Rows as (bits, token, position, document)."""
-    data = tensor.reshape(len(tensor), -1).view(torch.uint8).numpy()
-    return list(zip([row.tobytes() for row in data], token.tolist(), position.tolist(), document.tolist()))
-
-
-def stored_keys(rows: StoredRows) -> Keys:
-    return keys(rows.store[rows.number], rows.token, rows.position, rows.document)
-
-
-@pytest.fixture(scope="module")
-def text_rows(lm_overrides: list[str]) -> Keys:
-    """Every row of one pass over the training text, in order, computed directly."""
-    config = load_config(None, lm_overrides)
-    lm = load_language_model(config.lm)
-    found: Keys = []
-    for window in windows(config.text, "train", lm, config.lm.context):
-        values = capture(lm, torch.from_numpy(window.tokens).long()[None])[0]
-        at = np.flatnonzero(window.keep)
-        found += keys(values[torch.from_numpy(window.keep)].half(), window.tokens[at], at, window.documents[at])
-    return found
-
-
-def same_rows(found: Keys, wanted: Keys) -> bool:
-    """Equal columns, and equal activations up to the last bits, which depend on the batch that a window is in."""
-    if [row[1:] for row in found] != [row[1:] for row in wanted]:
-        return False
-    a, b = (np.stack([np.frombuffer(row[0], np.float16) for row in rows]).astype("f4") for rows in (found, wanted))
-    return np.allclose(a, b, rtol=2e-3, atol=1e-3)
-
-
-def test_the_model_gives_the_rows_of_the_text_over_and_over(config: MakeConfig, text_rows: Keys) -> None:
-    made = config()
-    lm, found, marks = load_language_model(made.lm), [], []
-    for mark, rows in from_model(made, lm):
-        marks.append(mark)
-        found += keys(rows.activations, rows.token, rows.position, rows.document)
-        if mark[0] == 1:
-            break
-    once = len(text_rows)
-    assert same_rows(found[:once], text_rows)
-    assert found[once:] == found[: len(found) - once]
-    mark, rows = next(from_model(made, lm, *marks[3]))
-    assert mark == marks[3]
-    before = sum(len(rows) for _, rows in islice(from_model(made, lm), 3))
-    columns = (rows.token, rows.position, rows.document)
-    assert same_rows(keys(rows.activations, *columns), text_rows[before : before + len(rows)])
-    assert next(from_model(made, lm, 0, 10_000))[0] == (1, 0)
-
-
-def test_the_store_gives_each_row_once_an_epoch_in_changing_order(config: MakeConfig, stores: Path) -> None:
-    made = config(f"data.store={stores}", "data.block_rows=7")
-    store, every = DiscBuffer(stores / "train"), slice(None)
-    batches = list(islice(from_store(made), 3))
-    orders = [stored_keys(rows) for _, rows in batches]
-    assert [mark for mark, _ in batches] == [(0, 0), (1, 1), (2, 2)]
-    wanted = keys(store[:], store.tokens(every), store.positions(every), store.documents(every))
-    assert sorted(orders[0]) == sorted(orders[1]) == sorted(wanted)
-    assert orders[0] != orders[1]
-    mark, rows = next(from_store(made, 2, 2))
-    assert (mark, stored_keys(rows)) == ((2, 2), orders[2])
-
-
-def test_statistics_are_those_of_the_first_rows_of_the_text(config: MakeConfig, text_rows: Keys) -> None:
-    loads = []
-
-    def prepare(made: Config):
-        return describe_feed(made, folder(made), lambda: loads.append(1) or load_language_model(made.lm))
-
-    made = config("server.statistics_tokens=300")
-    index, file = prepare(made), folder(made) / "stats.safetensors"
-    assert (index.text["part"], index.rows, index.n_layers, index.d_acts) == ("train", 0, 3, 16)
-    assert read_index(folder(made)) == index
-    assert read_index(Path(made.data.store) / "heldout").rows == 150
-    wide = np.stack([np.frombuffer(row[0], np.float16) for row in text_rows[:300]]).reshape(300, 2, 3, 16).astype("f8")
-    assert Statistics.load(file).rows == 300
-    np.testing.assert_allclose(Statistics.load(file).input_mean.numpy(), wide[:, 0].mean(0), rtol=1e-3, atol=1e-4)
-    assert prepare(made) == index
-    assert len(loads) == 1, "they are kept, until something else is asked for"
-    more = config("server.statistics_tokens=1000000")
-    for _ in range(2):
-        prepare(more)
-    assert Statistics.load(file).rows == len(text_rows), "there are no more rows"
-    assert len(loads) == 2
 
 
 def test_what_is_missing_or_of_another_config_is_said(config: MakeConfig, stores: Path) -> None:
@@ -129,14 +32,7 @@ def test_what_is_missing_or_of_another_config_is_said(config: MakeConfig, stores
         open_buffer(made)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match=r"server\.device=gpu but no CUDA device"):
-            device_for(config("server.device=gpu"))
-
-
-def test_too_little_memory_is_said_before_the_language_model_works(config: MakeConfig) -> None:
-    made = config("server.rows=2000000000")
-    with pytest.raises(UserError, match=r"the shared buffer needs .* GB but .*lower server\.rows"):
-        open_buffer(made)
-    assert not (Path(made.data.store) / "heldout").exists()
+            load(config("server.device=gpu"))
 
 
 def test_presets_and_their_mistakes(tmp_path: Path) -> None:
@@ -164,14 +60,14 @@ def test_presets_and_their_mistakes(tmp_path: Path) -> None:
 def test_settings_that_do_not_change_the_rows_may_differ(config: MakeConfig, tmp_path: Path) -> None:
     """Of two servers on one buffer, or of a server and the one before it."""
     (tmp_path / "link").symlink_to(tmp_path)
-    made = config(f"data.store={tmp_path}/store")
+    made = tag(config(f"data.store={tmp_path}/store"))
     for same in (f"data.store={tmp_path}/link/../{tmp_path.name}/store", "data.prefetch=9", "server.max_batch=7"):
-        other = config(f"data.store={tmp_path}/store", same)
-        assert (tag(made), rows_tag(made)) == (tag(other), rows_tag(other)), same
+        assert made == tag(config(f"data.store={tmp_path}/store", same)), same
     for other in ("data.store=/elsewhere", "server.rows=9", "server.open_share=0.1"):
-        assert tag(made) != tag(config(f"data.store={tmp_path}/store", other)), other
+        found = tag(config(f"data.store={tmp_path}/store", other))
+        assert (found[:64], found[64:] != made[64:]) == (made[:64], True), other
     for other in ("data.dtype=bfloat16", "text.source=moby.txt", "lm.context=7", "run.seed=3", "server.source=store"):
-        assert rows_tag(made) != rows_tag(config(f"data.store={tmp_path}/store", other)), other
+        assert tag(config(f"data.store={tmp_path}/store", other))[:64] != made[:64], other
 
 
 # The buffer and its place in the text
@@ -181,8 +77,8 @@ def test_a_buffer_is_shared_kept_after_a_crash_and_removed_by_the_last(own_confi
     first, second = open_buffer(own_config), open_buffer(own_config)
     assert first.segment == second.segment
     assert first.open_blocks == 8
-    other = load_config(None, [*_overrides(own_config), "server.rows=600"])
-    with pytest.raises(UserError, match="a server with other settings runs on the buffer"):
+    other = dataclasses.replace(own_config, server=dataclasses.replace(own_config.server, rows=600))
+    with pytest.raises(UserError, match="a server with other settings runs on /dev/shm/clt-"):
         open_buffer(other)
     first.header["mark"] = (0, 0, 210)
     close_buffer(own_config, first)
@@ -197,107 +93,88 @@ def test_a_buffer_is_shared_kept_after_a_crash_and_removed_by_the_last(own_confi
     close_buffer(other, later)
 
 
-def _overrides(config: Config) -> list[str]:
-    Path(config.data.store, "c.yaml").write_text(to_yaml(config))
-    return [f"{section}.{key}={json.dumps(value)}" for section, fields in json.loads(json.dumps(_tree(config))).items()
-            for key, value in fields.items()]  # fmt: skip
-
-
-def _tree(config: Config) -> dict:
-    import dataclasses
-
-    return dataclasses.asdict(config)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"rows": "%s", "mark": [1]}', '{"rows": "%s", "mark": [0, 0, -1]}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": "%s", "mark": [1]}', '{"rows": "%s", "mark": "x"}'])
 def test_a_damaged_place_in_the_text_is_told_before_memory_is_taken(own_config: Config, text: str) -> None:
     own_folder(own_config).mkdir(exist_ok=True)
-    (own_folder(own_config) / "position.json").write_text(text.replace("%s", rows_tag(own_config)))
+    (own_folder(own_config) / "position.json").write_text(text.replace("%s", tag(own_config)[:64]))
     with pytest.raises(UserError, match=r"position\.json, the place in the text, is damaged .*; delete it to begin"):
         open_buffer(own_config)
     assert not Path(f"/dev/shm/clt-{buffer_name(own_config)}").exists()
 
 
-def test_a_disk_that_is_full_or_gone_does_not_end_the_server(
-    own_config: Config, config, tmp_path: Path, capsys
-) -> None:
+def test_a_disk_that_is_full_or_gone_does_not_end_the_server(own_config: Config, config, capsys) -> None:
     buffer = open_buffer(own_config)
-    (tmp_path / "file").touch()
-    record(config(f"data.store={tmp_path / 'file' / 'store'}"), buffer)
+    record(config("data.store=/dev/null/store"), buffer)
     assert "the place in the text was not recorded: " in capsys.readouterr().err
     close_buffer(own_config, buffer)
 
 
 def test_waiting_for_another_server_that_starts_is_told(own_config: Config, tmp_path: Path) -> None:
     own_folder(own_config).mkdir(exist_ok=True)
-    (tmp_path / "c.yaml").write_text(to_yaml(own_config))
     with open(own_folder(own_config) / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        command = [sys.executable, "-m", "clt.cli", "serve", str(tmp_path / "c.yaml"), "server.port=47113"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stderr is not None
-            assert process.stderr.readline().startswith("waiting: ")
-            process.terminate()
+        process = start(own_config, tmp_path, ["clt serve"], signal.SIG_DFL)
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("waiting: ")
+        process.terminate()
+        process.communicate()
     assert process.returncode == 0
 
 
 # The end, in any phase
 
 
-@pytest.mark.parametrize("ignored", [False, True])
+def start(config: Config, path: Path, command: list[str], sigint: signal.Handlers) -> subprocess.Popen:
+    """A server of the config, at work on its `port` file or in preparation; SIGINT as its parent has it."""
+    (path / "c.yaml").write_text(to_yaml(config))
+    if command == ["clt serve"]:
+        command = ["clt.cli", "serve", str(path / "c.yaml")]
+    code = f"import os, signal, sys; signal.signal(signal.SIGINT, signal.Handlers({int(sigint)}))\n"
+    code += "os.execv(sys.executable, [sys.executable, '-m', *sys.argv[1:]])"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CLT_CONFIG": str(path / "c.yaml")}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *command], env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+
+
 @pytest.mark.parametrize(
-    ("by", "number", "status"),
+    ("by", "number", "status", "sigint"),
     [
-        ("clt serve", signal.SIGTERM, 0),
-        ("clt serve", signal.SIGINT, 130),
-        ("uvicorn", signal.SIGINT, -signal.SIGINT),
-        ("uvicorn --workers 2", signal.SIGKILL, -signal.SIGKILL),
+        ("clt serve", signal.SIGTERM, 0, signal.SIG_DFL),
+        ("clt serve", signal.SIGINT, 130, signal.SIG_IGN),  # as a background job of a shell inherits it
+        ("uvicorn clt.server.app:app --port 0", signal.SIGINT, -signal.SIGINT, signal.SIG_IGN),
+        ("uvicorn clt.server.app:app --port 0 --workers 2", signal.SIGKILL, -signal.SIGKILL, signal.SIG_DFL),
     ],
 )
 def test_a_server_that_is_stopped_while_it_prepares_leaves_nobody_at_work(
-    config: MakeConfig, tmp_path: Path, by: str, number: int, status: int, ignored: bool
+    config: MakeConfig, tmp_path: Path, by: str, number: int, status: int, sigint: signal.Handlers
 ) -> None:
-    """Also where SIGINT is inherited as ignored, as by a background job of a shell that is not interactive."""
-    made = config("server.rows=150", "server.statistics_tokens=100", "lm.batch_windows=1")
-    (tmp_path / "c.yaml").write_text(to_yaml(made))
-    command = ["clt.cli", "serve", str(tmp_path / "c.yaml"), "server.port=47114"]
-    if by != "clt serve":
-        command = ["uvicorn", "clt.server.app:app", "--port", "0", *by.split()[1:]]
-    process = start(command, ignored, CLT_CONFIG=str(tmp_path / "c.yaml"))
-    heldout = Path(made.data.store) / "heldout"
+    made = config("server.rows=150", "server.statistics_tokens=100", "lm.batch_windows=1", "server.port=47114")
+    process = start(made, tmp_path, [by] if by == "clt serve" else by.split(), sigint)
     eventually(lambda: (Path(made.data.store) / "server" / "lock").exists())
     process.send_signal(number)
     told = process.communicate(timeout=60)[1]  # ends when nobody has its stderr any more
     assert process.returncode == status, told
     assert "Traceback" not in told
-    assert not (heldout / "index.json").exists(), "it was stopped too late"
+    assert not (Path(made.data.store) / "heldout" / "index.json").exists(), "it was stopped too late"
 
 
-def start(command: list[str], ignored: bool, **environment: str) -> subprocess.Popen:
-    code = "import os, signal, sys\n" + "signal.signal(signal.SIGINT, signal.SIG_IGN)\n" * ignored
-    code += "os.execv(sys.executable, [sys.executable, '-m', *sys.argv[1:]])"
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    root = Path(__file__).parents[2]
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *command], env=env, cwd=root, stderr=subprocess.PIPE, text=True
-    )
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, (0, 130)), (signal.SIGTERM, (0,))])
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_server_that_serves_ends_on_either_signal_though_it_inherited_them_ignored(
+@pytest.mark.parametrize(("number", "status", "workers"), [(signal.SIGINT, (0, 130), 1), (signal.SIGTERM, (0,), 2)])
+def test_a_server_that_serves_ends_on_either_signal_and_leaves_nothing(
     own_config: Config, tmp_path: Path, number: int, status: tuple[int, ...], workers: int
 ) -> None:
-    (tmp_path / "c.yaml").write_text(to_yaml(own_config))
-    port = 47115 + workers
-    command = ["clt.cli", "serve", str(tmp_path / "c.yaml"), f"server.port={port}", f"server.workers={workers}"]
-    process = start(command, True)
-    client = ActivationClient(f"http://127.0.0.1:{port}", patience=60)
-    eventually(lambda: client.stats()["generator"]["state"] == "running")
+    """Also while it sends, and with SIGINT inherited as ignored."""
+    own_config.server.workers, own_config.server.port = workers, 47115 + workers
+    process = start(own_config, tmp_path, ["clt serve"], signal.SIG_IGN)
+    client = ActivationClient(f"http://127.0.0.1:{own_config.server.port}", patience=60)
+    stream = client.stream_activations(8)
+    next(stream)
+    if workers == 1:
+        stream.close()
     generator = client.stats()["generator"]["pid"]
     process.send_signal(number)
     told = process.communicate(timeout=60)[1]
+    stream.close()
     assert process.returncode in status, told
     assert not Path(f"/dev/shm/clt-{buffer_name(own_config)}").exists()
     eventually(lambda: not Path(f"/proc/{generator}").exists())
-    assert "Traceback" not in told
