@@ -57,7 +57,7 @@ class Loader(Iterator[Tensor]):
     stalled = 0.0
     """Seconds that the consumer has waited for batches so far."""
     failure: BaseException | None = None
-    """What the next batch will raise, once it is `ready`."""
+    """What the next batch will raise, once it is `ready`; the end of the sampler is none."""
 
     def __init__(
         self, buffer: Readable, sampler: Iterable[np.ndarray], device: torch.device | str = "cpu", prefetch: int = 4
@@ -103,7 +103,8 @@ class Loader(Iterator[Tensor]):
         """Whether the next batch is there, or `failure` instead; waits that long for it at most."""
         start = time.perf_counter()
         try:
-            self.failure = self._ahead[0].read.exception(seconds)
+            error = self._ahead[0].read.exception(seconds)
+            self.failure = None if isinstance(error, StopIteration) else error
         except concurrent.futures.TimeoutError:
             return False
         finally:

@@ -14,7 +14,6 @@ import hmac
 import itertools
 import json
 import logging
-import math
 import re
 import signal
 import time
@@ -63,11 +62,12 @@ class Unavailable(HTTPException):
         super().__init__(503, reason, {"retry-after": str(retry_after)})
 
 
-async def draw(request: Request, n: int, seconds: float) -> list[Slice]:
-    """n rows, at most a block. Raises Unavailable, with the generator's cause, when there are none for that long."""
-    buffer, end, pause = request.state.buffer, time.monotonic() + seconds, 0.002
+async def draw(request: Request, n: int) -> list[Slice]:
+    """n rows, at most a block. Raises Unavailable, with the generator's cause, when none come in `wait_seconds`."""
+    buffer, seconds, pause = request.state.buffer, request.state.server.wait_seconds, 0.002
+    end = time.monotonic() + seconds
     while (parts := buffer.draw(n)) is None:
-        if (found := buffer.generator())["state"] == "failed" and seconds < math.inf:
+        if (found := buffer.generator())["state"] == "failed":
             raise Unavailable(f"the generator of activations failed: {found['cause']}", 2)
         if time.monotonic() > end:
             raise Unavailable(f"the buffer had no rows for {seconds:g} seconds")
@@ -84,17 +84,25 @@ def cut(n: int, most: int) -> list[int]:
 async def stream(request: Request) -> Response:
     """Frames of batches of `batch_size` rows, `max_batches` of them or without end.
 
-    Without rows for the first frame it is refused; from then on it waits for rows for as long as its client does.
+    Without rows for the first frame it is refused. Without rows for a later one the connection is closed.
     """
     buffer, server = request.state.buffer, request.state.server
     n, count = parameters(request, batch_size=server.max_batch, max_batches=10**9)
     sizes, about = cut(n, buffer.block_rows), (buffer.shape, buffer.segment)
-    first = await draw(request, sizes[0], server.wait_seconds)
+    first = await draw(request, sizes[0])
 
     async def pieces() -> AsyncIterator[bytes | memoryview]:
         for sequence in itertools.count() if count is None else range(count * len(sizes)):
             size = sizes[sequence % len(sizes)]
-            for piece in frame(await draw(request, size, math.inf) if sequence else first, sequence, *about):
+            try:
+                rows = await draw(request, size) if sequence else first
+            except Unavailable as error:  # the client asks again, and is told the cause
+                log.warning("a stream was ended: %s", error.detail)
+                if hasattr(request.state, "abort"):  # by `Protocol`; without it, uvicorn logs an error and closes
+                    request.state.abort()
+                    await asyncio.sleep(server.idle_seconds)  # until this is cancelled
+                raise
+            for piece in frame(rows, sequence, *about):
                 yield piece
             await asyncio.sleep(0)  # sending alone gives way to nobody, not even to the client's departure
 
@@ -106,9 +114,9 @@ async def stream(request: Request) -> Response:
 
 async def batch(request: Request, most: int) -> tuple[list[Slice], dict[str, Any]]:
     """The rows of an answer that is made before it is sent, and what they are."""
-    buffer, server = request.state.buffer, request.state.server
-    (n,) = parameters(request, batch_size=min(server.max_batch, most))
-    parts = [part for size in cut(n, buffer.block_rows) for part in await draw(request, size, server.wait_seconds)]
+    buffer = request.state.buffer
+    (n,) = parameters(request, batch_size=min(request.state.server.max_batch, most))
+    parts = [part for size in cut(n, buffer.block_rows) for part in await draw(request, size)]
     dims = [n, 2, buffer.shape.n_layers, buffer.shape.d_acts]
     return parts, {"shape": dims, "dtype": buffer.shape.dtype, "segment": buffer.segment}
 

@@ -132,6 +132,11 @@ class Buffer:
             self.state[block[self.filled[block] == self.block_rows]] = FULL
         return n
 
+    def room(self) -> float:
+        """The share of the blocks that are free; 1 when `put` has what it needs of a buffer of few blocks."""
+        missing, free = self.open_blocks - int((self.state == OPEN).sum()), int((self.state == FREE).sum())
+        return free / self.blocks if free >= missing else 0.0
+
     def _opened(self) -> np.ndarray:
         """The open blocks, always as many as the header says: with fewer, neighbours in the text would lie together."""
         opened = np.flatnonzero(self.state == OPEN)

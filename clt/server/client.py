@@ -15,7 +15,9 @@ import logging
 import os
 import random
 import re
+import socket
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -38,6 +40,7 @@ LEAST_RATE = 1 << 16
 """Bytes a second at which an answer must come, once `timeout` is over."""
 _DELAYS = (0.1, 10.0)  # seconds before the first and before the slowest new try
 _PASSING = (408, 429, 502, 503, 504)  # statuses of a server that may answer later
+_WAKE = 1 << 20  # bytes that are worth waking up for
 _ROUND = 1 << 20  # batches asked for at once: an answer of known length costs the server a copy less
 
 
@@ -189,8 +192,8 @@ class ActivationClient:
         """The answer to one request. Raises ServerError for a refusal."""
         connection = self._connect()
         connection.connect()
-        with contextlib.closing(connection.sock) as socket:
-            connection.sock = answer = _Answer(socket, self.timeout)
+        with contextlib.closing(connection.sock) as connected:
+            connection.sock = answer = _Answer(connected, self.timeout)
             target = self._prefix + path + ("?" + urlencode(query) if query else "")
             connection.request(method, target, headers=self._headers)
             answer.response = response = connection.getresponse()
@@ -234,8 +237,8 @@ class _Answer(io.RawIOBase):
 
     response: http.client.HTTPResponse
 
-    def __init__(self, socket: Any, timeout: float) -> None:
-        self.socket, self.timeout, self.sendall = socket, timeout, socket.sendall
+    def __init__(self, connected: Any, timeout: float) -> None:
+        self.socket, self.timeout, self.sendall = connected, timeout, connected.sendall
         self.expect(0)
 
     def expect(self, size: int) -> None:
@@ -253,6 +256,11 @@ class _Answer(io.RawIOBase):
         if left <= 0:
             raise TimeoutError(f"the answer did not come within {self.timeout:g} s and at {LEAST_RATE} bytes a second")
         self.socket.settimeout(min(self.timeout, left))
+        # For each packet that woke this process, both ends would pay dearly. A view that is larger than the buffer of
+        # the BufferedReader above is one that will be filled.
+        wake = min(len(view), _WAKE) if len(view) > io.DEFAULT_BUFFER_SIZE else 1
+        if sys.platform == "linux":
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake)
         return self.socket.recv_into(view)
 
     def close(self) -> None:
