@@ -19,6 +19,7 @@ from clt.errors import UserError
 from clt.lm.sites import Site, find_sites
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ASSETS = PACKAGE / "assets"  # the embedded language model and its text
@@ -221,6 +222,24 @@ def first_line(error: Exception) -> str:
 def bos_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id that starts every document and window: bos, else eos, else None (the tokenizer has neither)."""
     return next((id for id in (tokenizer.bos_token_id, tokenizer.eos_token_id) if isinstance(id, int)), None)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of special tokens, ascending: those with a role, such as bos, and those only declared special."""
+    added = (id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return sorted({*tokenizer.all_special_ids, *added})
+
+
+def check_ids(lm: LanguageModel, tokens: np.ndarray) -> None:
+    """Raise UserError for a token id that the model has no embedding of: on a GPU it would end the process."""
+    embedding: Any = lm.model.get_input_embeddings()
+    rows, id = len(embedding.weight), int(tokens.max())
+    if id >= rows:
+        raise UserError(
+            f"token {id} ({lm.tokenizer.convert_ids_to_tokens(id)!r}) of the text is beyond the {rows} rows of the "
+            f"embedding of {lm.name!r}: its tokenizer is another model's, or has a token that was added without "
+            "model.resize_token_embeddings; save the model with the tokenizer that it was trained with"
+        )
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -15,10 +15,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clt.config import LMConfig
+from clt.config import LMConfig, TextConfig
 from clt.errors import UserError
 from clt.lm.capture import capture
-from clt.lm.load import LanguageModel, bos_token, hash_tokenizer, load_language_model, locate
+from clt.lm.load import LanguageModel, bos_token, hash_tokenizer, load_language_model, locate, special_ids
+from clt.lm.text import pack, windows
 from tests.lm.conftest import BOS, D, byte_tokenizer
 
 
@@ -211,6 +212,33 @@ def test_bos_is_bos_else_eos_else_none() -> None:
     assert bos_token(byte_tokenizer(bos_token=BOS, eos_token="</s>")) == 256
     assert bos_token(byte_tokenizer(eos_token="</s>")) == 256
     assert bos_token(byte_tokenizer()) is None
+
+
+def test_tokens_only_declared_special_are_not_kept() -> None:
+    tokenizer = byte_tokenizer(bos_token=BOS)
+    tokenizer.add_tokens([transformers.AddedToken("<|system|>", special=True), transformers.AddedToken("<plain>")])
+    assert [tokenizer.convert_tokens_to_ids(token) for token in ("<|system|>", "<plain>")] == [257, 258]
+    assert special_ids(tokenizer) == [256, 257]
+    (window,) = pack(["a<|system|>b<plain>"], tokenizer, 5)
+    assert window.tokens.tolist() == [256, 64, 257, 65, 258]
+    assert window.keep.tolist() == [False, True, False, True, True]
+
+
+def test_an_id_beyond_the_embedding_is_named(
+    tmp_path: Path, tiny: Callable[..., LanguageModel], model_directory: Callable[[str], Path]
+) -> None:
+    shutil.copytree(model_directory("gpt2"), tmp_path, dirs_exist_ok=True)
+    tokenizer = byte_tokenizer(bos_token=BOS)
+    tokenizer.add_tokens(["<plain>"])
+    tokenizer.save_pretrained(tmp_path)
+    lm = load_language_model(LMConfig(model=str(tmp_path)))
+    assert len(lm.tokenizer) == 258
+    (tmp_path / "text.jsonl").write_text('{"text": "held out"}\n{"text": "abcdefghi"}\n{"text": "abcd<plain>efgh"}\n')
+    text = TextConfig(source=str(tmp_path / "text.jsonl"), heldout_documents=1)
+    stream = windows(text, "train", lm, 10)
+    assert next(stream).tokens[0] == 256  # the first document's, which has no such token
+    with pytest.raises(UserError, match=r"token 257 \('<plain>'\) of the text is beyond the 257 rows of the embedding"):
+        next(stream)
 
 
 def test_the_hash_is_the_tokenizers_own(tmp_path: Path) -> None:
