@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +19,13 @@ from clt.errors import UserError
 from clt.lm.sites import Site, find_sites
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ASSETS = PACKAGE / "assets"  # the embedded language model and its text
+MOST_LAYERS = 1000  # of a language model; published ones have up to about 200
+# Causal masks, rotary frequencies and position numbers, which are computed: older releases of transformers saved them.
+_OLD_BUFFER = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|(^|\.)position_ids$")
 
 
 @dataclass(frozen=True)
@@ -120,8 +127,7 @@ def _in_package(name: str) -> Path:
 def _load_pretrained(
     config: LMConfig, source: str, gguf: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
     if gguf is not None:
@@ -132,19 +138,30 @@ def _load_pretrained(
                 f"lm.model={config.model!r} is a GGUF file and needs {' and '.join(missing)}: "
                 "pip install 'clt-trainer[gguf]'"
             )
-    what = "the model"
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
-        what = "the tokenizer"
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    with _loading("the config", config.model):
+        settings = AutoConfig.from_pretrained(source, **options)
+        count = settings.get_text_config().num_hidden_layers
+    if type(count) is not int or not 1 <= count <= MOST_LAYERS:  # each is made before the weights are looked at
         raise UserError(
-            f"{what} of lm.model={config.model!r} could not be loaded: {first_line(error)} Check the spelling; "
-            "a gated model needs `hf auth login`, a hub id the network; without it give a local directory, a .gguf "
-            "file or `embedded`"
-        ) from error
-    # Transformers makes an empty tokenizer of a directory that has none, and says nothing.
-    if not tokenizer("text", add_special_tokens=False)["input_ids"] or len(tokenizer) < 2:
+            f"the config of lm.model={config.model!r} asks for {count!r:.40} layers, wanted 1 to {MOST_LAYERS}: mend "
+            "its config.json"
+        )
+    with _loading("the model", config.model):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=settings,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,  # never a pickle, which can run code
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `_check_weights` refuses them, and names them
+            **options,
+        )
+    model, report = loaded
+    _check_weights(config.model, report)
+    with _loading("the tokenizer", config.model):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        empty = not tokenizer("text", add_special_tokens=False)["input_ids"] or len(tokenizer) < 2
+    if empty:  # transformers makes such a tokenizer of a directory that has none, and says nothing
         raise UserError(
             f"the tokenizer of lm.model={config.model!r} is empty: its files are missing from {source}; save it there "
             "with tokenizer.save_pretrained"
@@ -152,14 +169,77 @@ def _load_pretrained(
     return model, tokenizer
 
 
+@contextmanager
+def _loading(what: str, name: str) -> Iterator[None]:
+    """Raise UserError for whatever transformers raises: on files that it does not expect, it fails in many ways."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"{what} of lm.model={name!r} could not be loaded: {type(error).__name__}: {first_line(error)} Check the "
+            "spelling and the files (weights: safetensors or GGUF, never a pickle); a gated model needs `hf auth "
+            "login`, a hub id the network; without it give a local directory, a .gguf file or `embedded`"
+        ) from error
+
+
+def _check_weights(name: str, report: dict[str, Any]) -> None:
+    """Raise UserError unless the files held exactly the model's tensors: transformers makes up those that are missing.
+
+    report: what `from_pretrained` returns as its loading info. Buffers that older releases saved do not count.
+    """
+    missing = sorted(report["missing_keys"])
+    unexpected = sorted(key for key in report["unexpected_keys"] if not _OLD_BUFFER.search(key))
+    shapes = sorted(
+        f"{key} (found {list(found)}, wanted {list(wanted)})" for key, found, wanted in report["mismatched_keys"]
+    )
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    odd = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in kinds.items() if keys]
+    if not odd:
+        return
+    remedy = "save them again from a model of the class that its config.json names"
+    # A training wrapper, such as torch.compile or DDP, puts its name before all keys.
+    wrapped = next(((key, end) for key in unexpected for end in missing if key.endswith(end)), None)
+    if wrapped is not None:
+        prefix = wrapped[0].removesuffix(wrapped[1])
+        remedy = (
+            f"strip the prefix {prefix!r} from the keys, with load_file and save_file of safetensors.torch: "
+            f"save_file({{k.removeprefix({prefix!r}): v for k, v in load_file(f).items()}}, f, {{'format': 'pt'}})"
+        )
+    raise UserError(f"the weights of lm.model={name!r} do not fit the model; {'; '.join(odd)}. Remedy: {remedy}")
+
+
+def _some(keys: list[str]) -> str:
+    """The first few keys."""
+    return ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
+
+
 def first_line(error: Exception) -> str:
-    """The first line of another library's error."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of another library's error, with the next one if it ends in a colon; at most 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
 
 
 def bos_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id that starts every document and window: bos, else eos, else None (the tokenizer has neither)."""
     return next((id for id in (tokenizer.bos_token_id, tokenizer.eos_token_id) if isinstance(id, int)), None)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of special tokens, ascending: those with a role, such as bos, and those only declared special."""
+    added = (id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return sorted({*tokenizer.all_special_ids, *added})
+
+
+def check_ids(lm: LanguageModel, tokens: np.ndarray) -> None:
+    """Raise UserError for a token id that the model has no embedding of: on a GPU it would end the process."""
+    embedding: Any = lm.model.get_input_embeddings()
+    rows, id = len(embedding.weight), int(tokens.max())
+    if id >= rows:
+        raise UserError(
+            f"token {id} ({lm.tokenizer.convert_ids_to_tokens(id)!r}) of the text is beyond the {rows} rows of the "
+            f"embedding of {lm.name!r}: its tokenizer is another model's, or has a token that was added without "
+            "model.resize_token_embeddings; save the model with the tokenizer that it was trained with"
+        )
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clt.errors import UserError
-from clt.lm.capture import hooked
+from clt.lm.capture import hooked, put_back, residual
 from clt.lm.load import LanguageModel
 
 
@@ -35,26 +35,22 @@ def run_with_mlps(
     come in order, x from the stream that the earlier replacements already changed. Where `keep` (N, T) is False
     (position 0, special tokens) the model's own MLP output stays: a transcoder is never trained there.
 
-    Raises UserError when a site's output runs before its input.
+    Raises UserError as `hooked` does.
     """
     input_ids, mask = input_ids.to(lm.device), keep.to(lm.device)[..., None]
     entering: dict[int, Tensor] = {}
 
-    def on_output(layer: int, output: Any) -> Any:
-        if layer not in entering:
-            site = lm.sites[layer]
-            raise UserError(f"hook site {site.output_path!r} runs before {site.input_path!r}, so x is not known yet")
-        return _swap(output, mask, replace(layer, entering.pop(layer).float()))
+    def on_output(layer: int, original: Tensor) -> Tensor:
+        return _merged(original, mask, replace(layer, entering.pop(layer).float()))
 
-    with hooked(lm, entering.__setitem__, on_output):
+    with hooked(lm, input_ids.shape, entering.__setitem__, on_output):
         return lm.model(input_ids=input_ids, use_cache=False).logits
 
 
-def _swap(output: Any, mask: Tensor, replaced: Tensor) -> Any:
-    """A module's output with its tensor (N, T, D) replaced where `mask` (N, T, 1); the rest of a tuple is kept."""
-    original = output[0] if isinstance(output, tuple) else output
-    merged = torch.where(mask, replaced.to(original.dtype), original)
-    return (merged, *output[1:]) if isinstance(output, tuple) else merged
+def _merged(original: Tensor, mask: Tensor, replaced: Tensor) -> Tensor:
+    """(N, T, D): `replaced` where `mask` (N, T, 1), `original` elsewhere."""
+    assert replaced.shape == original.shape, f"a replaced MLP wrote {replaced.shape}, wanted {original.shape}"
+    return torch.where(mask, replaced.to(original.dtype), original)
 
 
 def replaced_logits(lm: LanguageModel, transcoder: Transcoder, input_ids: Tensor, keep: Tensor) -> Tensor:
@@ -110,12 +106,14 @@ class ReplacementModel:
         with self.nnsight.trace(input_ids=input_ids, use_cache=False):
             # Inside a trace nnsight runs this body along with the forward pass: modules are visited in its order.
             for layer, site in enumerate(self.lm.sites):
-                x = self.nnsight.get(site.input_path).input
+                x = residual(self.lm, input_ids.shape, site.input_path, self.nnsight.get(site.input_path).input)
                 target = self.nnsight.get(site.output_path)
                 encoded = self.transcoder.encode_layer(x.float().flatten(0, 1), layer).unflatten(0, x.shape[:2])
                 features.append(encoded if intervene is None else intervene(layer, encoded))
                 written = self.transcoder.decode_layer([f.flatten(0, 1) for f in features], layer).view_as(x)
-                target.output = _swap(target.output, mask, written)
+                output = target.output
+                original = residual(self.lm, input_ids.shape, site.output_path, output)
+                target.output = put_back(output, _merged(original, mask, written))
             logits = self.nnsight.output.logits.save()
         return Replaced(logits, features)
 

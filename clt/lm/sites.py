@@ -28,6 +28,8 @@ _MULTIMODAL = ("model.", "model.language_model.", 1)
 # layer's own input, which is what that MLP reads.
 ARCHITECTURES: dict[str, tuple[str, str]] = {
     "gpt2": ("transformer.h.{layer}.ln_2", "transformer.h.{layer}.mlp"),
+    # Of OPT-350m, which normalises after adding, capture refuses the input site: it runs after the MLP.
+    "opt": ("model.decoder.layers.{layer}.final_layer_norm", "model.decoder.layers.{layer}.fc2"),
     "gpt_neox": ("gpt_neox.layers.{layer}.post_attention_layernorm", "gpt_neox.layers.{layer}.mlp"),
     "llama": _PRE_NORM,
     "mistral": _PRE_NORM,

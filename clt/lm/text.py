@@ -13,7 +13,7 @@ import numpy as np
 from clt.config import TextConfig
 from clt.errors import UserError
 from clt.lm.documents import Part, read_documents
-from clt.lm.load import LanguageModel, bos_token
+from clt.lm.load import LanguageModel, bos_token, check_ids, special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ def pack(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, context: 
     """
     bos = bos_token(tokenizer)
     prefix = [] if bos is None else [bos]
-    special = np.array(sorted(tokenizer.all_special_ids))
+    special = np.array(special_ids(tokenizer))
     stream = np.empty((3, 0), np.int64)  # token ids, their documents, and whether a document starts there
     for batch in _tokenised(documents, tokenizer, prefix):
         stream = np.concatenate([stream, *batch], 1)
@@ -87,14 +87,15 @@ def windows(config: TextConfig, part: Part, lm: LanguageModel, context: int, ski
     """Windows of one part of the text, without the first `skip`; a background thread reads and packs a little ahead.
 
     Errors in the thread are raised by the iterator; the thread ends when the iterator is exhausted, closed or dropped.
-    Raises UserError for a context that the model or the packing does not allow, and for text shorter than one window.
+    Raises UserError for a context that the model or the packing does not allow, for text shorter than one window, and
+    for an id beyond the model's embedding.
     """
     limit = getattr(lm.model.config, "max_position_embeddings", None)
     if context < 2 or (limit is not None and context > limit):
         raise UserError(
             f"lm.context={context}: wanted 2 to {limit or 'any number of'} tokens, the limit of {lm.name!r}"
         )
-    packed = pack(read_documents(config, part), lm.tokenizer, context)
+    packed = _with_embedding(pack(read_documents(config, part), lm.tokenizer, context), lm)
     first = next(packed, None)
     if first is None:
         split = part == "train" and config.heldout is None and config.source != "embedded"
@@ -104,6 +105,13 @@ def windows(config: TextConfig, part: Part, lm: LanguageModel, context: int, ski
             f"lm.context={context}{after if split else ''}; give more text or a smaller context"
         )
     return _ahead(itertools.islice(itertools.chain([first], packed), skip, None))
+
+
+def _with_embedding(items: Iterator[Window], lm: LanguageModel) -> Iterator[Window]:
+    """`items`, their ids checked against the model's embedding."""
+    for window in items:
+        check_ids(lm, window.tokens)
+        yield window
 
 
 def _ahead(items: Iterator[Window], depth: int = 32) -> Iterator[Window]:

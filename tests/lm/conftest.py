@@ -21,6 +21,9 @@ _GATED = {**_SIZES, "intermediate_size": 24, "num_key_value_heads": 1, "head_dim
 _IDS = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": None, "vocab_size": 257}
 CONFIGS: dict[str, transformers.PretrainedConfig] = {
     "gpt2": transformers.GPT2Config(n_embd=D, n_layer=3, n_head=2, n_positions=64, **_IDS),
+    "opt": transformers.OPTConfig(
+        **_SIZES, ffn_dim=24, word_embed_proj_dim=D, dropout=0.0, **{**_IDS, "pad_token_id": 0}
+    ),
     "llama": transformers.LlamaConfig(**_GATED, **_IDS),
     "mistral": transformers.MistralConfig(**_GATED, **_IDS),
     "qwen2": transformers.Qwen2Config(**{k: v for k, v in _GATED.items() if k != "head_dim"}, **_IDS),
@@ -56,7 +59,8 @@ def randomise(model: torch.nn.Module) -> None:
 
 def blocks(lm: LanguageModel) -> nn.ModuleList:
     base = lm.model.base_model
-    return base.h if lm.model.config.model_type == "gpt2" else base.layers
+    kind = lm.model.config.model_type
+    return base.decoder.layers if kind == "opt" else base.h if kind == "gpt2" else base.layers
 
 
 def mlp_branch(lm: LanguageModel, block: nn.Module, x: Tensor) -> Tensor:
@@ -64,6 +68,8 @@ def mlp_branch(lm: LanguageModel, block: nn.Module, x: Tensor) -> Tensor:
     kind = lm.model.config.model_type
     if kind == "gpt2":
         return block.mlp(block.ln_2(x))
+    if kind == "opt":
+        return block.fc2(torch.relu(block.fc1(block.final_layer_norm(x))))
     if kind.startswith("gemma"):
         return block.post_feedforward_layernorm(block.mlp(block.pre_feedforward_layernorm(x)))
     return block.mlp(block.post_attention_layernorm(x))

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from clt.errors import UserError
 from clt.lm.capture import capture
 from clt.lm.load import LanguageModel
+from clt.lm.replacement import run_with_mlps
 from clt.lm.sites import Site
 from tests.lm.conftest import blocks, hooks, mlp_branch
 
 
 def residual_stream(lm: LanguageModel, ids: Tensor) -> list[Tensor]:
     """The stream before block 0 and after every block, by `output_hidden_states` with the final norm taken out."""
-    base = lm.model.base_model
+    base = lm.model.base_model.decoder if lm.model.config.model_type == "opt" else lm.model.base_model
     name = next(n for n in ("ln_f", "norm", "final_layer_norm") if hasattr(base, n))
     norm = getattr(base, name)
     setattr(base, name, nn.Identity())
@@ -159,3 +160,58 @@ def test_kept_rows_in_storage_dtype_are_those_of_the_whole(
     whole = capture(lm, input_ids)
     assert torch.equal(capture(lm, input_ids, keep.numpy(), dtype), whole[keep].to(dtype or whole.dtype))
     assert capture(lm, input_ids, keep.numpy() & False).shape == (0, *whole.shape[2:])
+
+
+def test_flattened_tokens_whose_shape_would_broadcast(tiny: Callable[..., LanguageModel]) -> None:
+    lm = tiny("opt")
+    ids = torch.randint(0, 256, (2, lm.d_model + 1), generator=torch.Generator().manual_seed(1))
+    keep = torch.ones_like(ids, dtype=torch.bool)
+    keep[:, 0] = False
+    captured = capture(lm, ids, keep.numpy())
+    with torch.no_grad():
+        for layer, block in enumerate(blocks(lm)):
+            expected = mlp_branch(lm, block, captured[:, 0, layer])
+            assert torch.allclose(captured[:, 1, layer], expected, atol=1e-5, rtol=1e-4)
+
+
+class Changed(nn.Module):
+    """Returns something else than its inner module does."""
+
+    def __init__(self, inner: nn.Module, change: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.inner, self.change = inner, change
+
+    def forward(self, x: Tensor) -> object:
+        return self.change(self.inner(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda y: y[..., :8], r"\(3, 10, 8\) torch\.float32"),
+        (lambda y: y[..., :1], r"\(3, 10, 1\) torch\.float32"),
+        (lambda y: y[:, -1], r"\(3, 16\) torch\.float32"),
+        (lambda y: y.transpose(0, 1), r"\(10, 3, 16\) torch\.float32"),
+        (lambda y: y.int(), r"\(3, 10, 16\) torch\.int32"),
+        (lambda y: {"output": y}, "dict"),
+    ],
+)
+def test_values_of_another_shape_or_dtype_are_refused_by_site(
+    tiny: Callable[..., LanguageModel], input_ids: Tensor, change: Callable[[Tensor], object], found: str
+) -> None:
+    lm = tiny("gpt2")
+    blocks(lm)[1].mlp = Changed(blocks(lm)[1].mlp, change)
+    message = rf"hook site 'transformer\.h\.1\.mlp': found {found}, wanted \(3, 10, 16\)"
+    with pytest.raises(UserError, match=message):
+        capture(lm, input_ids)
+    with pytest.raises(UserError, match=message):
+        run_with_mlps(lm, input_ids, input_ids != 256, lambda layer, x: x)
+    assert hooks(lm.model) == 0
+
+
+def test_an_output_before_its_input_is_refused(tiny: Callable[..., LanguageModel], input_ids: Tensor) -> None:
+    lm = tiny("opt")
+    for block in blocks(lm):
+        block.do_layer_norm_before = False  # as in OPT-350m
+    with pytest.raises(UserError, match=r"layers\.0\.fc2' runs before 'model\.decoder\.layers\.0\.final_layer_norm'"):
+        capture(lm, input_ids)

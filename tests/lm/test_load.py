@@ -1,19 +1,25 @@
 """Loading: where models come from, what is found out about them, and what the errors say."""
 
 import importlib.util
+import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from clt.config import LMConfig
+from clt.config import LMConfig, TextConfig
 from clt.errors import UserError
 from clt.lm.capture import capture
-from clt.lm.load import LanguageModel, bos_token, hash_tokenizer, load_language_model, locate
+from clt.lm.load import LanguageModel, bos_token, hash_tokenizer, load_language_model, locate, special_ids
+from clt.lm.text import pack, windows
 from tests.lm.conftest import BOS, D, byte_tokenizer
 
 
@@ -66,6 +72,91 @@ def test_a_directory_without_a_tokenizer(tmp_path: Path, model_directory: Callab
         (tmp_path / name).write_bytes((model_directory("gpt2") / name).read_bytes())
     with pytest.raises(UserError, match=r"tokenizer of lm\.model=.* is empty: its files are missing"):
         load_language_model(LMConfig(model=str(tmp_path)))
+
+
+def strip(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in tensors.items() if name not in key}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "message"),
+    [
+        ("llama", lambda t: strip("lm_head", t), r"1 missing: lm_head\.weight\. Remedy: save them again"),
+        ("gpt2", lambda t: strip("h.1.mlp", t), r"4 missing: transformer\.h\.1\.mlp\.c_fc\.bias, "),
+        ("gpt2", lambda t: {**t, "v_head.weight": torch.ones(3)}, r"1 unexpected: v_head\.weight\. "),
+        (
+            "gpt2",
+            lambda t: {**t, "transformer.h.2.ln_2.bias": torch.ones(D + 1)},
+            r"1 of another shape: transformer\.h\.2\.ln_2\.bias \(found \[17\], wanted \[16\]\)",
+        ),
+        ("gpt2", lambda t: {f"_orig_mod.{k}": v for k, v in t.items()}, r"missing: .* strip the prefix '_orig_mod\.'"),
+        ("llama", lambda t: {f"module.{k}": v for k, v in t.items()}, r"missing: .* strip the prefix 'module\.'"),
+    ],
+)
+def test_weights_that_do_not_fit_the_model(
+    tmp_path: Path,
+    model_directory: Callable[[str], Path],
+    architecture: str,
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    message: str,
+) -> None:
+    shutil.copytree(model_directory(architecture), tmp_path, dirs_exist_ok=True)
+    save_file(change(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=message) as caught:
+        load_language_model(LMConfig(model=str(tmp_path)))
+    assert "do not fit the model" in str(caught.value)
+
+
+def test_tied_embeddings_and_masks_that_old_releases_saved_are_no_misfit(
+    tmp_path: Path, tiny: Callable[..., LanguageModel], model_directory: Callable[[str], Path]
+) -> None:
+    shutil.copytree(model_directory("gpt2"), tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    old = {"transformer.h.0.attn.masked_bias": torch.zeros(1), "transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64)}
+    save_file(tensors | old, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = load_language_model(LMConfig(model=str(tmp_path))).model.state_dict()
+    expected = tiny("gpt2").model.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"n_layer": 10**6}, r"asks for 1000000 layers, wanted 1 to 1000"),
+        ("config.json", {"n_layer": 0}, r"asks for 0 layers, wanted 1 to 1000"),
+        ("config.json", {"n_layer": "three"}, r"the config of .*'n_layer': TypeError: .* expected int, got str"),
+        ("config.json", {"n_embd": [1]}, r"the config of .*field 'n_embd'"),
+        ("config.json", {"activation_function": "none"}, r"the model of .*'none'"),
+        ("config.json", {"n_head": 0}, r"the model of .*ZeroDivisionError"),
+        ("tokenizer.json", {"added_tokens": 3}, r"the tokenizer of .*TypeError: 'int' object is not iterable"),
+        ("tokenizer_config.json", {"eos_token": [1]}, r"the tokenizer of .*eos_token"),
+        ("tokenizer_config.json", {"model_max_length": "x"}, r"the tokenizer of .*TypeError"),
+    ],
+)
+def test_wrong_values_in_a_models_files_end_in_one_message(
+    tmp_path: Path, model_directory: Callable[[str], Path], file: str, change: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(model_directory("gpt2"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).write_text(json.dumps(json.loads((tmp_path / file).read_text()) | change))
+    with pytest.raises(UserError, match=message) as caught:
+        load_language_model(LMConfig(model=str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+PICKLE = b"cbuiltins\nopen\n(S'%s'\nS'w'\ntR."  # loading it makes a file
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_pickle_is_refused_in_one_message(tmp_path: Path, model_directory: Callable[[str], Path], name: str) -> None:
+    directory, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(model_directory("gpt2"), directory)
+    (directory / "model.safetensors").unlink()
+    (directory / name).write_bytes(PICKLE % bytes(ran))
+    with pytest.raises(UserError, match=r"the model of .*weights: safetensors or GGUF, never a pickle"):
+        load_language_model(LMConfig(model=str(directory)))
+    assert not ran.exists()
 
 
 def test_files_that_are_not_models(tmp_path: Path) -> None:
@@ -121,6 +212,33 @@ def test_bos_is_bos_else_eos_else_none() -> None:
     assert bos_token(byte_tokenizer(bos_token=BOS, eos_token="</s>")) == 256
     assert bos_token(byte_tokenizer(eos_token="</s>")) == 256
     assert bos_token(byte_tokenizer()) is None
+
+
+def test_tokens_only_declared_special_are_not_kept() -> None:
+    tokenizer = byte_tokenizer(bos_token=BOS)
+    tokenizer.add_tokens([transformers.AddedToken("<|system|>", special=True), transformers.AddedToken("<plain>")])
+    assert [tokenizer.convert_tokens_to_ids(token) for token in ("<|system|>", "<plain>")] == [257, 258]
+    assert special_ids(tokenizer) == [256, 257]
+    (window,) = pack(["a<|system|>b<plain>"], tokenizer, 5)
+    assert window.tokens.tolist() == [256, 64, 257, 65, 258]
+    assert window.keep.tolist() == [False, True, False, True, True]
+
+
+def test_an_id_beyond_the_embedding_is_named(
+    tmp_path: Path, tiny: Callable[..., LanguageModel], model_directory: Callable[[str], Path]
+) -> None:
+    shutil.copytree(model_directory("gpt2"), tmp_path, dirs_exist_ok=True)
+    tokenizer = byte_tokenizer(bos_token=BOS)
+    tokenizer.add_tokens(["<plain>"])
+    tokenizer.save_pretrained(tmp_path)
+    lm = load_language_model(LMConfig(model=str(tmp_path)))
+    assert len(lm.tokenizer) == 258
+    (tmp_path / "text.jsonl").write_text('{"text": "held out"}\n{"text": "abcdefghi"}\n{"text": "abcd<plain>efgh"}\n')
+    text = TextConfig(source=str(tmp_path / "text.jsonl"), heldout_documents=1)
+    stream = windows(text, "train", lm, 10)
+    assert next(stream).tokens[0] == 256  # the first document's, which has no such token
+    with pytest.raises(UserError, match=r"token 257 \('<plain>'\) of the text is beyond the 257 rows of the embedding"):
+        next(stream)
 
 
 def test_the_hash_is_the_tokenizers_own(tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ class Swapped(nn.Module):
 def operated(lm: LanguageModel, replace: Callable[[int, Tensor], Tensor], ids: Tensor, keep: Tensor) -> Tensor:
     """Logits of the model after its MLP branches are cut out and others sewn in. The model is spoilt afterwards."""
     gemma = lm.model.config.model_type.startswith("gemma")
+    if lm.model.config.model_type == "opt":
+        return _operated_opt(lm, replace, ids, keep)
     norm = {"gpt2": "ln_2"}.get(lm.model.config.model_type, "post_attention_layernorm")
     for index, block in enumerate(blocks(lm)):
         parts = {name: getattr(block, name) for name in ("mlp", "pre_feedforward_layernorm" if gemma else norm)}
@@ -61,6 +63,20 @@ def operated(lm: LanguageModel, replace: Callable[[int, Tensor], Tensor], ids: T
             lambda x, original=original: mlp_branch(lm, original, x),  # type: ignore[arg-type]
             keep,
         )
+    with torch.no_grad():
+        return lm.model(ids, use_cache=False).logits
+
+
+def _operated_opt(lm: LanguageModel, replace: Callable[[int, Tensor], Tensor], ids: Tensor, keep: Tensor) -> Tensor:
+    """`operated` for OPT, which has no MLP module, and whose layers see the tokens flattened."""
+    for index, block in enumerate(blocks(lm)):
+        original = type("Branch", (), {name: getattr(block, name) for name in ("final_layer_norm", "fc1", "fc2")})
+        block.fc1 = Swapped(
+            lambda x, index=index: replace(index, x),
+            lambda x, original=original: mlp_branch(lm, original, x),  # type: ignore[arg-type]
+            keep.flatten(),
+        )
+        block.final_layer_norm = block.activation_fn = block.fc2 = nn.Identity()
     with torch.no_grad():
         return lm.model(ids, use_cache=False).logits
 
@@ -140,7 +156,7 @@ def test_sites_in_the_wrong_order_are_named(tiny: Callable[..., LanguageModel], 
     assert hooks(lm.model) == 0
 
 
-@pytest.fixture(params=["gpt2", "llama", "gemma2", "neox_parallel", "embedded"])
+@pytest.fixture(params=["gpt2", "llama", "gemma2", "neox_parallel", "opt", "embedded"])
 def some_lm(request: pytest.FixtureRequest, tiny: Callable[..., LanguageModel]) -> LanguageModel:
     return load_language_model(LMConfig()) if request.param == "embedded" else tiny(request.param)
 

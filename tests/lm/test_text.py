@@ -170,7 +170,9 @@ def test_long_documents_are_tokenised_a_few_at_a_time(most: int, lengths: list[i
         found.append(len(texts))
         return WITHOUT(texts, **options)
 
-    recording = Mock(side_effect=tokenise, bos_token_id=None, eos_token_id=None, all_special_ids=[])
+    recording = Mock(
+        side_effect=tokenise, bos_token_id=None, eos_token_id=None, all_special_ids=[], added_tokens_decoder={}
+    )
     with patch.multiple(text, _DOCUMENTS=most, _CHARACTERS=100):
         list(pack(["a" * length for length in lengths], recording, 10))
     assert found == calls
