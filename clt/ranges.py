@@ -76,6 +76,15 @@ def _typed(kind: Any, value: Any) -> Any:
     if get_origin(kind) is list and isinstance(value, list):
         items = [_typed(get_args(kind)[0], item) for item in value]
         return None if None in items else items
+    if typing.is_typeddict(kind):
+        fields = typing.get_type_hints(kind)
+        if not isinstance(value, dict) or value.keys() != fields.keys():
+            return None
+        items = {name: _typed(field, value[name]) for name, field in fields.items()}
+        return None if None in items.values() else items
+    if get_origin(kind) is dict and isinstance(value, dict):
+        items = {name: _typed(get_args(kind)[1], item) for name, item in value.items()}
+        return None if None in items.values() else items
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = float(value)
