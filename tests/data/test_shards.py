@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import os
 import re
 import subprocess
@@ -207,6 +208,16 @@ def test_a_dataset_that_is_not_as_it_is_written_is_refused(
         change(file)
     with pytest.raises(UserError, match=rf"shard {path} is not what its format and index.json say: {found}.*; copy"):
         shards.dataset_offsets(path, 5, 2, 3, "float16")
+
+
+def test_hdf5_takes_no_lock_of_its_own(tmp_path: Path) -> None:
+    """Its lock fails where the file system has none, and where another process holds one."""
+    path = tmp_path / "shard.h5"
+    offsets = shards.create_shard(path, 5, 2, 3, "float16")
+    with path.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert shards.dataset_offsets(path, 5, 2, 3, "float16") == offsets
+        assert shards.create_shard(path, 5, 2, 3, "float16") == offsets
 
 
 def test_damaged_metadata_end_in_a_message(tmp_path: Path) -> None:
