@@ -166,18 +166,18 @@ class CrossLayerTranscoder(nn.Module):
         with reading(weights, remedy), safe_open(weights, "pt") as file:
             headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             found = {name: header.get_shape() for name, header in headers.items()}
-            wanted: dict[str, Any] = {"W_enc": [L, D, spec.d_features]}
-            odd = mismatches(found, wanted)
-            if not odd and len(found) >= L:
-                with torch.device("meta"):
-                    model = cls(L, D, spec)
-                wanted = dict.fromkeys(found) | {name: list(t.shape) for name, t in model.state_dict().items()}
-                odd = mismatches(found, wanted)
-            if odd or len(found) < L:
-                raise ValueError(f"not the tensors of config.json: {odd or f'found {len(found)}, for {L} layers'}")
+            _compare(found, {"W_enc": [L, D, spec.d_features], f"W_dec.{L - 1}": [spec.d_features, 1, D]})
+            with torch.device("meta"):
+                model = cls(L, D, spec)
+            _compare(found, dict.fromkeys(found) | {name: list(t.shape) for name, t in model.state_dict().items()})
             model = model.to_empty(device="cpu")
             model.load_state_dict({name: _checked(name, file.get_tensor(name)) for name in headers})
         return model
+
+
+def _compare(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if odd := mismatches(found, wanted):
+        raise ValueError(f"not the tensors of config.json: {odd}")
 
 
 def _checked(name: str, tensor: Tensor) -> Tensor:
