@@ -32,7 +32,7 @@ def main(config: Config, prepare: bool) -> int:
     from clt.train.optim import autocast_dtype, check_finite, learning_rate
     from clt.train.profile import profiled
     from clt.train.report import conclude, summary
-    from clt.train.run import build, check_run_dir, claim_run_dir, make_stores, open_source, run_identity
+    from clt.train.run import build, check_run_dir, claim_run_dir, make_stores, open_source, run_identity, sole_use
     from clt.train.state import TrainState
     from clt.train.watch import PREEMPTED, Watch
 
@@ -56,90 +56,92 @@ def main(config: Config, prepare: bool) -> int:
     transcoder, state = objective.transcoder, TrainState(config, objective, world, dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    # Resume.
-    identity = run_identity(config, source.index, device, dtype)
-    restored = state.resume(run_dir / "checkpoints", identity)
-    if restored:
-        source.resume(restored)
-    dist.on_rank_zero(world, claim_run_dir, config)
+    with sole_use(config, world):  # until its last file is written
+        # Resume.
+        identity = run_identity(config, source.index, device, dtype)
+        restored = state.resume(run_dir / "checkpoints", identity)
+        if restored:
+            source.resume(restored)
+        dist.on_rank_zero(world, claim_run_dir, config)
 
-    model = dist.data_parallel(objective, world.data)
-    if state.step < steps:
-        # DDP fixes the order of its buckets in its first backward pass. It runs on zeros, so that a resumed run sums in
-        # the same order as one that was not interrupted.
-        rows = -(-world.data.share(batch_tokens) // config.train.accumulate)
-        dist.settle_buckets(model, source.zeros(rows), coefficients(0, steps, config.loss), autocast)
+        model = dist.data_parallel(objective, world.data)
+        if state.step < steps:
+            # DDP fixes the order of its buckets in its first backward pass. It runs on zeros, so that a resumed run
+            # sums in the same order as one that was not interrupted.
+            rows = -(-world.data.share(batch_tokens) // config.train.accumulate)
+            dist.settle_buckets(model, source.zeros(rows), coefficients(0, steps, config.loss), autocast)
 
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every, world)
-    logger = Logger(config, world.rank, state.step, state.wandb_id)
-    state.wandb_id = logger.wandb_id
-    watch = Watch(world, config.parallel.timeout_seconds, config.checkpoint.grace_seconds)
+        checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every, world)
+        logger = Logger(config, world.rank, state.step, state.wandb_id)
+        state.wandb_id = logger.wandb_id
+        watch = Watch(world, config.parallel.timeout_seconds, config.checkpoint.grace_seconds)
 
-    # The loop. Nothing in it waits for the device but logging, evaluation and checkpoints.
-    with logger, source, profiled(config.profile, run_dir, world.rank) as profile_step, checkpoints, watch:
-        (logged,) = dist.count(world, logger.evaluated)
-        evaluated = state.step if logged else 0  # the step of the last evaluation in the log of a resumed run
-        speed = Speed(state.step, state.busy_seconds, batch_tokens, source)
-        for batch in source.batches(state.step, watch):  # (b, 2, L, D): this rank's rows of the global batch
-            if due(config.eval.every, state.step) and state.step != evaluated:
-                checkpoints.finish()  # an evaluation that fails must not cost the steps before it
-                results = evaluate(transcoder, state.last_fired, state.step, watch.progress)
-                logger.log_evaluation(state.step, results.numbers)
-                speed.skip(state.step)
-            flags = dist.Counting(world, watch.stopping, checkpoints.written)  # while the step runs: no rank waits
+        # The loop. Nothing in it waits for the device but logging, evaluation and checkpoints.
+        with logger, source, profiled(config.profile, run_dir, world.rank) as profile_step, checkpoints, watch:
+            (logged,) = dist.count(world, logger.evaluated)
+            evaluated = state.step if logged else 0  # the step of the last evaluation in the log of a resumed run
+            speed = Speed(state.step, state.busy_seconds, batch_tokens, source)
+            for batch in source.batches(state.step, watch):  # (b, 2, L, D): this rank's rows of the global batch
+                if due(config.eval.every, state.step) and state.step != evaluated:
+                    checkpoints.finish()  # an evaluation that fails must not cost the steps before it
+                    results = evaluate(transcoder, state.last_fired, state.step, watch.progress)
+                    logger.log_evaluation(state.step, results.numbers)
+                    speed.skip(state.step)
+                flags = dist.Counting(world, watch.stopping, checkpoints.written)  # while the step runs: no rank waits
 
-            lr, terms = learning_rate(state.step, steps, config.optim), coefficients(state.step, steps, config.loss)
-            metrics = Metrics(world, transcoder.n_layers, transcoder.d_features)
-            parts = batch.tensor_split(config.train.accumulate)
-            for part in parts:
-                share = len(part) / batch_tokens  # ranks and micro-batches may differ by a row
-                with dist.summed(model, part is parts[-1]):
-                    with autocast:
-                        losses = model(part, terms)
-                    # A loss that is not finite makes all gradients nan, and their sum on all ranks: all skip the step.
-                    (losses.total * (share * state.update.scale + 0 * losses.total.detach())).backward()
-                metrics.add(losses, share)
-            state.step += 1
-            checkpoints.wait_for_copy()
-            grad_norm = state.update(state.step, lr, metrics.values)
-            state.gradients.clear()
-            state.last_fired.masked_fill_(metrics.fired, state.step)
-            logger.step(state.step)
-            watch.progress(state.step)
-            profile_step()
+                lr, terms = learning_rate(state.step, steps, config.optim), coefficients(state.step, steps, config.loss)
+                metrics = Metrics(world, transcoder.n_layers, transcoder.d_features)
+                parts = batch.tensor_split(config.train.accumulate)
+                for part in parts:
+                    share = len(part) / batch_tokens  # ranks and micro-batches may differ by a row
+                    with dist.summed(model, part is parts[-1]):
+                        with autocast:
+                            losses = model(part, terms)
+                        # A loss that is not finite makes all gradients nan, and their sum on all ranks: all skip
+                        # the step.
+                        (losses.total * (share * state.update.scale + 0 * losses.total.detach())).backward()
+                    metrics.add(losses, share)
+                state.step += 1
+                checkpoints.wait_for_copy()
+                grad_norm = state.update(state.step, lr, metrics.values)
+                state.gradients.clear()
+                state.last_fired.masked_fill_(metrics.fired, state.step)
+                logger.step(state.step)
+                watch.progress(state.step)
+                profile_step()
 
-            signals, written = flags.result()
-            if written == world.size:
-                checkpoints.publish()
-            if due(config.log.every, state.step) or due(config.eval.every, state.step) or state.step == steps:
-                values = metrics.read(terms)
-                check_finite(state.update, world, source.store.path)
-                values |= {"grad_norm": grad_norm.item(), "skipped_steps": state.update.skipped.item()}
-                values |= {"learning_rate": lr, "sparsity_coefficient": terms["sparsity"]}
-                logger.log(state.step, values)
-                logger.log(state.step, speed.read(state.step), "speed")
-            if due(config.checkpoint.every, state.step):
+                signals, written = flags.result()
+                if written == world.size:
+                    checkpoints.publish()
+                if due(config.log.every, state.step) or due(config.eval.every, state.step) or state.step == steps:
+                    values = metrics.read(terms)
+                    check_finite(state.update, world, source.store.path)
+                    values |= {"grad_norm": grad_norm.item(), "skipped_steps": state.update.skipped.item()}
+                    values |= {"learning_rate": lr, "sparsity_coefficient": terms["sparsity"]}
+                    logger.log(state.step, values)
+                    logger.log(state.step, speed.read(state.step), "speed")
+                if due(config.checkpoint.every, state.step):
+                    state.save(checkpoints, source, speed, identity)
+                if signals:  # on any rank: now all of them stop here
+                    break
+
+            # The last step, a signal and a lost server leave the loop in the same way: with a checkpoint.
+            watch.stopping |= state.step < steps
+            if state.saved < state.step:
                 state.save(checkpoints, source, speed, identity)
-            if signals:  # on any rank: now all of them stop here
-                break
+            checkpoints.finish()
+            results, more = None, {}
+            if state.step == steps:
+                results = evaluate(transcoder, state.last_fired, state.step, watch.progress)
+                if state.step != evaluated:  # else a finished run is only reported again
+                    logger.log_evaluation(state.step, results.numbers)
+                more = summary(config, state, dtype, time.perf_counter() - began) | source.position()
 
-        # The last step, a signal and a lost server leave the loop in the same way: with a checkpoint.
-        watch.stopping |= state.step < steps
-        if state.saved < state.step:
-            state.save(checkpoints, source, speed, identity)
-        checkpoints.finish()
-        results, more = None, {}
-        if state.step == steps:
-            results = evaluate(transcoder, state.last_fired, state.step, watch.progress)
-            if state.step != evaluated:  # else a finished run is only reported again
-                logger.log_evaluation(state.step, results.numbers)
-            more = summary(config, state, dtype, time.perf_counter() - began) | source.position()
-
-    if world.rank == 0 and results is not None:
-        conclude(run_dir, results, "summary.json", "report", **more)
-    elif world.rank == 0:
-        kept = f"with a checkpoint in {run_dir}" if state.step else "before the first step, so nothing was saved"
-        print(f"stopped after step {state.step} of {steps}, {kept}", file=sys.stderr)
+        if world.rank == 0 and results is not None:
+            conclude(run_dir, results, "summary.json", "report", **more)
+        elif world.rank == 0:
+            kept = f"with a checkpoint in {run_dir}" if state.step else "before the first step, so nothing was saved"
+            print(f"stopped after step {state.step} of {steps}, {kept}", file=sys.stderr)
     dist.cleanup()
     if source.failure is not None:
         raise source.failure

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+_SHOWN = 200  # characters of one value in a message
+
 
 class UserError(ValueError):
     """A mistake in a config, a file or an argument, or a limit of the machine: something the user can mend.
@@ -12,6 +14,12 @@ class UserError(ValueError):
     The message says what was found, what was wanted and the remedy. The command line prints it without a traceback
     and exits with status 2; everything else that is raised is a bug and keeps its traceback.
     """
+
+
+def shown(value: Any) -> str:
+    """The value for a message: its repr, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}.. ({len(text)} characters)"
 
 
 def mismatches(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

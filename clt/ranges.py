@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
-from clt.errors import UserError
+from clt.errors import UserError, shown
 
 FREE = object()
 """Marks a field, or a whole section, that does not change the numbers of a run: a resumed run may have another."""
@@ -59,7 +59,7 @@ def fit(name: str, hint: Any, value: Any) -> Any:
     else:
         unmet = [mark.wanted for mark in marks if isinstance(mark, Range) and not mark.holds(fitted)]
     if unmet:
-        raise UserError(f"{name} is {value!r}; wanted {unmet[0]}{' or null' if null else ''}")
+        raise UserError(f"{name} is {shown(value)}; wanted {unmet[0]}{' or null' if null else ''}")
     return fitted
 
 
@@ -76,12 +76,23 @@ def _typed(kind: Any, value: Any) -> Any:
     if get_origin(kind) is list and isinstance(value, list):
         items = [_typed(get_args(kind)[0], item) for item in value]
         return None if None in items else items
+    if typing.is_typeddict(kind):
+        fields = typing.get_type_hints(kind)
+        if not isinstance(value, dict) or value.keys() != fields.keys():
+            return None
+        items = {name: _typed(field, value[name]) for name, field in fields.items()}
+        return None if None in items.values() else items
+    if get_origin(kind) is dict and isinstance(value, dict):
+        items = {name: _typed(get_args(kind)[1], item) for name, item in value.items()}
+        return None if None in items.values() else items
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):  # an int beyond a float's range
             return None
         return number if math.isfinite(number) else None
     if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
+        value = int(value)
+    if kind is int and type(value) is int and abs(value) > 2**63:  # 64 bits hold every count
+        return None
     return value if type(value) is kind else None

@@ -9,6 +9,7 @@ import json
 import os
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,10 @@ from safetensors import safe_open
 
 from clt import cli
 from clt.data.index import read_index
+from clt.data.lock import locked
 from clt.data.shards import checksum, dataset_offsets, row_bytes
 from clt.data.writer import write_store
+from clt.errors import UserError
 from clt.train import checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -217,6 +220,56 @@ def test_a_run_directory_of_another_config(train_overrides, train, script):
     found = script(*train_overrides, f"run.dir={run}", "optim.lr=0.5")
     assert "another config (optim.lr: found 0.001, wanted 0.5); choose another run.dir, or delete this one" in found
     assert digests(run) == before
+
+
+HOLDER = """
+import sys; from pathlib import Path; from clt.data.lock import locked
+with locked(Path(sys.argv[1]), "used", "run.dir"):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_directory_that_another_run_uses(train_overrides, train, script):
+    run = train("checkpoint.every=5").dir
+    shutil.rmtree(run / "checkpoints" / "step_00000010")
+    before = digests(run)
+    command = [sys.executable, "-c", HOLDER, str(run)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        found = script(*train_overrides, f"run.dir={run}", "checkpoint.every=5")
+        who = f"process {other.pid} on {socket.gethostname()}"
+        assert f"{run} is used by {who}: wait until it is done and run this again, end it, or set run.dir to" in found
+        after = digests(run)
+        assert after.pop("lock") == hashlib.sha256(who.encode()).hexdigest()
+        assert after == before
+        other.kill()
+    assert script(*train_overrides, f"run.dir={run}", "checkpoint.every=5") is None, "a killed run blocks nobody"
+    assert checkpoint.steps(run / "checkpoints") == [5, 10]
+    assert half_written(run) == []
+
+
+def test_a_run_has_its_directory_from_its_first_look_to_its_last_file(train, monkeypatch):
+    from clt.train import report
+    from clt.train.state import TrainState
+
+    seen = []
+
+    def noting(name, work):
+        def wrapped(*arguments, **more):
+            directory = arguments[1].parent if name == "resume" else arguments[0]
+            with pytest.raises(UserError, match=f"is used by process {os.getpid()} on "), locked(directory, "used"):
+                pass
+            seen.append(name)
+            return work(*arguments, **more)
+
+        return wrapped
+
+    monkeypatch.setattr(TrainState, "resume", noting("resume", TrainState.resume))
+    monkeypatch.setattr(report, "conclude", noting("conclude", report.conclude))
+    assert half_written(train().dir) == []
+    assert seen == ["resume", "conclude"]
 
 
 def truncate(store: Path) -> None:

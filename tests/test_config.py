@@ -83,7 +83,16 @@ def test_overrides_win_over_the_file_and_are_typed(tmp_path):
         ("lm=4", "lm in the command line is 4; wanted a mapping with keys of model, revision,"),
         ("train.steps.more=4", "unknown key 'train.steps.more' in the command line: did you mean 'steps'"),
         ("train.steps", "is not of the form section.key=value"),
-        ("train.steps=[", "is not valid YAML"),
+        (
+            "train.steps=[",
+            "the value of override 'train.steps=.' cannot be read as YAML: line 1: expected the node content",
+        ),
+        ("train.steps=010", "YAML 1.1 reads 010 as int: write a decimal number"),
+        ("run.dir=2024-01-01", "YAML 1.1 reads 2024-01-01 as timestamp: write .*, or put it in quotes if it is text"),
+        ("x" * 10**5, r"override 'x{199}\.\. \(100002 characters\) is not of the form"),
+        ("train.steps=" + "1" * 400, "YAML 1.1 reads 1{64} as int: write a decimal number of at most 64 digits"),
+        ("train.steps=9223372036854775809", "train.steps .* is 9223372036854775809; wanted int"),
+        ("train.steps=1.0e+30", r"train.steps .* is 1e\+30; wanted int"),
     ],
 )
 def test_mistakes_on_the_command_line(override, message):
@@ -98,12 +107,57 @@ def test_mistakes_on_the_command_line(override, message):
         ("train: {step: 3}", r"unknown key 'train.step' in .*c.yaml: did you mean 'steps'\?"),
         ("train: 3", "train in .*c.yaml is 3; wanted a mapping with keys of steps, batch_tokens,"),
         ("- 3", r"the top level in .*c.yaml is \[3\]; wanted a mapping with keys of run, lm,"),
-        ("train: {steps: 3", "c.yaml is not valid YAML"),
+        ("train: {steps: 3", "c.yaml cannot be read as YAML: line 1: expected ',' or '}', but got"),
+        (
+            "train: {steps: 3}\noptim: {lr: 1}\ntrain: {compile: false}",
+            "line 3: the key 'train' is in line 1 too: keep",
+        ),
+        ("train:\n  steps: 3\n  'steps': 4", "line 3: the key 'steps' is in line 2 too"),
+        ("train:\n  steps: 010", "line 2: YAML 1.1 reads 010 as int"),
+        ("train: {steps: 80:00}", "line 1: YAML 1.1 reads 80:00 as int"),
+        ("optim: {lr: 1:30.5}", "YAML 1.1 reads 1:30.5 as float"),
+        ("train: {compile: no}", "YAML 1.1 reads no as bool: write true or false"),
+        ("on: {steps: 3}", "YAML 1.1 reads on as bool"),
+        ("run: {dir: 2024-13-45}", "YAML 1.1 reads 2024-13-45 as timestamp"),
+        ("run: {seed: !!int ten}", "the tag tag:yaml.org,2002:int is not read here: leave it out"),
+        ("optim: {lr: " + "9" * 400 + "}", "as float|as int"),
+        ("[" * 5000, "line 1: found more than 8 levels"),
+        ("lm: {layers: &a [1, 2]}\ntext: {source: *a}", r"line 2: the alias \*a is not read here: write the value out"),
+        ("train: {<<: {steps: 3}}", "YAML 1.1 reads << as merge"),
+        ("? [1, 2]\n: 3", "a list or mapping is a key here"),
+        ("train: " + "[1, 2, 3, " * 3 + "0" + "]" * 3 + "\n", "train in .*c.yaml is .1, 2"),
+        ("lm: " + "x" * 10**5, r"lm in .* is 'x{199}\.\. \(100002 characters\); wanted a mapping"),
+        ("train: {steps: " + "x" * 10**5 + "}", r"train.steps in .* is 'x{199}\.\. \(100002 characters\); wanted int"),
     ],
 )
 def test_mistakes_in_a_file(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(tmp_path / "c.yaml")
+    assert len(str(caught.value)) < 1000
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("train: {steps: 0x10, compile: True}", {"train.steps": 16, "train.compile": True}),
+        ("train: {steps: 1_000}\noptim: {lr: 1.5e-3, eps: 1e-9}", {"train.steps": 1000, "optim.lr": 1.5e-3}),
+        ("run: {dir: '010'}\ntext: {source: \"2024-01-01\", subset: 'no'}", {"run.dir": "010", "text.subset": "no"}),
+        ("\ufefflm: {revision: 08a, layers: [0, 2]}", {"lm.revision": "08a", "lm.layers": [0, 2]}),
+    ],
+)
+def test_values_that_are_what_they_look_like(tmp_path, text, wanted):
+    (tmp_path / "c.yaml").write_text(text)
+    found = load_config(tmp_path / "c.yaml")
+    for key, value in wanted.items():
+        section, name = key.split(".")
+        assert getattr(getattr(found, section), name) == value
+
+
+def test_a_config_that_is_not_text(tmp_path):
+    (tmp_path / "c.yaml").write_bytes(b"train: {steps: 3}\xff")
+    with pytest.raises(UserError, match=r"config .*c.yaml cannot be read: .*0xff.*; wanted a file of UTF-8 text"):
         load_config(tmp_path / "c.yaml")
 
 

@@ -17,7 +17,7 @@ from clt.data.index import INDEX, STATISTICS, StoreIndex, read_index, write_inde
 from clt.data.sampler import batch_rows
 from clt.data.statistics import Moments, Statistics
 from clt.data.store import DiscBuffer
-from clt.errors import UserError
+from clt.files import reading
 from clt.lm.forward import Rows, check_finite, forward_text
 
 if TYPE_CHECKING:
@@ -110,10 +110,8 @@ def _has_statistics(config: Config, directory: Path, index: StoreIndex) -> bool:
     file = directory / _ASKED
     if not (directory / INDEX).exists() or not file.exists():
         return False
-    try:
-        asked = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}); delete it to have the statistics made anew") from error
+    with reading(file, "delete it to have the statistics made anew"):
+        asked = json.loads(file.read_bytes())
     return read_index(directory) == index and asked == config.server.statistics_tokens
 
 

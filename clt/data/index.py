@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from clt.errors import UserError
+from clt.files import read_object, reading
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -75,22 +76,17 @@ def read_index(path: str | Path) -> StoreIndex:
         raise UserError(
             f"{path} has no {INDEX}: not a store or an unfinished extraction; run `clt extract CONFIG` to finish it"
         )
-    try:
-        tree = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}); copy it again or run `clt extract CONFIG` again") from error
-    version = tree.get("format_version") if isinstance(tree, dict) else None
+    tree = read_object(file, {}, "copy it again or run `clt extract CONFIG` again")
+    version = tree.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
             f"{file} has format version {version!r}, wanted {FORMAT_VERSION}: "
             "read it with the release of clt that wrote it, or extract it again"
         )
-    try:
+    with reading(file, "copy it again or extract it again"):
         index = parse_index(tree)
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}; copy it again or extract it again") from error
-    if sum(shard["rows"] for shard in index.shards) != index.rows:
-        raise UserError(f"{file} is damaged: its shards do not add up to {index.rows} rows; extract it again")
+        if sum(shard["rows"] for shard in index.shards) != index.rows:
+            raise ValueError(f"its shards do not add up to {index.rows} rows")
     return index
 
 
@@ -128,15 +124,12 @@ def _is_of(value: Any, hint: Any) -> bool:
 
 def read_statistics(file: Path, framework: str) -> dict[str, Any]:
     """The tensors of a store's statistics, for `np` or `pt`. Raises UserError when the file is missing or damaged."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not file.is_file():
         raise UserError(f"statistics {file} are missing; copy or extract the store again")
-    try:
-        with safe_open(str(file), framework=framework) as tensors:
-            return {name: tensors.get_tensor(name) for name in STATISTICS_TENSORS}
-    except SafetensorError as error:
-        raise UserError(f"statistics {file} are damaged ({error}); copy or extract the store again") from error
+    with reading(file, "copy or extract the store again"), safe_open(str(file), framework=framework) as tensors:
+        return {name: tensors.get_tensor(name) for name in STATISTICS_TENSORS}
 
 
 def write_index(path: str | Path, index: StoreIndex) -> None:

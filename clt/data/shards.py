@@ -7,6 +7,7 @@ lock and release the GIL. A truncated file is an error for them; a memory map of
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
 import re
@@ -17,9 +18,9 @@ from typing import Any
 
 import h5py  # noqa: TID251
 import numpy as np
-from h5py import h5d, h5p, h5s, h5t  # noqa: TID251  # pyright: ignore[reportAttributeAccessIssue] - compiled, without stubs
+from h5py import h5d, h5l, h5o, h5p, h5s, h5t  # noqa: TID251  # pyright: ignore[reportAttributeAccessIssue] - compiled, without stubs
 
-from clt.errors import UserError
+from clt.errors import UserError, mismatches
 
 TENSOR_DTYPES = {"float16": np.dtype("f2"), "bfloat16": np.dtype("u2"), "float32": np.dtype("f4")}
 COLUMN_DTYPES = {"token": np.dtype("i4"), "position": np.dtype("i4"), "document": np.dtype("i8")}
@@ -41,15 +42,16 @@ def create_shard(path: Path, rows: int, n_layers: int, d_acts: int, dtype: str) 
     shapes = {"tensor": (rows, 2, n_layers, d_acts), **dict.fromkeys(COLUMN_DTYPES, (rows,))}
     dtypes, offsets = {"tensor": TENSOR_DTYPES[dtype], **COLUMN_DTYPES}, {}
     try:
-        with h5py.File(path, "w", libver="earliest") as file:
+        with h5py.File(path, "w", libver="earliest", locking=False) as file:
             for name, shape in shapes.items():
                 settings = h5p.create(h5p.DATASET_CREATE)
                 settings.set_layout(h5d.CONTIGUOUS)
                 settings.set_alloc_time(h5d.ALLOC_TIME_EARLY)
                 settings.set_fill_time(h5d.FILL_TIME_NEVER)
                 settings.set_obj_track_times(False)
-                kind = h5t.py_create(dtypes[name].newbyteorder("<"))
-                dataset = h5d.create(file.id, name.encode(), kind, h5s.create_simple(shape), settings)
+                dataset = h5d.create(
+                    file.id, name.encode(), _hdf5_type(dtypes[name]), h5s.create_simple(shape), settings
+                )
                 offsets[name] = dataset.get_offset()
             file["tensor"].attrs["dtype"] = np.bytes_(dtype)  # numpy has no bfloat16: its bits are stored as uint16
     except (RuntimeError, OSError) as error:  # HDF5 hides the errno, or tells it in many lines with memory addresses
@@ -65,29 +67,54 @@ def create_shard(path: Path, rows: int, n_layers: int, d_acts: int, dtype: str) 
 def dataset_offsets(path: Path, rows: int, n_layers: int, d_acts: int, dtype: str) -> dict[str, int]:
     """The byte at which each dataset of a shard starts, by name, after a check against the store's index.
 
-    Raises UserError for a file that is missing, truncated, not HDF5, or of another shape or dtype.
+    Raises UserError for a file that is missing, truncated, not HDF5, or whose datasets are not just as `create_shard`
+    makes them: reads take their bytes as they lie in the file.
     """
     remedy = "copy this file again, or delete the store and run `clt extract CONFIG` again"
     if not path.is_file():
         raise UserError(f"shard {path} is missing; {remedy}")
+    shapes = {"tensor": (rows, 2, n_layers, d_acts), **dict.fromkeys(COLUMN_DTYPES, (rows,))}
+    dtypes = {"tensor": TENSOR_DTYPES[dtype], **COLUMN_DTYPES}
+    wanted = {name: f"{dtypes[name].str} {shape} contiguous" for name, shape in shapes.items()}
     try:
-        with h5py.File(path, "r") as file:
-            datasets: dict[str, Any] = {name: file[name] for name in ("tensor", *COLUMN_DTYPES)}
-            stored = datasets["tensor"].attrs["dtype"].decode()
-            shape = datasets["tensor"].shape
-            offsets = {name: dataset.id.get_offset() for name, dataset in datasets.items()}
-    except (OSError, KeyError) as error:
+        with h5py.File(path, "r", locking=False) as file:
+            found = {name: _described(file.id, name, dtypes[name]) for name in wanted}
+            odd = mismatches({name: text for name, (text, _) in found.items()}, wanted)
+            if not odd:
+                odd = mismatches({"dtype": file["tensor"].attrs.get("dtype")}, {"dtype": dtype.encode()})
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:  # whatever h5py raises for damaged bytes
         if sizes := re.search(r"truncated file: eof = (\d+), .*stored_eof = (\d+)", str(error)):
             raise UserError(
                 f"shard {path} is truncated: found {sizes[1]} bytes, wanted {sizes[2]}; {remedy}"
             ) from error
         raise UserError(f"shard {path} is not readable as a shard ({error}); {remedy}") from error
-    wanted_shape = (rows, 2, n_layers, d_acts)
-    if shape != wanted_shape or stored != dtype:
-        raise UserError(f"shard {path} holds {shape} {stored} where index.json says {wanted_shape} {dtype}; {remedy}")
-    if None in offsets.values():
-        raise UserError(f"shard {path} is chunked or compressed, wanted contiguous datasets; {remedy}")
-    return offsets
+    if odd:
+        raise UserError(f"shard {path} is not what its format and index.json say: {odd}; {remedy}")
+    return {name: offset for name, (_, offset) in found.items()}
+
+
+def _described(file: Any, name: str, kind: np.dtype) -> tuple[str, int]:
+    """Byte order, type, shape and storage of a dataset, and its place: reads take its bytes as they lie in the file."""
+    key = name.encode()
+    if not file.links.exists(key):
+        return "nothing", 0
+    if file.links.get_info(key).type != h5l.TYPE_HARD:
+        return "a link to elsewhere", 0
+    dataset = h5o.open(file, key)
+    if not isinstance(dataset, h5d.DatasetID):
+        return type(dataset).__name__, 0
+    settings = dataset.get_create_plist()
+    plain = settings.get_layout() == h5d.CONTIGUOUS and settings.get_external_count() == 0
+    at = dataset.get_offset()  # None for bytes that were never allocated
+    stored = plain and at is not None and at + dataset.get_storage_size() <= file.get_filesize()
+    same = dataset.get_type().equal(_hdf5_type(kind))
+    type_ = kind.str if same else f"{dataset.dtype.str} (HDF5 type)"
+    return f"{type_} {dataset.shape} {'contiguous' if stored else 'stored otherwise'}", at or 0
+
+
+@functools.cache
+def _hdf5_type(kind: np.dtype) -> Any:
+    return h5t.py_create(kind.newbyteorder("<"))
 
 
 def read_at(file: FileIO, views: list[memoryview], offset: int) -> None:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
 from safetensors.torch import save
 
 from clt.data.index import INDEX, STATISTICS, ShardEntry, delete_unfinished, write_whole
 from clt.data.statistics import Moments
 from clt.errors import UserError, mismatches
+from clt.files import parse_object, reading
+from clt.ranges import NOT_NEGATIVE
 
 STATE = "state.safetensors"
+_COUNT = Annotated[int, NOT_NEGATIVE]
+_FIELDS = {"identity": dict, "shards": list[ShardEntry], "windows": _COUNT, "skip_rows": _COUNT}
 
 
 @dataclass(frozen=True)
@@ -48,15 +53,20 @@ def load_state(path: Path, identity: dict[str, Any]) -> ExtractionState | None:
     """
     file, state = path / STATE, None
     if file.exists():
-        try:
-            with safe_open(str(file), framework="pt") as tensors:
-                fields = json.loads(tensors.metadata()["state"])
-                moments = Moments(0, tensors.get_tensor("mean"), tensors.get_tensor("squares"))
+        with reading(file, f"delete {path} and extract it again"), safe_open(str(file), framework="pt") as tensors:
+            fields = parse_object((tensors.metadata() or {}).get("state", ""), _FIELDS)
+            moments = Moments(0, tensors.get_tensor("mean"), tensors.get_tensor("squares"))
             found = fields.pop("identity")
+            shape = (2, found.get("n_layers"), found.get("d_acts"))
+            for tensor in (moments.mean, moments.squares):
+                if tensor.shape != shape or tensor.dtype != torch.float64 or not tensor.isfinite().all():
+                    raise ValueError(
+                        f"the moments are {tensor.dtype} {tuple(tensor.shape)}, wanted finite float64 {shape}"
+                    )
+            if odd := fields.keys() - _FIELDS.keys():
+                raise ValueError(f"unknown {', '.join(sorted(odd))}")
             state = ExtractionState(**fields, moments=moments)
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} is damaged ({error}); delete {path} and extract it again") from error
-        moments.rows = state.rows
+            moments.rows = state.rows
         if odd := mismatches(found, identity):
             raise UserError(
                 f"{path} holds an unfinished extraction of something else: {odd}; "

@@ -7,16 +7,17 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from clt.errors import UserError
+from clt.errors import mismatches, shown
+from clt.files import read_object, reading
 from clt.model.activations import fire, thresholds
 from clt.model.normalization import Normalization
 from clt.model.spec import CLTConfig
-from clt.ranges import fit, hints
+from clt.ranges import POSITIVE, fit, hints
 
 FEATURE_DIM = {"W_enc": 2, "b_enc": 1, "threshold": 2, "W_dec": 0}  # every other tensor is whole in each shard
 
@@ -146,18 +147,49 @@ class CrossLayerTranscoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> CrossLayerTranscoder:
-        """Read what `save_pretrained` wrote. Raises UserError when a file is missing or damaged."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        """Read what `save_pretrained` wrote.
 
-        directory = Path(directory)
-        try:
-            config = json.loads((directory / "config.json").read_text())
-            model = cls(config.pop("n_layers"), config.pop("d_acts"), CLTConfig(**config))
-            model.load_state_dict(load_file(directory / "model.safetensors"))
-        except (OSError, SafetensorError, RuntimeError, TypeError, KeyError, json.JSONDecodeError) as error:
-            raise UserError(f"{directory} does not hold a transcoder as save_pretrained writes it: {error}") from error
+        Raises UserError when a file is missing or damaged, when the two do not agree (before memory is taken for what
+        config.json says), and for values that no training leaves: nan, inf, scales that are not positive.
+        """
+        from safetensors import safe_open
+
+        config, weights = Path(directory) / "config.json", Path(directory) / "model.safetensors"
+        remedy = "copy it again from where save_pretrained wrote it, or take an earlier checkpoint"
+        fields, size = hints(CLTConfig), Annotated[int, POSITIVE]
+        tree = read_object(config, {"n_layers": size, "d_acts": size}, remedy)
+        with reading(config, remedy):
+            L, D = tree.pop("n_layers"), tree.pop("d_acts")
+            if odd := tree.keys() - fields.keys():
+                raise ValueError(f"unknown {', '.join(map(shown, sorted(odd)))}; wanted {', '.join(fields)}")
+            spec = CLTConfig(**{name: fit(name, fields[name], value) for name, value in tree.items()})
+        with reading(weights, remedy), safe_open(weights, "pt") as file:
+            headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            found = {name: header.get_shape() for name, header in headers.items()}
+            _compare(found, {"W_enc": [L, D, spec.d_features], f"W_dec.{L - 1}": [spec.d_features, 1, D]})
+            with torch.device("meta"):
+                model = cls(L, D, spec)
+            _compare(found, dict.fromkeys(found) | {name: list(t.shape) for name, t in model.state_dict().items()})
+            model = model.to_empty(device="cpu")
+            model.load_state_dict({name: _checked(name, file.get_tensor(name)) for name in headers})
         return model
+
+
+def _compare(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if odd := mismatches(found, wanted):
+        raise ValueError(f"not the tensors of config.json: {odd}")
+
+
+def _checked(name: str, tensor: Tensor) -> Tensor:
+    """The tensor, when it can be one of a transcoder's; ValueError otherwise. Thresholds may be negative."""
+    if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{name} is {tensor.dtype}, wanted floating-point numbers of 16 to 64 bits")
+    low, high = tensor.aminmax()  # of a tensor with a nan both are nan
+    if not (low.isfinite() and high.isfinite()):
+        raise ValueError(f"{name} has a value that is nan or inf")
+    if name.endswith("_sd") and low <= 0:
+        raise ValueError(f"{name} has the value {low.item():g}, wanted positive scales")
+    return tensor
 
 
 def uniform(bound: float, *shape: int) -> Tensor:

@@ -23,6 +23,7 @@ from clt.data.feed import describe_feed
 from clt.data.index import write_json, write_whole
 from clt.data.lock import locked
 from clt.errors import UserError
+from clt.files import read_object, reading
 from clt.parsing import names, to_yaml
 from clt.server.buffer import Buffer
 from clt.server.client import read_token
@@ -31,6 +32,7 @@ from clt.server.wire import Shape
 _BLOCK_BYTES, _BLOCKS = 2 << 20, 16  # of a block, about (8 MB are sent a third more slowly), and blocks at least
 _GRACE_SECONDS = 5  # for streams to end after Ctrl-C or SIGTERM
 _PREPARE_SECONDS, _CLOSE_SECONDS = 86_400.0, 10.0  # to wait for another process that starts or ends this server
+_ANEW = "it is the place in the text: delete it to begin anew"
 _TRAINING = ("source", "url", "token_file", "store", "prefetch")  # of the data section: not what the rows are
 
 
@@ -160,11 +162,9 @@ def _position(config: Config) -> tuple[int, int, int]:
     file = own_folder(config) / "position.json"
     if not file.exists():
         return 0, 0, 0
-    try:
-        found = json.loads(file.read_text())
-        first, second, third = map(int, found["mark"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}, the place in the text, is damaged ({error}); delete it to begin anew") from error
+    found = read_object(file, {"mark": list[int], "rows": str}, _ANEW)
+    with reading(file, _ANEW):
+        first, second, third = found["mark"]
     return (first, second, third) if found["rows"] == tag(config)[:64] else (0, 0, 0)
 
 

@@ -3,7 +3,7 @@
 checkpoints/step_00001000/
     config.json, model.safetensors   the transcoder, as `CrossLayerTranscoder.from_pretrained` reads it
     optimizer.safetensors            Adam's moments by parameter name, counters, loss scale, RNG state
-    state.json                       step, hashes of config and data, W&B id, versions
+    state.json                       step, hashes of config and data, W&B id, versions, checksums of the two above
 
 Every rank writes its share into the same two files. Their bytes are those that one process would write, so a
 checkpoint of any layout loads into any other.
@@ -11,7 +11,6 @@ checkpoint of any layout loads into any other.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -19,17 +18,19 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 import clt
-from clt.data.index import sync
-from clt.data.shards import is_full_disk
+from clt.data.index import sync, write_json
+from clt.data.shards import checksum, is_full_disk
 from clt.errors import UserError, mismatches
+from clt.files import read_object, reading
 from clt.model.transcoder import CrossLayerTranscoder, feature_dim
+from clt.ranges import NOT_NEGATIVE
 from clt.train import distributed as dist
 from clt.train import tensorfile
 from clt.train.distributed import World
@@ -37,6 +38,13 @@ from clt.train.tensorfile import Part
 
 FORMAT_VERSION = 2
 MODEL, TRAINING = "model.safetensors", "optimizer.safetensors"
+STATE_FIELDS = {
+    "step": Annotated[int, NOT_NEGATIVE],
+    "busy_seconds": Annotated[float, NOT_NEGATIVE],
+    "wandb_id": str | None,
+    "rows_by_segment": dict[str, int] | None,  # of a run that read from a server
+    "checksums": dict[str, str] | None,  # by file name; older checkpoints have none
+}
 
 Parts = dict[str, dict[str, Part]]
 """What this process has of each file."""
@@ -77,8 +85,8 @@ def parts(
 class Checkpoints(AbstractContextManager["Checkpoints"]):
     """The checkpoints in a directory, as one rank sees them: at most one is being written, by a thread.
 
-    Every rank calls `begin`. When all have `written`, rank 0 calls `publish`; or all call `finish`. Only then does the
-    checkpoint get its name: a crash before leaves a `.tmp`, which the next checkpoint deletes.
+    Every rank calls `begin`. When all have `written`, they call `publish`; or all call `finish`. Only then does the
+    checkpoint get its checksums and its name: a crash before leaves a `.tmp`, which the next checkpoint deletes.
     """
 
     def __init__(self, directory: Path, keep: int, keep_every: int, world: World) -> None:
@@ -86,6 +94,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         self.directory, self.keep, self.keep_every, self.world = directory, keep, keep_every, world
         self.writer = ThreadPoolExecutor(1, "clt-checkpoint")
         self.writing: Future[None] | None = None
+        self.publishing: Future[None] | None = None
         self.stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self.copied: torch.Event | None = None
 
@@ -123,10 +132,8 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             self.partial.mkdir()
             for name, file in parts.items():
                 tensorfile.create(self.partial / name, file)
-            state = {**state, "format_version": FORMAT_VERSION, **versions()}
-            for name, tree in (("config.json", config), ("state.json", state)):
-                (self.partial / name).write_text(json.dumps(tree, indent=2) + "\n")
-                sync(self.partial / name)
+            self.state = {**state, "format_version": FORMAT_VERSION, **versions()}
+            write_json(self.partial / "config.json", config)
 
     def _write(self, parts: Parts, copies: Parts, copied: torch.Event | None) -> None:
         if copied is not None:
@@ -148,11 +155,16 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         return True
 
     def publish(self) -> None:
-        """Give the checkpoint its name, and delete the old ones. Every rank must have `written`."""
+        """Have the thread give the checkpoint its checksums and its name. Every rank must have `written`."""
         assert self.written
         self.writing = None
-        if self.world.rank != 0:
-            return
+        if self.world.rank == 0:
+            self.publishing = self.writer.submit(self._publish)
+
+    def _publish(self) -> None:
+        # Of what the files hold now, from every rank: while training goes on, and out of the page cache.
+        checksums = {name: checksum(self.partial / name) for name in (MODEL, TRAINING)}
+        write_json(self.partial / "state.json", self.state | {"checksums": checksums})
         sync(self.partial)
         self.partial.rename(self.final)
         sync(self.directory)
@@ -162,13 +174,16 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
                 shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # half of one must not have the name of a whole one
 
     def finish(self) -> None:
-        """Wait until every rank has written the last checkpoint, if there is one, and publish it."""
-        if self.writing is None:
-            return
-        wait([self.writing])
-        assert self.written
-        dist.count(self.world, True)
-        self.publish()
+        """Wait until every rank has written the last checkpoint, if there is one, and it is published."""
+        if self.writing is not None:
+            wait([self.writing])
+            assert self.written
+            dist.count(self.world, True)
+            self.publish()
+        if self.publishing is not None:
+            with self._full_disk_named():
+                self.publishing.result()
+            self.publishing = None
 
     @contextmanager
     def _full_disk_named(self) -> Iterator[None]:
@@ -218,40 +233,47 @@ def steps(directory: Path) -> list[int]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json. Raises UserError when it is unreadable or of another format."""
-    state = _read_json(checkpoint, "state.json")
+    """state.json. Raises UserError when it is unreadable, of another format, or of another step."""
+    file = checkpoint / "state.json"
+    state = read_object(file, {}, _remedy(checkpoint))
     if state.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"checkpoint {checkpoint} has format version {state.get('format_version')}, this code reads "
             f"{FORMAT_VERSION}; resume with the code that wrote it (version {state.get('clt_version')})"
         )
+    state = read_object(file, STATE_FIELDS, _remedy(checkpoint))
+    if checkpoint.name != (name := f"step_{state['step']:08d}"):
+        raise UserError(f"{file} is of {name}, wanted {checkpoint.name}: give the directory the name it had")
     return state
 
 
-def _read_json(checkpoint: Path, name: str) -> dict[str, Any]:
-    try:
-        return json.loads((checkpoint / name).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"checkpoint {checkpoint} is damaged ({error}); delete it to go on from the one before"
-        ) from error
+def _remedy(checkpoint: Path) -> str:
+    return f"delete {checkpoint} to go on from the checkpoint before it"
+
+
+def verify(checkpoint: Path, *names: str) -> None:
+    """Raise UserError unless these files of a checkpoint have the checksums of state.json, where it has any."""
+    for name, wanted in (read_state(checkpoint)["checksums"] or {}).items():
+        if name in names:
+            with reading(checkpoint / name, _remedy(checkpoint)):
+                found = checksum(checkpoint / name, wanted.partition(":")[0])
+                if found != wanted:
+                    raise ValueError(
+                        f"its checksum is {found}, wanted {wanted}: bytes have changed since it was written"
+                    )
 
 
 def read_tensor(checkpoint: Path, name: str) -> Tensor:
     """One tensor of the training state, e.g. "last_fired" (L, F). Raises UserError when it is missing or damaged."""
-    try:
-        with safe_open(checkpoint / TRAINING, "pt") as file:
-            return file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"checkpoint {checkpoint} is damaged ({error})") from error
+    path = checkpoint / TRAINING
+    with reading(path, _remedy(checkpoint)), safe_open(path, "pt") as file:
+        return file.get_tensor(name)
 
 
 def load_transcoder(checkpoint: Path) -> CrossLayerTranscoder:
     """The trained transcoder alone, whole. Raises UserError when its files are missing or damaged."""
-    try:
-        return CrossLayerTranscoder.from_pretrained(checkpoint)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    verify(checkpoint, MODEL)
+    return CrossLayerTranscoder.from_pretrained(checkpoint)
 
 
 def restore(
@@ -266,7 +288,7 @@ def restore(
     expected: what state.json must hold for the run to go on. Raises UserError that names what differs.
     """
     state = read_state(checkpoint)
-    found = _read_json(checkpoint, "config.json") | state
+    found = read_object(checkpoint / "config.json", {}, _remedy(checkpoint)) | state
     if odd := mismatches(found, transcoder.config | versions() | expected):
         raise UserError(
             f"checkpoint {checkpoint} is not one that this run can go on from: {odd}. Go back to the versions and the "

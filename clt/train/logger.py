@@ -13,6 +13,7 @@ from tqdm import tqdm
 from clt.config import Config
 from clt.data.index import write_whole
 from clt.errors import UserError
+from clt.files import parse_object, reading
 
 
 class Logger(AbstractContextManager["Logger"]):
@@ -77,20 +78,33 @@ class Logger(AbstractContextManager["Logger"]):
 
 
 def _open_at_step(path: Path, start: int) -> Any:
-    """Open for appending after the lines of steps up to `start`; a line torn by a crash is dropped with the rest."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        if not line.endswith("}") or json.loads(line)["step"] > start:
-            break
-        kept.append(line + "\n")
+    """Open for appending after the lines of steps up to `start`."""
+    kept = [text + b"\n" for text, line in _lines(path) if line["step"] <= start]
     if path.exists():
-        write_whole(path, "".join(kept).encode())
+        write_whole(path, b"".join(kept))
     return path.open("a")
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
-    """All lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    """All lines of a run's metrics.jsonl. Raises UserError as `_lines`."""
+    return [line for _, line in _lines(Path(run_dir) / "metrics.jsonl")]
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines of a log, each as it is and as it is read. The last is left out when a crash tore it.
+
+    Raises UserError that names the line when another is damaged.
+    """
+    texts = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            with reading(path, f"mend or delete line {number}, or move the file away and lose the curves so far"):
+                lines.append((text, parse_object(text, {"step": int})))
+        except UserError:
+            if number < len(texts):  # behind the last newline there is nothing, or a torn line
+                raise
+    return lines
 
 
 def _start_wandb(config: Config, run_id: str | None) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +13,14 @@ import torch
 from clt.config import Config, config_hash, identity, load_config
 from clt.data.extract import check_store, extract_all
 from clt.data.index import StoreIndex, content_hash, write_whole
+from clt.data.lock import locked
 from clt.data.statistics import Statistics
 from clt.data.store import DiscBuffer
 from clt.errors import UserError, mismatches
 from clt.model.loss import Objective
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.parsing import to_yaml
+from clt.train import distributed as dist
 from clt.train.distributed import ALONE, Axis, World
 from clt.train.source import ServerSource, StoreSource
 
@@ -100,11 +104,22 @@ def check_run_dir(config: Config) -> None:
         )
 
 
+@contextmanager
+def sole_use(config: Config, world: World) -> Iterator[None]:
+    """Create `run.dir`, and keep other runs out of it. Raises UserError that names the process that is in it."""
+
+    def enter() -> None:
+        Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+        lock.enter_context(locked(Path(config.run.dir), "used", "run.dir"))
+
+    with ExitStack() as lock:
+        dist.on_rank_zero(world, enter)
+        yield
+
+
 def claim_run_dir(config: Config) -> None:
-    """Create `run.dir` with its resolved config.yaml, the mark that `check_run_dir` reads."""
-    directory = Path(config.run.dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_whole(directory / "config.yaml", to_yaml(config).encode())
+    """Write the resolved config.yaml into `run.dir`, the mark that `check_run_dir` reads."""
+    write_whole(Path(config.run.dir) / "config.yaml", to_yaml(config).encode())
 
 
 def run_identity(config: Config, index: StoreIndex, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -115,4 +115,4 @@ class ServerSource(StoreSource):
     def resume(self, state: dict[str, Any]) -> None:
         """Count on from the rows that were read before."""
         if self.world.rank == 0:
-            self.store.consumed |= state["rows_by_segment"]
+            self.store.consumed |= state["rows_by_segment"] or {}

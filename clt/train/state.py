@@ -60,6 +60,7 @@ class TrainState:
         if dist.same_everywhere(self.world, newest, "newest checkpoint") < 0:
             return {}
         path, tensors = directory / f"step_{newest:08d}", self._tensors()
+        dist.on_rank_zero(self.world, checkpoint.verify, path, checkpoint.MODEL, checkpoint.TRAINING)
         state = checkpoint.restore(path, self.transcoder, self.optimizer, tensors, identity)
         self.step = self.saved = state["step"]
         self.busy_seconds, self.wandb_id = state["busy_seconds"], state["wandb_id"]

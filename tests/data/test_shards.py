@@ -1,10 +1,13 @@
 import errno
+import fcntl
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -60,16 +63,176 @@ def test_files_that_are_not_the_expected_shard_are_refused(tmp_path: Path) -> No
     with pytest.raises(UserError, match="not readable as a shard"):
         shards.dataset_offsets(path, 5, 2, 3, "float16")
     shards.create_shard(path, 5, 2, 3, "float16")
-    with pytest.raises(UserError, match=r"holds \(5, 2, 2, 3\) float16 where index.json says \(4, 2, 2, 3\) bfloat16"):
+    with pytest.raises(UserError, match=r"tensor: found '<f2 .* \(5, 2, 2, 3\) con.*', wanted '<u2 \(4, 2, 2, 3\) con"):
         shards.dataset_offsets(path, 4, 2, 3, "bfloat16")
-    with h5py.File(path, "w") as file:
-        file.create_dataset("tensor", data=np.zeros((5, 2, 2, 3), "f2"), chunks=True).attrs["dtype"] = np.bytes_(
-            "float16"
-        )
-        for name, column in shards.COLUMN_DTYPES.items():
-            file[name] = np.zeros(5, column)
-    with pytest.raises(UserError, match="chunked or compressed"):
+
+
+def _float64(file: h5py.File) -> None:
+    _put(file, "tensor", "<f8")
+
+
+def _big_endian(file: h5py.File) -> None:
+    _put(file, "tensor", ">f2")
+
+
+def _int16(file: h5py.File) -> None:
+    _put(file, "tensor", "<i2")
+
+
+def _other_float16(file: h5py.File) -> None:
+    """Two bytes, but the exponent has eight bits as bfloat16's: h5py has no dtype of its own for it."""
+    kind = h5py.h5t.IEEE_F16LE.copy()
+    kind.set_fields(15, 7, 8, 0, 7)
+    kind.set_ebias(127)
+    del file["tensor"]
+    space = h5py.h5s.create_simple((5, 2, 2, 3))
+    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    h5py.h5d.create(file.id, b"tensor", kind, space, settings)
+    file["tensor"].attrs["dtype"] = np.bytes_("float16")
+
+
+def _wide_token(file: h5py.File) -> None:
+    _put(file, "token", "<i8")
+
+
+def _unsigned_document(file: h5py.File) -> None:
+    _put(file, "document", "<u8")
+
+
+def _short_position(file: h5py.File) -> None:
+    del file["position"]
+    file["position"] = np.zeros(4, "<i4")
+
+
+def _chunked(file: h5py.File) -> None:
+    _put(file, "tensor", "<f2", chunks=True)
+
+
+def _external_storage(file: h5py.File) -> None:
+    _put(file, "token", "<i4", external=[(file.filename + ".raw", 0, 20)])
+
+
+def _virtual(file: h5py.File) -> None:
+    layout = h5py.VirtualLayout((5,), "<i4")
+    layout[:] = h5py.VirtualSource(file.filename + ".other", "token", (5,))
+    del file["token"]
+    file.create_virtual_dataset("token", layout)
+
+
+def _external_link(file: h5py.File) -> None:
+    with h5py.File(file.filename + ".other", "w") as other:
+        other["token"] = np.zeros(5, "<i4")
+    del file["token"]
+    file["token"] = h5py.ExternalLink(file.filename + ".other", "token")
+
+
+def _cycle(file: h5py.File) -> None:
+    del file["token"]
+    file["token"] = h5py.SoftLink("/token")
+
+
+def _group(file: h5py.File) -> None:
+    del file["document"]
+    file.create_group("document")
+
+
+def _named_type(file: h5py.File) -> None:
+    del file["document"]
+    file["document"] = np.dtype("<i8")
+
+
+def _missing(file: h5py.File) -> None:
+    del file["position"]
+
+
+def _string_attribute(file: h5py.File) -> None:
+    file["tensor"].attrs["dtype"] = "float16"
+
+
+def _number_attribute(file: h5py.File) -> None:
+    file["tensor"].attrs["dtype"] = 16
+
+
+def _other_attribute(file: h5py.File) -> None:
+    file["tensor"].attrs["dtype"] = np.bytes_("bfloat16")
+
+
+def _no_attribute(file: h5py.File) -> None:
+    del file["tensor"].attrs["dtype"]
+
+
+def _put(file: h5py.File, name: str, kind: str, **storage: Any) -> None:
+    """In place of a dataset one of another type, or stored in another way."""
+    shape, attributes = file[name].shape, dict(file[name].attrs)
+    del file[name]
+    settings = storage or {"data": np.zeros(shape, kind)}
+    file.create_dataset(name, shape, kind, **settings).attrs.update(attributes)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (
+            _float64,
+            r"tensor: found '<f8 .HDF5 type. \(5, 2, 2, 3\) contiguous', wanted '<f2 \(5, 2, 2, 3\) contiguous'",
+        ),
+        (_big_endian, r"tensor: found '>f2 .* wanted '<f2 "),
+        (_int16, r"tensor: found '<i2 .* wanted '<f2 "),
+        (_other_float16, r"tensor: found '.*HDF5 type.* wanted '<f2 "),
+        (_wide_token, r"token: found '<i8 .* wanted '<i4 "),
+        (_unsigned_document, r"document: found '<u8 .* wanted '<i8 "),
+        (_short_position, r"position: found '<i4 \(4,\) contiguous', wanted '<i4 \(5,\) contiguous'"),
+        (_chunked, r"tensor: found '<f2 \(5, 2, 2, 3\) stored otherwise', wanted '<f2 \(5, 2, 2, 3\) contiguous'"),
+        (_external_storage, r"token: found '<i4 \(5,\) stored otherwise'"),
+        (_virtual, r"token: found '<i4 \(5,\) stored otherwise'"),
+        (_external_link, "token: found 'a link to elsewhere'"),
+        (_cycle, "token: found 'a link to elsewhere'"),
+        (_group, "document: found 'GroupID'"),
+        (_named_type, "document: found 'TypeI[^']*'"),
+        (_missing, "position: found 'nothing'"),
+        (_string_attribute, "dtype: found 'float16', wanted b'float16'"),
+        (_number_attribute, "dtype: found .*16.*, wanted b'float16'"),
+        (_other_attribute, ".*dtype: found .*b'bfloat16'.*, wanted b'float16'"),
+        (_no_attribute, "dtype: found None, wanted b'float16'"),
+    ],
+)
+def test_a_dataset_that_is_not_as_it_is_written_is_refused(
+    tmp_path: Path, change: Callable[[h5py.File], None], found: str
+) -> None:
+    """Their bytes would be read as numbers of another type, or from another place."""
+    path = tmp_path / "shard.h5"
+    shards.create_shard(path, 5, 2, 3, "float16")
+    shards.dataset_offsets(path, 5, 2, 3, "float16")
+    with h5py.File(path, "r+") as file:
+        change(file)
+    with pytest.raises(UserError, match=rf"shard {path} is not what its format and index.json say: {found}.*; copy"):
         shards.dataset_offsets(path, 5, 2, 3, "float16")
+
+
+def test_hdf5_takes_no_lock_of_its_own(tmp_path: Path) -> None:
+    """Its lock fails where the file system has none, and where another process holds one."""
+    path = tmp_path / "shard.h5"
+    offsets = shards.create_shard(path, 5, 2, 3, "float16")
+    with path.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert shards.dataset_offsets(path, 5, 2, 3, "float16") == offsets
+        assert shards.create_shard(path, 5, 2, 3, "float16") == offsets
+
+
+def test_damaged_metadata_end_in_a_message(tmp_path: Path) -> None:
+    """Whatever byte before the data is altered: the shard is the same as before, or refused."""
+    path = tmp_path / "shard.h5"
+    offsets = shards.create_shard(path, 5, 2, 3, "float16")
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(0, offsets["tensor"], 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            assert shards.dataset_offsets(path, 5, 2, 3, "float16").keys() == offsets.keys()
+        except UserError:
+            refused += 1
+    assert refused > 50
 
 
 def test_a_file_that_ends_early_while_it_is_read_is_an_error(tmp_path: Path) -> None:

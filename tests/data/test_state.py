@@ -1,15 +1,19 @@
 """The state of an interrupted extraction, written and read again."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from clt.data.state import STATE, ExtractionState, load_state
 from clt.data.statistics import Moments
 from clt.errors import UserError
 
-IDENTITY = {"dtype": "float16", "seed": 0}
+IDENTITY = {"dtype": "float16", "seed": 0, "n_layers": 2, "d_acts": 3}
 
 
 def state_after(rows: torch.Tensor) -> ExtractionState:
@@ -54,6 +58,41 @@ def test_a_state_of_another_extraction_is_refused_and_left_as_it_is(tmp_path: Pa
 def test_a_damaged_state(tmp_path: Path, content: bytes) -> None:
     (tmp_path / STATE).write_bytes(content)
     with pytest.raises(UserError, match=r"state.safetensors is damaged .*; delete .* and extract it again"):
+        load_state(tmp_path, IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"windows": "8"}, "windows is '8'; wanted int"),
+        ({"skip_rows": -1}, "skip_rows is -1; wanted zero or a positive number"),
+        ({"shards": [{"file": "shard_00000.h5", "rows": 4}]}, "shards is .*; wanted list.*ShardEntry"),
+        ({"shards": None}, "shards is None; wanted list"),
+        ({"identity": [1]}, r"identity is \[1\]; wanted dict"),
+        (
+            {"identity": IDENTITY | {"d_acts": 4}},
+            r"the moments are torch.float64 \(2, 2, 3\), wanted finite .* \(2, 2, 4\)",
+        ),
+        ({"surprise": 1}, "unknown surprise"),
+    ],
+)
+def test_a_state_with_a_wrong_field(tmp_path: Path, change: dict[str, Any], what: str) -> None:
+    state_after(torch.randn(4, 2, 2, 3)).save(tmp_path, IDENTITY)
+    with safe_open(tmp_path / STATE, "pt") as file:
+        fields, tensors = (
+            json.loads(file.metadata()["state"]),
+            {name: file.get_tensor(name) for name in ("mean", "squares")},
+        )
+    save_file(tensors, tmp_path / STATE, {"state": json.dumps(fields | change)})
+    with pytest.raises(UserError, match=rf"state.safetensors is damaged \(.*{what}.*\); delete {tmp_path} and extract"):
+        load_state(tmp_path, IDENTITY)
+
+
+def test_a_state_whose_moments_are_not_finite(tmp_path: Path) -> None:
+    saved = state_after(torch.randn(4, 2, 2, 3))
+    saved.moments.squares[0, 0, 0] = float("nan")
+    saved.save(tmp_path, IDENTITY)
+    with pytest.raises(UserError, match=r"state.safetensors is damaged \(the moments are .*, wanted finite float64"):
         load_state(tmp_path, IDENTITY)
 
 

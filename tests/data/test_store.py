@@ -150,7 +150,7 @@ def test_a_shard_truncated_after_opening_is_an_error_and_no_crash(buffer: DiscBu
 
 def test_missing_and_damaged_statistics(store: Path) -> None:
     (store / "stats.safetensors").write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"stats.safetensors are damaged"):
+    with pytest.raises(UserError, match=r"stats.safetensors is damaged"):
         DiscBuffer(store)
     (store / "stats.safetensors").unlink()
     with pytest.raises(UserError, match=r"stats.safetensors are missing"):

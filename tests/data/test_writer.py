@@ -21,7 +21,7 @@ from clt.lm.forward import Rows
 from tests.data.conftest import D, L
 
 GROUP = 12
-IDENTITY = {"seed": 0}
+IDENTITY = {"seed": 0, "n_layers": L, "d_acts": D}
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 

@@ -1,5 +1,7 @@
 """The transcoder against a naive double loop in float64."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -66,12 +68,108 @@ def test_save_and_load(tmp_path):
     loaded = CrossLayerTranscoder.from_pretrained(tmp_path / "out")
     assert loaded.config == clt.config
     assert all(torch.equal(a, b) for a, b in zip(clt.state_dict().values(), loaded.state_dict().values()))
-    with pytest.raises(UserError, match=r"does not hold a transcoder as save_pretrained writes it: .*config\.json"):
+    with pytest.raises(UserError, match=r"config\.json is damaged \(.*No such file.*\); copy it again from where save"):
         CrossLayerTranscoder.from_pretrained(tmp_path)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     save_file({**tensors, "W_enc": tensors["W_enc"][1:].clone()}, tmp_path / "out" / "model.safetensors")
-    with pytest.raises(UserError, match=r"(?s)does not hold a transcoder.*size mismatch for W_enc"):
+    with pytest.raises(UserError, match=r"model.safetensors is damaged .*W_enc: found \[2, .*wanted \[3, "):
         CrossLayerTranscoder.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"bandwidth": 0}, "bandwidth is 0; wanted a positive number"),
+        ({"threshold": float("nan")}, "threshold is nan; wanted float"),
+        ({"n_layers": 0}, "n_layers is 0; wanted a positive number"),
+        ({"n_layers": "3"}, "n_layers is '3'; wanted int"),
+        ({"n_layers": None}, "n_layers is None; wanted int"),
+        ({"d_acts": 2.5}, "d_acts is 2.5; wanted int"),
+        ({"activation": ["relu"]}, "activation is .*; wanted one of"),
+        ({"sum_shards": 1}, "unknown 'sum_shards'; wanted d_features"),
+    ],
+)
+def test_a_config_that_cannot_be(tmp_path, change, what):
+    clt = make().float()
+    clt.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(clt.config | change))
+    with pytest.raises(UserError, match=rf"{tmp_path}/config.json is damaged \({what}.*\); copy it again"):
+        CrossLayerTranscoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"d_features": 10**15}, {"n_layers": 10**9}, {"d_acts": 2**62}, {"d_features": 8}])
+def test_sizes_are_compared_before_memory_is_taken(tmp_path, change):
+    clt = make().float()
+    clt.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(clt.config | change))
+    with pytest.raises(UserError, match=r"model.safetensors is damaged .*W_enc: found \[.*\], wanted \["):
+        CrossLayerTranscoder.from_pretrained(tmp_path)
+
+
+def _nan(tensors):
+    tensors["threshold"][0, 0, 1] = float("nan")
+
+
+def _inf(tensors):
+    tensors["W_dec.1"][0, 0, 0] = float("-inf")
+
+
+def _no_scale(tensors):
+    tensors["normalization.target_sd"][0, 0] = 0
+
+
+def _integers(tensors):
+    tensors["b_enc"] = tensors["b_enc"].int()
+
+
+def _lost(tensors):
+    del tensors["b_dec"]
+
+
+def _more(tensors):
+    tensors["W_skip"] = torch.zeros(2)
+
+
+def _another_layer(tensors):
+    tensors["W_dec.0"] = tensors["W_dec.1"].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (_nan, "threshold has a value that is nan or inf"),
+        (_inf, "W_dec.1 has a value that is nan or inf"),
+        (_no_scale, "normalization.target_sd has the value 0, wanted positive scales"),
+        (_integers, "b_enc is torch.int32, wanted floating-point"),
+        (_lost, "not the tensors of config.json: b_dec: found None, wanted "),
+        (_more, r"not the tensors of config.json: W_skip: found \[2\], wanted None"),
+        (_another_layer, r"not the tensors of config.json: W_dec.0: found "),
+    ],
+)
+def test_weights_that_cannot_be(tmp_path, change, what):
+    make().float().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=rf"{tmp_path}/model.safetensors is damaged \({what}.*\); copy it again"):
+        CrossLayerTranscoder.from_pretrained(tmp_path)
+
+
+def test_negative_thresholds_of_older_checkpoints_load(tmp_path):
+    clt = make().float()
+    with torch.no_grad():
+        clt.threshold.fill_(-1.0)
+    clt.save_pretrained(tmp_path)
+    assert torch.all(CrossLayerTranscoder.from_pretrained(tmp_path).threshold == -1)
+
+
+def test_loading_draws_no_random_numbers(tmp_path):
+    make().float().save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    loaded = CrossLayerTranscoder.from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in make().parameters()]
+    assert {p.device.type for p in loaded.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,9 @@ def test_a_buffer_is_shared_kept_after_a_crash_and_removed_by_the_last(own_confi
 def test_a_damaged_place_in_the_text_is_told_before_memory_is_taken(own_config: Config, text: str) -> None:
     own_folder(own_config).mkdir(exist_ok=True)
     (own_folder(own_config) / "position.json").write_text(text.replace("%s", tag(own_config)[:64]))
-    with pytest.raises(UserError, match=r"position\.json, the place in the text, is damaged .*; delete it to begin"):
+    with pytest.raises(
+        UserError, match=r"position\.json is damaged .*; it is the place in the text: delete it to begin"
+    ):
         open_buffer(own_config)
     assert not Path(f"/dev/shm/clt-{buffer_name(own_config)}").exists()
 

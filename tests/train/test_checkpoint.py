@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file
 
 from clt.errors import UserError
@@ -52,7 +53,7 @@ def save(directory, transcoder, optimizer, step=3, keep=2, keep_every=0):
     """One whole checkpoint; returns its path."""
     with checkpoint.Checkpoints(directory, keep, keep_every, ALONE) as checkpoints:
         parts = checkpoint.parts(transcoder, optimizer, counters())
-        checkpoints.begin(parts, transcoder.config, {"step": step, "wandb_id": None, **IDENTITY})
+        checkpoints.begin(parts, transcoder.config, {"step": step, "busy_seconds": 1.5, "wandb_id": None, **IDENTITY})
         checkpoints.finish()
     return directory / f"step_{step:08d}"
 
@@ -265,6 +266,80 @@ def test_a_truncated_file_is_named(tmp_path, name):
     path = save(tmp_path, transcoder, optimizer)
     os.truncate(path / name, (path / name).stat().st_size // 2)
     with pytest.raises(UserError, match=r"step_00000003.*damaged"):
+        restore(path, transcoder, optimizer)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_one_flipped_bit_is_found(tmp_path, name):
+    """Of a mantissa: the file is still whole for safetensors, and the weights are as plausible as before."""
+    transcoder, optimizer, _ = trained()
+    path = save(tmp_path, transcoder, optimizer)
+    checkpoint.verify(path, checkpoint.MODEL, checkpoint.TRAINING)
+    stored = json.loads((path / "state.json").read_text())["checksums"][name]
+    data = bytearray((path / name).read_bytes())
+    assert stored == f"xxh3_128:{xxhash.xxh3_128_hexdigest(bytes(data))}"
+    data[-4] ^= 1
+    (path / name).write_bytes(data)
+    load_file(path / name)
+    with pytest.raises(
+        UserError, match=rf"{name} is damaged \(its checksum is .*, wanted {stored}: .*\); delete {path}"
+    ):
+        checkpoint.verify(path, checkpoint.MODEL, checkpoint.TRAINING)
+
+
+def test_the_transcoder_alone_is_verified_too(tmp_path):
+    transcoder, optimizer, _ = trained()
+    path = save(tmp_path, transcoder, optimizer)
+    data = bytearray((path / "model.safetensors").read_bytes())
+    data[-4] ^= 1
+    (path / "model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=r"model.safetensors is damaged .its checksum"):
+        checkpoint.load_transcoder(path)
+
+
+def test_a_checkpoint_of_before_there_were_checksums(tmp_path):
+    transcoder, optimizer, _ = trained()
+    path = save(tmp_path, transcoder, optimizer)
+    state = json.loads((path / "state.json").read_text())
+    assert state.pop("checksums").keys() == {"model.safetensors", "optimizer.safetensors"}
+    (path / "state.json").write_text(json.dumps(state))
+    checkpoint.verify(path, checkpoint.MODEL, checkpoint.TRAINING)
+    assert restore(path, transcoder, optimizer)[0]["step"] == 3
+    assert equal(checkpoint.load_transcoder(path).state_dict(), transcoder.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"step": "3"}, r"state.json is damaged \(step is '3'; wanted int\); delete .*step_00000003 to go on"),
+        ({"step": -3}, "step is -3; wanted zero or a positive number"),
+        ({"busy_seconds": None}, "busy_seconds is None; wanted float"),
+        ({"busy_seconds": float("nan")}, "busy_seconds is nan; wanted float"),
+        ({"wandb_id": 7}, "wandb_id is 7; wanted str or null"),
+        ({"rows_by_segment": {"a": "7"}}, r"rows_by_segment is .*; wanted dict\[str, int\] or null"),
+        ({"checksums": ["a"]}, r"checksums is \['a'\]; wanted dict\[str, str\] or null"),
+        ({"checksums": {"model.safetensors": "md5:0"}}, "checksum kind 'md5' of model.safetensors is unknown"),
+        ({"step": 4}, "state.json is of step_00000004, wanted step_00000003: give the directory the name it had"),
+    ],
+)
+def test_a_state_with_a_wrong_field(tmp_path, change, what):
+    transcoder, optimizer, _ = trained()
+    path = save(tmp_path, transcoder, optimizer)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | change))
+    with pytest.raises(UserError, match=what):
+        checkpoint.verify(path, checkpoint.MODEL)
+
+
+@pytest.mark.parametrize("content", [b"\xff{}", b"[1]", b"", b"[" * 100_000, b'{"step": ' + b"1" * 5000 + b"}"])
+@pytest.mark.parametrize("name", ["state.json", "config.json"])
+def test_json_that_is_none(tmp_path, name, content):
+    transcoder, optimizer, _ = trained()
+    path = save(tmp_path, transcoder, optimizer)
+    (path / name).write_bytes(content)
+    with pytest.raises(
+        UserError, match=rf"{name} is damaged \(.*\); delete .*step_00000003 to go on from the checkpoint"
+    ):
         restore(path, transcoder, optimizer)
 
 

@@ -89,6 +89,25 @@ def test_a_torn_line_of_the_steps_before_is_dropped(config, tmp_path):
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 5}, {"step": 11}]
 
 
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        (b'{"step": 10, "train', "Expecting|Unterminated"),
+        (b'{"step": 10, "train_loss": \xff}', "0xff"),
+        (b'{"train_loss": 1.0}', "step is None; wanted int"),
+        (b'{"step": "10"}', "step is '10'; wanted int"),
+        (b"[10]", r"found \[10\], wanted an object"),
+        (b"[" * 100_000, "recursion"),
+    ],
+)
+def test_a_damaged_line_is_named_and_nothing_is_lost(config, tmp_path, line, what):
+    content = b'{"step": 5}\n' + line + b'\n{"step": 15}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=rf"metrics.jsonl is damaged \(.*({what}).*\); mend or delete line 2, or move"):
+        Logger(config, 0, 20, None)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == content
+
+
 @pytest.mark.parametrize(("start", "evaluated"), [(5, False), (10, True), (11, False)])
 def test_whether_the_step_was_evaluated(config, tmp_path, start, evaluated):
     (tmp_path / "metrics.jsonl").write_text('{"step": 5}\n{"step": 10}\n{"step": 10, "eval_fve": 0.5}\n{"step": 11}\n')

@@ -12,7 +12,7 @@ from clt.errors import UserError
 from clt.lm.load import load_language_model
 from clt.train.distributed import World
 from clt.train.evaluation import heldout_windows
-from clt.train.run import check_run_dir, claim_run_dir, open_source
+from clt.train.run import check_run_dir, claim_run_dir, open_source, sole_use
 
 
 @pytest.fixture
@@ -46,7 +46,8 @@ def test_a_store_of_another_config_is_refused(train_overrides, change, message):
 
 def test_a_run_directory_is_claimed_and_recognised(base):
     check_run_dir(base)
-    claim_run_dir(base)
+    with sole_use(base, World(0, 1, torch.device("cpu"))):
+        claim_run_dir(base)
     check_run_dir(base)
     other = dataclasses.replace(base, optim=dataclasses.replace(base.optim, lr=0.5))
     with pytest.raises(UserError, match=r"another config \(optim\.lr: found 0\.001, wanted 0\.5\)"):

@@ -1,0 +1,40 @@
+"""Files that a crash, a bad disk or a hand may have changed: whatever is wrong with one becomes one message."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from clt.errors import UserError, shown
+from clt.ranges import fit
+
+
+@contextmanager
+def reading(file: Path, remedy: str) -> Iterator[None]:
+    """While a file is read and its content checked: what is wrong with it becomes a UserError that names both."""
+    try:
+        yield
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{file} is damaged ({error}); {remedy}") from error
+
+
+def parse_object(text: str | bytes, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The object in a text of JSON; `fields` (name: type) have values as `fit` makes them, and are None when missing.
+
+    Raises ValueError for other JSON, a field of another type, and text that is no JSON.
+    """
+    tree = json.loads(text)
+    if not isinstance(tree, dict):
+        raise ValueError(f"found {shown(tree)}, wanted an object")
+    return tree | {name: fit(name, kind, tree.get(name)) for name, kind in fields.items()}
+
+
+def read_object(file: Path, fields: Mapping[str, Any], remedy: str) -> dict[str, Any]:
+    """`parse_object` of a file. Raises UserError that names the file and the remedy."""
+    with reading(file, remedy):
+        return parse_object(file.read_bytes(), fields)
