@@ -58,7 +58,7 @@ class TextConfig:
     """The text whose activations are extracted, and the text kept apart from it for evaluation."""
 
     source: str = "embedded"
-    """`embedded`, a .txt/.jsonl file (also .gz) or a directory of them, or a hub dataset id (streamed)."""
+    """`embedded`, a .txt/.jsonl file (also .gz) or a directory of them and of links, or a hub dataset id (streamed)."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
     split: str = "train"
@@ -66,7 +66,7 @@ class TextConfig:
     field: str = "text"
     """Field of a .jsonl record or dataset row that holds the text."""
     heldout: str | None = None
-    """Held-out text: a path, or another split of the hub dataset; null takes the source's first documents."""
+    """Held-out text: a path, left out of `source`, or another split of the hub dataset; null: its first documents."""
     heldout_documents: Annotated[int, POSITIVE] = 1000
     """How many of the source's first documents are held out (and skipped in training) when `heldout` is null."""
 
