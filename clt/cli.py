@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clt.config import DEFAULT_CONFIG, Config, load_config
-from clt.errors import UserError
+from clt.errors import UserError, printable, tell
 from clt.parsing import to_yaml
 
 
@@ -33,7 +33,7 @@ def exit_on_user_error(work: Callable[..., Any], *arguments: Any) -> Any:
             raise
         message = f"the disk is full: {error}; free space and run the same command again, finished work is kept"
     rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    print(f"{rank}error: {message}", file=sys.stderr, flush=True)
+    tell(f"{rank}error: {message}")
     sys.exit(2)
 
 
@@ -109,7 +109,7 @@ def _extract(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from clt.data.describe import describe, verify
 
-    print(describe(arguments.store))
+    print(printable(describe(arguments.store)))
     if arguments.verify:
         verify(arguments.store)
         print("every shard's checksum is as the index says")

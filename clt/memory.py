@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from clt.errors import UserError
+from clt.errors import UserError, size_text
 
 CGROUP = Path("/sys/fs/cgroup")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -43,12 +43,12 @@ def check_memory(size: int, folder: Path) -> None:
         free["the container's memory"] = int(text) - int(used.read_text()) + int(cache["inactive_file"])
     place = min(free, key=lambda name: free[name])
     if free[place] < size:
-        raise UserError(too_large(size, f"{place} has {free[place] / 1e9:.2f} GB free"))
+        raise UserError(too_large(size, f"{place} has {size_text(free[place])} free"))
 
 
 def too_large(size: int, found: str) -> str:
     """What to say of a shared buffer that does not fit."""
     return (
-        f"the shared buffer needs {size / 1e9:.2f} GB but {found}: lower server.rows, choose fewer lm.layers, or give "
+        f"the shared buffer needs {size_text(size)} but {found}: lower server.rows, choose fewer lm.layers, or give "
         f"the machine more (a container: docker run --shm-size)"
     )

@@ -24,7 +24,7 @@ from clt.data.index import read_index
 from clt.data.lock import locked
 from clt.data.shards import checksum, dataset_offsets, row_bytes
 from clt.data.writer import write_store
-from clt.errors import UserError
+from clt.errors import UserError, size_text, tell
 from clt.train import checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -331,3 +331,36 @@ def test_more_micro_batches_than_rows(script, train_overrides, tmp_path):
     found = script(*train_overrides, "train.batch_tokens=4", "train.accumulate=5", f"run.dir={tmp_path / 'run'}")
     assert found is not None
     assert "train.accumulate=5 micro-batches cannot be made of a rank's share of train.batch_tokens=4, 4 rows" in found
+
+
+def test_characters_that_control_a_terminal_are_shown_escaped(lm_overrides, copied, clt, capfd, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"\\u001b[2J\\u009b1A\\ud800": "x", "Größe": 1}\n')
+    found = clt("extract", *lm_overrides, f"text.source={tmp_path / 'a.jsonl'}", f"data.store={tmp_path / 'stores'}")
+    assert r"only \x1b[2J\x9b1A\ud800, Größe; set text.field" in found
+    assert "\x1b" not in found
+    index = copied / "train" / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"model": "gpt2\x1b]0;title\x07"}))
+    cli.main(["inspect", str(copied / "train")])
+    assert r"gpt2\x1b]0;title\x07," in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("two\nlines\tand Größe, 猫, \U0001f600", "two\nlines\tand Größe, 猫, \U0001f600"),
+        ("\x00\r\x7f\x85", r"\x00\r\x7f\x85"),
+        ("\u202eabc\u2066", r"\u202eabc\u2066"),
+    ],
+)
+def test_what_a_message_shows(capsys, text, shown):
+    tell(text)
+    assert capsys.readouterr() == ("", shown + "\n")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (4096, "4.096 kB"), (412_345, "412.3 kB"), (999_960, "1 MB"), (37e9, "37 GB"),
+     (12_345e12, "12345.0 TB")],
+)  # fmt: skip
+def test_sizes_have_the_unit_that_suits_them(count, text):
+    assert size_text(count) == text

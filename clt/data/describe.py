@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clt.data.index import STATISTICS, ShardEntry, read_index, read_statistics
 from clt.data.shards import checksum, dataset_offsets
-from clt.errors import UserError
+from clt.errors import UserError, size_text
 
 
 def describe(path: str | Path) -> str:
@@ -17,10 +17,10 @@ def describe(path: str | Path) -> str:
     for shard in index.shards:
         dataset_offsets(Path(path) / shard["file"], shard["rows"], index.n_layers, index.d_acts, index.dtype)
     text = ", ".join(f"{key} {value}" for key, value in index.text.items() if value is not None)
-    size = sum((Path(path) / shard["file"]).stat().st_size for shard in index.shards) / 1e9
+    size = sum((Path(path) / shard["file"]).stat().st_size for shard in index.shards)
     lines = [
         f"store     {path} (format {index.format_version})",
-        f"size      {size:.3f} GB: {index.rows} rows in {len(index.shards)} shards",
+        f"size      {size_text(size)}: {index.rows} rows in {len(index.shards)} shards",
         f"rows      (2, L={index.n_layers}, D={index.d_acts}) {index.dtype}",
         f"model     {index.model}, revision {index.revision}, tokenizer {index.tokenizer_hash}",
         f"sites     {index.input_sites[0]} -> {index.output_sites[0]} (first layer)",

@@ -19,7 +19,7 @@ from clt.data.shards import is_full_disk, row_bytes
 from clt.data.state import STATE, ExtractionState, load_state
 from clt.data.statistics import Moments
 from clt.data.writer import Placement, Writer
-from clt.errors import UserError, mismatches
+from clt.errors import UserError, mismatches, size_text
 from clt.lm.forward import Rows, check_finite, forward_text
 from clt.memory import keep_freed_memory
 
@@ -235,6 +235,6 @@ def _check_room(placement: Placement, state: ExtractionState) -> None:
     free = shutil.disk_usage(path).free
     if free < wanted:
         raise UserError(
-            f"{path} has {free / 1e9:.3f} GB free, wanted {wanted / 1e9:.3f} GB for the rows that are left: "
+            f"{path} has {size_text(free)} free, wanted {size_text(wanted)} for the rows that are left: "
             "free space, set data.store to another disk, or lower data.train_tokens, data.heldout_tokens or lm.layers"
         )

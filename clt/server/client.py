@@ -31,7 +31,7 @@ from torch import Tensor
 
 from clt.data.index import STATISTICS_TENSORS, StoreIndex, parse_index
 from clt.data.statistics import Statistics
-from clt.errors import UserError, mismatches
+from clt.errors import UserError, mismatches, printable
 from clt.server.wire import COLUMNS, Batch, Shape, WireError, empty_batch, read_frame
 
 T = TypeVar("T")
@@ -183,7 +183,8 @@ class ActivationClient:
                 if now + pause - (since or now) > self.patience:
                     raise ServerError(f"{told} (tried for {now - (since or now):.0f} s)", status) from error
                 if since is None:  # so that nobody sits before a silent program
-                    log.warning("%s; trying again for %.0f s. Does the server run (clt serve)?", told, self.patience)
+                    reason = printable(told)
+                    log.warning("%s; trying again for %.0f s. Does the server run (clt serve)?", reason, self.patience)
             since, delay = since or now, min(2 * delay, _DELAYS[1])
             time.sleep(pause)
 

@@ -15,7 +15,7 @@ import torch
 
 from clt.config import Config
 from clt.data.feed import from_model, from_store
-from clt.errors import UserError
+from clt.errors import UserError, printable
 from clt.memory import keep_freed_memory
 from clt.server.buffer import GENERATOR, LEADER, Buffer
 from clt.server.run import buffer_name, load, record
@@ -57,10 +57,10 @@ def run(config: Config) -> None:
                     buffer.note()
                     noted = time.monotonic()
     except UserError as error:
-        buffer.say("failed", str(error), os.getpid())
+        buffer.say("failed", printable(str(error)), os.getpid())
         sys.exit(2)
     except Exception as error:
-        buffer.say("failed", f"{type(error).__name__}: {error}", os.getpid())
+        buffer.say("failed", printable(f"{type(error).__name__}: {error}"), os.getpid())
         raise
 
 

@@ -22,7 +22,7 @@ from clt.config import DEFAULT_CONFIG, PRESETS, Config, ServerConfig, load_confi
 from clt.data.feed import describe_feed
 from clt.data.index import write_json, write_whole
 from clt.data.lock import locked
-from clt.errors import UserError
+from clt.errors import UserError, size_text, tell
 from clt.files import read_object, reading
 from clt.parsing import names, to_yaml
 from clt.server.buffer import Buffer
@@ -99,7 +99,7 @@ def close_buffer(config: Config, buffer: Buffer) -> None:
                 record(config, buffer)
                 buffer.path.unlink(missing_ok=True)
     except (UserError, OSError) as error:  # e.g. the folder has gone
-        print(f"{buffer.path} is left behind: {error}", file=sys.stderr, flush=True)
+        tell(f"{buffer.path} is left behind: {error}")
 
 
 def _alone(config: Config, seconds: float) -> contextlib.ExitStack:
@@ -113,7 +113,7 @@ def _alone(config: Config, seconds: float) -> contextlib.ExitStack:
             if time.monotonic() > end:
                 raise
             if not told:
-                print(f"waiting: {error}", file=sys.stderr, flush=True)
+                tell(f"waiting: {error}")
             told = True
             time.sleep(0.1)
 
@@ -125,10 +125,9 @@ def _create(config: Config) -> Buffer:
     block_rows = max(1, min(_BLOCK_BYTES // shape.row_bytes, server.rows // _BLOCKS))
     blocks = max(2, server.rows // block_rows)
     open_blocks = min(blocks - 1, max(1, round(server.open_share * blocks)))
-    print(
+    tell(
         f"shared buffer: {blocks} blocks of {block_rows} rows (2, L={shape.n_layers}, D={shape.d_acts}) {shape.dtype}, "
-        f"{blocks * block_rows * shape.row_bytes / 1e9:.2f} GB of memory; clients take three blocks each beside it",
-        file=sys.stderr,
+        f"{size_text(blocks * block_rows * shape.row_bytes)} of memory; clients take three blocks each beside it"
     )
     return Buffer.create(buffer_name(config), blocks, block_rows, open_blocks, shape, tag(config), mark)
 
@@ -155,7 +154,7 @@ def record(config: Config, buffer: Buffer) -> None:
         place = {"rows": buffer.tag[:64], "mark": buffer.header["mark"].tolist()}
         write_json(own_folder(config) / "position.json", place)
     except OSError as error:
-        print(f"the place in the text was not recorded: {error}", file=sys.stderr, flush=True)
+        tell(f"the place in the text was not recorded: {error}")
 
 
 def _position(config: Config) -> tuple[int, int, int]:

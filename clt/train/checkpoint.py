@@ -27,7 +27,7 @@ from torch import Tensor
 import clt
 from clt.data.index import sync, write_json
 from clt.data.shards import checksum, is_full_disk
-from clt.errors import UserError, mismatches
+from clt.errors import UserError, mismatches, size_text
 from clt.files import read_object, reading
 from clt.model.transcoder import CrossLayerTranscoder, feature_dim
 from clt.ranges import NOT_NEGATIVE
@@ -127,7 +127,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         self._delete_partial()
         wanted = sum(math.prod(p.shape) * p.tensor.element_size() for file in parts.values() for p in file.values())
         if (free := shutil.disk_usage(self.directory).free) < wanted * 1.01:
-            raise UserError(self._no_room(f"found {free / 1e9:.3f} GB free, wanted {wanted / 1e9:.3f} GB"))
+            raise UserError(self._no_room(f"found {size_text(free)} free, wanted {size_text(wanted)}"))
         with self._full_disk_named():
             self.partial.mkdir()
             for name, file in parts.items():

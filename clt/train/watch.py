@@ -11,11 +11,11 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from types import TracebackType
 
+from clt.errors import tell
 from clt.train.distributed import World, shared_store
 
 PREEMPTED, TOO_SLOW, HUNG = 75, 76, 77
@@ -128,5 +128,5 @@ class Watch(threading.Thread):
             looks.append({int(key): json.loads(store.get(key)) if store.check([key]) else [] for key in keys})
 
     def _exit(self, status: int, message: str) -> None:
-        print(f"\n[rank {self.world.rank}] error: {message}", file=sys.stderr, flush=True)
+        tell(f"\n[rank {self.world.rank}] error: {message}")
         os._exit(status)

@@ -14,7 +14,9 @@ from clt.errors import UserError
 
 def test_describe_says_what_is_there(store: Path, tensor: torch.Tensor) -> None:
     text = describe(store)
-    assert "53 rows in 6 shards" in text
+    size = sum(path.stat().st_size for path in store.glob("*.h5"))
+    assert 1000 < size < 100_000
+    assert f"size      {size / 1000:.4g} kB: 53 rows in 6 shards" in text
     assert "L=3, D=4) float16" in text
     rms = tensor.double().square().mean((0, 3)).sqrt()  # (2, L)
     last = [float(word) for word in re.split(r"\s+", text.splitlines()[-1].strip())]

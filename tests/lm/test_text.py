@@ -101,6 +101,19 @@ def test_resuming_by_skip_equals_a_fresh_iteration(
     assert all(map(same, resumed, fresh[skip:]))
 
 
+def test_a_file_of_one_document_gives_the_windows_of_its_text(
+    tmp_path: Path, tiny: Callable[..., LanguageModel]
+) -> None:
+    """Half a million characters: no longer than a document may be, though read in many pieces."""
+    content = "".join(f"Zeile {number} läuft.\n" for number in range(27_000))
+    (tmp_path / "a.txt").write_text(content)
+    heldout = write_jsonl(tmp_path / "h.jsonl", ["h"])
+    lm = tiny("gpt2")
+    read = list(windows(TextConfig(source=str(tmp_path / "a.txt"), heldout=str(heldout)), "train", lm, 64))
+    assert len(read) > 8000
+    assert all(map(same, read, list(pack([content], lm.tokenizer, 64))))
+
+
 def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("clt-text")]
 

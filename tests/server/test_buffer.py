@@ -206,5 +206,5 @@ def test_what_is_not_our_own_file_is_told(name: str, kind: str, tmp_path: Path) 
 
 
 def test_too_little_memory_is_told(name: str) -> None:
-    with pytest.raises(UserError, match=r"the shared buffer needs .* GB but .*lower server\.rows"):
+    with pytest.raises(UserError, match=r"the shared buffer needs 79\.\d TB but .*lower server\.rows"):
         Buffer.create(name, 1 << 20, 1 << 10, 5, Shape(12, 768, "float32"))
