@@ -186,7 +186,7 @@ def test_an_error_of_rank_zero_alone_is_the_only_message(train_overrides, tmp_pa
     result = launch(*train_overrides, *keys, processes=2)
     assert result.returncode == 1  # torchrun's
     assert result.stderr.count("error: ") == 1, result.stderr
-    assert "[rank 0] error: the model of lm.model='./nowhere' could not be loaded" in result.stderr
+    assert "[rank 0] error: the config of lm.model='./nowhere' could not be loaded" in result.stderr
     assert 'train_ddp.py", line' not in result.stderr, "a traceback of the other rank"
     assert not list(tmp_path.iterdir())
 

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 SPEED = {"stream_share_of_loopback", "clients16_share", "training_share_of_store"}
 
 
+@pytest.mark.timeout(600)
 def test_the_shortened_benchmark(tmp_path):
     command = [sys.executable, "benchmarks/serving.py", "--json", str(tmp_path / "out.json"), "--seconds", "5"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
