@@ -17,6 +17,7 @@ from pathlib import Path
 
 from clt.cli import exit_on_user_error, run_arguments
 from clt.config import Config
+from clt.errors import UserError
 
 
 def main(config: Config, prepare: bool) -> int:
@@ -115,7 +116,11 @@ def main(config: Config, prepare: bool) -> int:
                     checkpoints.publish()
                 if due(config.log.every, state.step) or due(config.eval.every, state.step) or state.step == steps:
                     values = metrics.read(terms)
-                    check_finite(state.update, world, source.store.path)
+                    try:
+                        check_finite(state.update, world, source.store.path)
+                    except UserError:
+                        checkpoints.finish()  # the one that is being written is of an earlier step
+                        raise
                     values |= {"grad_norm": grad_norm.item(), "skipped_steps": state.update.skipped.item()}
                     values |= {"learning_rate": lr, "sparsity_coefficient": terms["sparsity"]}
                     logger.log(state.step, values)

@@ -16,9 +16,14 @@ from clt.ranges import fit
 
 @contextmanager
 def reading(file: Path, remedy: str) -> Iterator[None]:
-    """While a file is read and its content checked: what is wrong with it becomes a UserError that names both."""
+    """While a file is read and its content checked: what is wrong with it becomes a UserError that names both.
+
+    A file that cannot be read may be whole: then the message has no remedy, which might be to delete it.
+    """
     try:
         yield
+    except PermissionError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): change its mode or its owner") from error
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"{file} is damaged ({error}); {remedy}") from error
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from clt.lm.load import LanguageModel
     from clt.lm.text import Window
 
+_TEXT_RULES = 2
+"""How a text becomes rows. Rules that differ in what is cut or left out must not meet in one store."""
+
 
 def extract_all(config: Config, progress: bool = True) -> list[StoreIndex]:
     """`extract` the training and the held-out store, with one language model for both."""
@@ -70,7 +73,7 @@ def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress
     # What must be equal to resume. The number of rows may change: only the last group depends on it.
     identity = dataclasses.asdict(placement.index)
     del identity["rows"], identity["shards"]
-    identity |= {"lm.dtype": config.lm.dtype, "lm.batch_windows": config.lm.batch_windows}
+    identity |= {"text_rules": _TEXT_RULES, "lm.dtype": config.lm.dtype, "lm.batch_windows": config.lm.batch_windows}
     identity |= {"data.shard_rows": placement.shard_rows, "data.open_shards": placement.open_shards}
     zero = Moments.zero(placement.index.n_layers, placement.index.d_acts)
     state = load_state(path, identity) or ExtractionState([], 0, 0, zero)

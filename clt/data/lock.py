@@ -34,6 +34,7 @@ def locked(path: Path, doing: str = "being extracted", key: str = "data.store", 
     """
     while True:
         with open(path / LOCK, "a+") as file, contextlib.ExitStack() as held:
+            own = None
             try:
                 if _flock(file.fileno(), wait):
                     if os.fstat(file.fileno()).st_nlink == 0:
@@ -42,7 +43,7 @@ def locked(path: Path, doing: str = "being extracted", key: str = "data.store", 
                     print(_own_name(), end="", file=file, flush=True)
                 else:
                     _warn_without_flock(path)
-                    held.enter_context(_heartbeat(path / LOCK, wait))
+                    own = held.enter_context(_heartbeat(path / LOCK, wait))
             except BlockingIOError as error:
                 file.seek(0)
                 raise UserError(
@@ -52,7 +53,8 @@ def locked(path: Path, doing: str = "being extracted", key: str = "data.store", 
             try:
                 yield
             finally:
-                (path / LOCK).unlink(missing_ok=True)
+                if own is None or _text(path / LOCK) == own:  # else this one was taken for dead, and another holds it
+                    (path / LOCK).unlink(missing_ok=True)
             return
 
 
@@ -82,8 +84,8 @@ def _warn_without_flock(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _heartbeat(file: Path, wait: bool) -> Iterator[None]:
-    """Hold the lock by touching its file. Raises BlockingIOError when another process does."""
+def _heartbeat(file: Path, wait: bool) -> Iterator[str]:
+    """Hold the lock by touching its file; gives what stands in it. Raises BlockingIOError when another holds it."""
     claim = f"{_own_name()} since {datetime.now().isoformat()}"
     while _text(file) != claim:
         if _text(file) and _alive(file):
@@ -96,7 +98,7 @@ def _heartbeat(file: Path, wait: bool) -> Iterator[None]:
     beat = threading.Thread(target=_beat, args=(file, ended), name="clt-lock", daemon=True)
     beat.start()
     try:
-        yield
+        yield claim
     finally:
         ended.set()
         beat.join()
@@ -125,6 +127,6 @@ def _touched(file: Path) -> int | None:
 
 
 def _beat(file: Path, ended: threading.Event) -> None:
-    with contextlib.suppress(OSError):  # the directory is gone: whoever works in it will find out
-        while not ended.wait(_BEAT):
+    while not ended.wait(_BEAT):
+        with contextlib.suppress(OSError):  # a server is away, or the directory is gone: who works in it will find out
             os.utime(file)

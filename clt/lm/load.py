@@ -248,5 +248,5 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     content = {"vocabulary": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
     for option in ("truncation", "padding"):  # set by the last call of the tokenizer; they do not define it
         content.pop(option, None)
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids)]
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, special_ids(tokenizer)]
     return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()

@@ -98,8 +98,8 @@ async def stream(request: Request) -> Response:
                 rows = await draw(request, size) if sequence else first
             except Unavailable as error:  # the client asks again, and is told the cause
                 log.warning("a stream was ended: %s", error.detail)
-                if hasattr(request.state, "abort"):  # by `Protocol`; without it, uvicorn logs an error and closes
-                    request.state.abort()
+                if hasattr(request.state, "close"):  # by `Protocol`; without it, uvicorn logs an error and closes
+                    request.state.close()
                     await asyncio.sleep(server.idle_seconds)  # until this is cancelled
                 raise
             for piece in frame(rows, sequence, *about):
@@ -144,9 +144,12 @@ async def heldout(request: Request) -> Response:
     """Frames: the held-out rows from number `start` on, in their order."""
     store: DiscBuffer = request.state.heldout
     shape = Shape(store.index.n_layers, store.index.d_acts, store.index.dtype)
-    most = min(request.state.server.max_batch, max(1, _TENSOR_BYTES // shape.row_bytes))
-    n, start = parameters(request, batch_size=most, start=len(store))
-    batches = [np.arange(at, min(at + n, len(store))) for at in range(start, len(store), n)]
+    most = max(1, _TENSOR_BYTES // shape.row_bytes)  # rows of a frame
+    n, start = parameters(request, batch_size=request.state.server.max_batch, start=len(store))
+    batches = []
+    for first in range(start, len(store), n):
+        end = min(first + n, len(store))
+        batches += [np.arange(at, min(at + most, end)) for at in range(first, end, most)]
 
     def pieces() -> Iterator[bytes | memoryview]:  # starlette asks for each in a thread, as the disk is read
         for sequence, rows in enumerate(batches):

@@ -17,6 +17,7 @@ import secrets
 import stat
 import struct
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class Buffer:
     def __init__(self, name: str) -> None:
         self.path = FOLDER / f"clt-{name}"
         self._fd = _open(self.path)
+        weakref.finalize(self, os.close, self._fd)  # else a buffer that was removed keeps its memory
         size = os.fstat(self._fd).st_size
         memory = mmap.mmap(self._fd, 0) if size > _STATES_AT else bytes(_STATES_AT)
         self.header = np.ndarray((), _HEADER, memory)
@@ -133,9 +135,9 @@ class Buffer:
         return n
 
     def room(self) -> float:
-        """The share of the blocks that are free; 1 when `put` has what it needs of a buffer of few blocks."""
+        """The share that is free of the blocks that are not open; 0 while `put` lacks blocks to open."""
         missing, free = self.open_blocks - int((self.state == OPEN).sum()), int((self.state == FREE).sum())
-        return free / self.blocks if free >= missing else 0.0
+        return free / (self.blocks - self.open_blocks + missing) if free >= missing else 0.0
 
     def _opened(self) -> np.ndarray:
         """The open blocks, always as many as the header says: with fewer, neighbours in the text would lie together."""
@@ -143,6 +145,9 @@ class Buffer:
         if self.header["refreshed"] != self.header["refreshes"]:
             self.header["dropped"] += int(self.filled[opened].sum())
             self.filled[opened], self.header["refreshed"] = 0, self.header["refreshes"]
+        done = self.filled[opened] == self.block_rows  # a generator was killed before it said so
+        self.state[opened[done]] = FULL
+        opened = opened[~done]
         missing = self.open_blocks - len(opened)
         free = np.flatnonzero(self.state == FREE)[:missing]
         if len(free) < missing:
@@ -213,6 +218,12 @@ class Buffer:
             self._free(block, "dropped")
             dropped += self.block_rows
         return dropped
+
+    def is_current(self) -> bool:
+        """Whether the file of that name is still this buffer: another server may have made a new one."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+        return False
 
     def join(self) -> None:
         """Take a line among the serving processes. Raises UserError when there is none."""

@@ -16,6 +16,7 @@ import os
 import random
 import re
 import socket
+import ssl
 import stat
 import sys
 import time
@@ -258,9 +259,10 @@ class _Answer(io.RawIOBase):
             raise TimeoutError(f"the answer did not come within {self.timeout:g} s and at {LEAST_RATE} bytes a second")
         self.socket.settimeout(min(self.timeout, left))
         # For each packet that woke this process, both ends would pay dearly. A view that is larger than the buffer of
-        # the BufferedReader above is one that will be filled.
-        wake = min(len(view), _WAKE) if len(view) > io.DEFAULT_BUFFER_SIZE else 1
-        if sys.platform == "linux":
+        # the BufferedReader above is one that will be filled. (Under TLS the kernel counts other bytes than `view`.)
+        wake = min(len(view), _WAKE, int(LEAST_RATE * min(self.timeout, left) / 2))
+        if sys.platform == "linux" and not isinstance(self.socket, ssl.SSLSocket):
+            wake = max(1, wake if len(view) > io.DEFAULT_BUFFER_SIZE else 1)
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake)
         return self.socket.recv_into(view)
 

@@ -95,7 +95,7 @@ def close_buffer(config: Config, buffer: Buffer) -> None:
     try:
         with _alone(config, _CLOSE_SECONDS):
             buffer.leave()
-            if len(buffer.living()) == 0:
+            if len(buffer.living()) == 0 and buffer.is_current():
                 record(config, buffer)
                 buffer.path.unlink(missing_ok=True)
     except (UserError, OSError) as error:  # e.g. the folder has gone

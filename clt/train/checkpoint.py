@@ -148,6 +148,9 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
 
         Raises UserError on a full disk, and any other error of the writing thread.
         """
+        if self.publishing is not None and self.publishing.done():
+            with self._full_disk_named():
+                self.publishing.result()  # an error ends the run now, and not when the next checkpoint is due
         if self.writing is None or not self.writing.done():
             return False
         with self._full_disk_named():
@@ -171,7 +174,8 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         for step in steps(self.directory)[: -self.keep]:
             if not (self.keep_every and step % self.keep_every == 0):
                 old = self.directory / f"step_{step:08d}"
-                shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # half of one must not have the name of a whole one
+                # Half of one must not have the name of a whole one. What cannot be deleted now is, with the next.
+                shutil.rmtree(old.rename(old.with_suffix(".tmp")), ignore_errors=True)
 
     def finish(self) -> None:
         """Wait until every rank has written the last checkpoint, if there is one, and it is published."""

@@ -34,8 +34,9 @@ def summary(config: Config, state: TrainState, dtype: torch.dtype, wall_seconds:
 def conclude(run_dir: Path, evaluation: Evaluation, file: str, plots: str, **more: Any) -> None:
     """Write the numbers, and `more`, to `run_dir`/`file`, the plots to `run_dir`/`plots`, and print the table."""
     numbers = evaluation.numbers | more
+    (run_dir / file).parent.mkdir(exist_ok=True)
+    write_json(run_dir / file, numbers)  # first: a plot that fails must not cost them
     write_plots(run_dir, evaluation.tensors, plots)
-    write_json(run_dir / file, numbers)
     print(f"\n{table(numbers)}\n\nThe results are in {run_dir}: {file}, {plots}/")
 
 

@@ -112,10 +112,46 @@ def test_blocks_do_not_fill_at_the_same_time(name: str) -> None:
 def test_another_generator_goes_on_with_the_open_blocks(buffer: Buffer, name: str) -> None:
     end, other = fill(buffer, rows=5), Buffer(name)
     assert other.header["mark"].tolist() == [0, 0, 5]
-    fill(other, end)
-    rows = drain(other)
-    assert sorted(rows)[:3] == [0, 1, 2]
+    rows: list[int] = []
+    for _ in range(50):  # until the first blocks have had their turn
+        end = fill(other, end)
+        rows += drain(other)
+    assert sorted(rows)[:5] == [0, 1, 2, 3, 4]
     assert len(rows) == len(set(rows))
+
+
+@pytest.mark.parametrize("open_blocks", [1, 3, 7])
+def test_a_drained_buffer_is_all_room(name: str, open_blocks: int) -> None:
+    """The generator waits for some room: however many blocks are open, there must be some at the end."""
+    buffer = Buffer.create(name, BLOCKS, BLOCK_ROWS, open_blocks, SHAPE)
+    end = fill(buffer)
+    assert buffer.room() < 1 / 8
+    drain(buffer)
+    assert buffer.room() == 1
+    assert fill(buffer, end) > end
+
+
+def test_a_block_that_was_filled_but_not_closed_when_the_generator_died_is_closed(buffer: Buffer, name: str) -> None:
+    end = fill(buffer, rows=BLOCK_ROWS)
+    block = int(np.flatnonzero(buffer.state == OPEN)[0])
+    buffer.filled[block] = BLOCK_ROWS  # and killed before its state was set
+    fill(Buffer(name), end)
+    assert buffer.state[block] == FULL
+
+
+def test_a_buffer_of_another_server_is_not_taken_for_this_one(buffer: Buffer, name: str) -> None:
+    assert buffer.is_current()
+    buffer.path.unlink()
+    assert not buffer.is_current()
+    Buffer.create(name, BLOCKS, BLOCK_ROWS, OPEN_BLOCKS, SHAPE)
+    assert not buffer.is_current()
+
+
+def test_a_removed_buffer_keeps_no_memory(name: str) -> None:
+    buffer, before = Buffer.create(name, BLOCKS, BLOCK_ROWS, OPEN_BLOCKS, SHAPE), len(os.listdir("/proc/self/fd"))
+    buffer.path.unlink()
+    del buffer
+    assert len(os.listdir("/proc/self/fd")) == before - 2  # its own, and that of its mmap
 
 
 def test_a_block_that_another_process_copies_is_left_to_it_and_still_full_if_that_dies(
@@ -131,7 +167,8 @@ def test_a_block_that_another_process_copies_is_left_to_it_and_still_full_if_tha
 
 
 def _claim(name: str) -> None:
-    Buffer(name)._claim()
+    buffer = Buffer(name)  # which keeps its locks for as long as it is there
+    buffer._claim()
     time.sleep(600)
 
 
