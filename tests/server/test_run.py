@@ -151,7 +151,10 @@ def start(config: Config, path: Path, command: list[str], sigint: signal.Handler
 def test_a_server_that_is_stopped_while_it_prepares_leaves_nobody_at_work(
     config: MakeConfig, tmp_path: Path, by: str, number: int, status: int, sigint: signal.Handlers
 ) -> None:
-    made = config("server.rows=150", "server.statistics_tokens=100", "lm.batch_windows=1", "server.port=47114")
+    long = tmp_path / "long.jsonl"  # so that it prepares for a quarter of a minute, and is caught at it
+    long.write_text(Path(config().text.source).read_text() * 100)
+    keys = [f"text.source={long}", "text.heldout_documents=6000", "data.heldout_tokens=100000", "lm.batch_windows=1"]
+    made = config("server.rows=150", "server.statistics_tokens=100", "server.port=47114", *keys)
     process = start(made, tmp_path, [by] if by == "clt serve" else by.split(), sigint)
     eventually(lambda: (Path(made.data.store) / "server" / "lock").exists())
     process.send_signal(number)
