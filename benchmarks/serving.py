@@ -184,7 +184,7 @@ for batch in batches:
     total += batch.activations.nbytes if now > begin else 0
 print(total / (end - begin) / 1e9)
 """
-"""A client, checksums verified: is told two times, and prints the GB/s that it read between them."""
+"""A client that verifies checksums. It reads two times from stdin and prints the GB/s that it read between them."""
 
 
 def read_streams(server: Server, count: int, seconds: float = 2.0) -> float:

@@ -1,4 +1,4 @@
-"""Files that a crash, a bad disk or a hand may have changed: whatever is wrong with one becomes one message."""
+"""Reading files that may be damaged. Whatever is wrong with a file becomes one message that names it."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Loader(Iterator[Tensor]):
 
     Threads read up to `prefetch` batches ahead into a ring of host buffers. On the CPU a batch *is* such a buffer
     and valid until the next one is asked for: clone it to keep it. On CUDA it is a fresh tensor, copied from pinned
-    memory on a stream of its own. Errors of the sampler and of the threads are raised in the place of their batch.
+    memory on a separate stream. An error of the sampler or of a thread is raised instead of its batch.
     Close it (or use `with`) to end the threads.
     """
 

@@ -112,7 +112,7 @@ class Writer:
         self._number, self._group = state.rows // placement.group_rows, None
         self._pool = ThreadPoolExecutor(_WRITERS, "clt-pwrite")
         self._adder, self._added = ThreadPoolExecutor(1, "clt-writer"), deque[Future[None]]()
-        # A group is hashed, synced and renamed while the next one fills; one at a time, so that they finish in order.
+        # One thread hashes, syncs and renames a group while the next one fills. So groups finish in order.
         self._finisher, self._finished = ThreadPoolExecutor(1, "clt-finisher"), deque[Future[None]]()
 
     def __enter__(self) -> Writer:

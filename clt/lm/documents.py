@@ -167,7 +167,7 @@ def _read(path: Path, limit: int, by_line: bool = False) -> Iterator[tuple[int, 
     opener: Any = gzip.open if path.suffix == ".gz" else open
     number = 1
     try:
-        # Bytes that are not UTF-8 become lone surrogates, so that they are found in their own line.
+        # Bytes that are not UTF-8 become lone surrogates. The check of each line then finds them.
         with opener(path, "rt", encoding="utf-8", errors="surrogateescape") as file:
             read = file.readline if by_line else file.read
             while piece := read(limit + by_line):

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -50,3 +52,20 @@ def test_tests_of_several_ranks_use_gpus_only_where_there_are_enough(monkeypatch
     child = [sys.executable, "-c", "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"]
     seen = subprocess.run(child, capture_output=True, text=True, check=True).stdout.strip()
     assert seen == repr("" if hidden else "0,1,2,3")
+
+
+@pytest.mark.parametrize("stream", ["default", "another"])
+def test_a_gradient_is_only_written_in_the_stream_that_ddp_waits_for(monkeypatch, stream):
+    """The gradient's memory and its streams are stand-ins for a GPU's."""
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    parameter = Mock(grad=None)  # can be a key
+    memory = distributed.GradientMemory([])
+    memory.kept = {parameter: SimpleNamespace(is_cuda=True, device="cuda:0")}
+    if stream == "default":
+        assert memory(parameter) is parameter.grad
+        assert parameter.grad is not None
+    else:
+        with pytest.raises(AssertionError, match="backward on another stream"):
+            memory(parameter)
+        assert parameter.grad is None
