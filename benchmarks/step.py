@@ -120,7 +120,9 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
     terms, sparsity = coefficients(1, 1, config.loss), config.loss.sparsity
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     if not textbook:
-        update = Update(optimizer, named, config.optim.clip_norm, unsharded, fp16=dtype == torch.float16, stop=True)
+        update = Update(
+            optimizer, named, config.optim.clip_norm, unsharded, floor=0.01, fp16=dtype == torch.float16, stop=True
+        )
 
         def step(batch: Tensor) -> None:
             with autocast():

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from clt.model.spec import CLTConfig, LossConfig
 
+THRESHOLD_FLOOR = 0.01
+"""Learned thresholds stay at or above it. The straight-through estimate of d/dtheta has the sign of theta: a threshold
+that has become negative is pushed further down, by the penalty too, and its feature fires on nearly all tokens."""
+
 
 class Fired(NamedTuple):
     """The features a, and da/dpre; both in the shape and dtype of pre."""
@@ -39,8 +43,8 @@ class Gated(NamedTuple):
     """features (F, B) in the product's dtype, and sums over features and tokens in at least float32."""
 
     features: Tensor
-    sparsity: Tensor  # (): of tanh(scale * a)
-    pre_activation: Tensor  # (): of relu(floor - pre)
+    sparsity: Tensor  # (): of tanh(c * norm * a)
+    pre_activation: Tensor  # (): of norm * relu(floor - pre)
     active: Tensor  # (F,): for how many tokens each feature fires
 
 
@@ -50,22 +54,22 @@ class Gradients(NamedTuple):
     pre: Tensor
     bias: Tensor
     threshold: Tensor
-    scale: Tensor
+    norm: Tensor
     features: Tensor
 
 
-def gate(product: Tensor, bias: Tensor, threshold: Tensor, scale: Tensor, clt: CLTConfig, loss: LossConfig) -> Gated:
+def gate(product: Tensor, bias: Tensor, threshold: Tensor, norm: Tensor, clt: CLTConfig, loss: LossConfig) -> Gated:
     """The features a = fire(pre, theta), the sum of the penalty tanh(c ||W_dec|| a) and of the pre-activation loss.
 
     pre = product + bias, in at least float32: product (F, B), of inputs and encoder; bias (F,); threshold broadcasts
-    against (F, B); scale (F,): c times the norm of each feature's write vector.
+    against (F, B); norm (F,): of each feature's write vector.
     """
-    z, scale = product + bias.unsqueeze(1), scale.unsqueeze(1)
+    z, norm = product + bias.unsqueeze(1), norm.unsqueeze(1)
     features, slope = fire(z, threshold)
-    penalty = _saturation(scale, features).mul_(2).sub_(1).sum(1).sum()
+    penalty = _saturation(loss.sparsity_scale * norm, features).mul_(2).sub_(1).sum(1).sum()
     low = torch.zeros_like(penalty)
     if loss.pre_activation:
-        low = torch.relu(_floor(threshold, loss) - z).sum(1).sum()
+        low = torch.relu(_floor(threshold, loss) - z).mul_(norm).sum(1).sum()
     return Gated(features.to(product.dtype), penalty, low, slope.sum(1))
 
 
@@ -73,7 +77,7 @@ def gate_gradients(
     product: Tensor,
     bias: Tensor,
     threshold: Tensor,
-    scale: Tensor,
+    norm: Tensor,
     clt: CLTConfig,
     loss: LossConfig,
     grad_features: Tensor,
@@ -85,16 +89,18 @@ def gate_gradients(
         d/dtheta = -(theta / bw) * 1[|pre - theta| < bw / 2] * g, summed over the batch
         d/dpre   = 1[pre fires] * g   (+ (theta / bw) * 1[|pre - theta| < bw / 2] * g with `straight_through_pre`)
 
-    where g is the whole gradient to the features: that of what they write plus that of the penalty.
+    where g is the whole gradient to the features: that of what they write plus that of the penalty. The pre-activation
+    loss has no gradient to theta: it would lower theta of every feature that seldom fires, until it is a ReLU.
     """
-    z, scale = product + bias.unsqueeze(1), scale.unsqueeze(1)
+    z, norm = product + bias.unsqueeze(1), norm.unsqueeze(1)
     features, on = fire(z, threshold)
+    scale = loss.sparsity_scale * norm
     saturation = _saturation(scale, features)
     slope = (1 - saturation).mul_(saturation).mul_(4 * grad_sparsity)  # 1 - tanh^2
     g = torch.addcmul(grad_features.to(z.dtype), slope, scale)
-    grad_scale = slope.mul_(features).sum(1)
+    grad_norm = loss.sparsity_scale * slope.mul_(features).sum(1)
     grad_pre = g * on
-    grad_threshold = torch.zeros_like(scale[:, 0])
+    grad_threshold = torch.zeros_like(norm[:, 0])
     if clt.activation == "jumprelu":
         near = (z - threshold).abs_().lt_(clt.bandwidth / 2)
         through = near.mul_(g).mul_(threshold / clt.bandwidth)
@@ -102,12 +108,11 @@ def gate_gradients(
         if clt.straight_through_pre:
             grad_pre = grad_pre + through
     if loss.pre_activation:
-        below = (_floor(threshold, loss) - z).gt_(0) * grad_pre_activation
-        grad_pre = grad_pre - below
-        if loss.pre_activation_kind == "below_threshold":
-            grad_threshold = grad_threshold + below.sum(1)
+        below = torch.relu(_floor(threshold, loss) - z)
+        grad_norm = grad_norm + grad_pre_activation * below.sum(1)
+        grad_pre = grad_pre - below.gt_(0) * (norm * grad_pre_activation)
     dtype = product.dtype
-    return Gradients(grad_pre.to(dtype), grad_pre.sum(1), grad_threshold, grad_scale, features.to(dtype))
+    return Gradients(grad_pre.to(dtype), grad_pre.sum(1), grad_threshold, grad_norm, features.to(dtype))
 
 
 def _saturation(scale: Tensor, features: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     tokens: int
     products: tuple[Tensor, ...]  # L of (F, B): pre-activations without their bias; gradients flow
     sparsity: Tensor  # (L,): of tanh(c * ||W_dec|| * a), summed over features and tokens; gradients flow
-    pre_activation: Tensor  # (L,): of relu(floor - pre), likewise
+    pre_activation: Tensor  # (L,): of ||W_dec|| * relu(floor - pre), likewise
 
 
 def sparsity(batch: Batch) -> Tensor:
@@ -31,7 +31,7 @@ def sparsity(batch: Batch) -> Tensor:
 
 
 def pre_activation(batch: Batch) -> Tensor:
-    """sum_{l,f} relu(theta - pre), or relu(-pre) with `pre_activation_kind="negative"`."""
+    """sum_{l,f} ||W_dec,(l,f)|| * relu(theta - pre) (Anthropic, January 2025), or of relu(-pre) for `negative`."""
     return batch.pre_activation.sum() / batch.tokens
 
 

@@ -18,8 +18,8 @@ class CLTConfig:
     """The rule for the threshold above which a feature fires: `jumprelu` learns one per feature, `relu` has 0."""
     cross_layer: bool = True
     """Let a feature write to its own and all later layers; false makes one transcoder per layer."""
-    threshold: Annotated[float, NOT_NEGATIVE] = 0.03
-    """Initial threshold of jumprelu, in normalised pre-activation units."""
+    threshold: Annotated[float, POSITIVE] = 0.03
+    """Initial threshold of jumprelu, in normalised pre-activation units; it never falls below 0.01, or below this."""
     bandwidth: Annotated[float, POSITIVE] = 1.0
     """Width of the rectangle of JumpReLU's straight-through gradient."""
     straight_through_pre: bool = False
@@ -39,7 +39,8 @@ class LossConfig:
     sparsity_scale: Annotated[float, POSITIVE] = 0.1
     """c in tanh(c * decoder norm * activation)."""
     pre_activation: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Coefficient of the pre-activation loss, which revives dead features; 0 leaves it out."""
+    """Coefficient of the pre-activation loss, which revives dead features: a sum over features and layers, each times
+    its decoder norm (Anthropic, January 2025), without a gradient to thresholds. 0 leaves it out."""
     pre_activation_kind: Literal["negative", "below_threshold"] = "below_threshold"
     """Penalise relu(-pre), or relu(threshold - pre); relu's threshold is 0, so that both are the same for it."""
     target_scale: Literal["layer", "none"] = "layer"

@@ -157,7 +157,7 @@ class Write(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         F, _, D = W_dec.shape
         norm = torch.linalg.vector_norm(W_dec.flatten(1), dim=1)  # (F,)
-        gated = step.kernels.gate(product, b_enc, theta, step.loss.sparsity_scale * norm, step.clt, step.loss)
+        gated = step.kernels.gate(product, b_enc, theta, norm, step.clt, step.loss)
         step.kernels.transpose_into(features[:, s * F : (s + 1) * F], gated.features)
         writers = [r for r in range(s + 1) if s - r < step.decoders[r].shape[1]]
         to_s = product.new_empty(len(writers), F, D)
@@ -174,16 +174,16 @@ class Write(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_y: Tensor, grad_sparsity: Tensor, grad_pre_activation: Tensor, _):  # type: ignore[override]
         product, b_enc, theta, W_dec, norm = ctx.saved_tensors
-        T, step, c = W_dec.shape[1], ctx.step, ctx.step.loss.sparsity_scale
+        T, step = W_dec.shape[1], ctx.step
         written = grad_y[:, ctx.s : ctx.s + T].to(product.dtype).flatten(1)  # (B, T * D)
         grad_features = W_dec.flatten(1).to(product.dtype) @ written.t()  # (F, B)
         grad = step.kernels.gate_gradients(
-            product, b_enc, theta, c * norm, step.clt, step.loss, grad_features, grad_sparsity, grad_pre_activation
+            product, b_enc, theta, norm, step.clt, step.loss, grad_features, grad_sparsity, grad_pre_activation
         )
         grad_W_dec = None
         if ctx.needs_input_grad[4]:  # else it is frozen
             # A zero row's subgradient is 0; computed, it would be nan under a loss scale.
-            through_norm = (c * grad.scale / norm).masked_fill_(norm < _NO_NORM, 0).view(-1, 1, 1)
+            through_norm = (grad.norm / norm).masked_fill_(norm < _NO_NORM, 0).view(-1, 1, 1)
             memory = step.gradient_memory(ctx.weight)
             grad_W_dec = torch.empty_like(W_dec) if memory is None else memory
             weight = W_dec.detach()  # a parameter's sizes count as fixed: each layer would have its own kernel compiled

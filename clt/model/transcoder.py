@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clt.errors import mismatches, shown
 from clt.files import read_object, reading
-from clt.model.activations import fire, thresholds
+from clt.model.activations import THRESHOLD_FLOOR, fire, thresholds
 from clt.model.normalization import Normalization
 from clt.model.spec import CLTConfig
 from clt.ranges import POSITIVE, fit, hints
@@ -77,6 +77,7 @@ class CrossLayerTranscoder(nn.Module):
         self.threshold = nn.Parameter(
             torch.full((1, L, F), spec.threshold), requires_grad=spec.activation == "jumprelu"
         )
+        self.threshold_floor = min(THRESHOLD_FLOOR, spec.threshold)
         self.W_dec = nn.ParameterList(
             uniform(bound_dec, d_features, L - s if spec.cross_layer else 1, D)[self.features].clone() for s in range(L)
         )

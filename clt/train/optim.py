@@ -59,13 +59,16 @@ class Update:
         clip_norm: float | None,
         sum_shards: Callable[[Tensor], Tensor],
         *,
+        floor: float,
         fp16: bool,
         stop: bool,
     ) -> None:
-        """parameters: the transcoder's, by name; sum_shards: sums a tensor over the feature shards, in place."""
+        """parameters: the transcoder's, by name; sum_shards: sums a tensor over the feature shards, in place; floor:
+        the least value of learned thresholds."""
         self.names = [f"train_{name}" for name in value_names()] + ["grad_norm"]
         self.sharded = [p for name, p in parameters.items() if feature_dim(name) is not None]
         self.replicated = [p for name, p in parameters.items() if feature_dim(name) is None]
+        self.threshold, self.floor = parameters.get("threshold"), floor  # jumprelu alone learns it
         self.optimizer, self.clip_norm, self.sum_shards = optimizer, clip_norm, sum_shards
         self.fp16, self.stop, device = fp16, stop, self.sharded[0].device
         self.scale = torch.tensor(2.0**16 if fp16 else 1.0, device=device)
@@ -103,6 +106,8 @@ class Update:
             self._adam(skip | (clip > 1), None)
             if self.clip_norm is not None:
                 self._adam(skip | (clip == 1), clip)
+        if self.threshold is not None:
+            self.threshold.clamp_min_(self.floor)
         self.skipped += skip
         if self.fp16:
             self.good_steps = torch.where(finite, self.good_steps + 1, 0)

@@ -31,8 +31,9 @@ class TrainState:
         self.gradients = objective.gradient_memory = GradientMemory(named.values())
         beta1, beta2 = config.optim.betas
         self.optimizer = torch.optim.Adam(named.values(), config.optim.lr, (beta1, beta2), config.optim.eps, fused=True)
-        stop, fp16 = config.train.nonfinite == "stop", dtype == torch.float16
-        self.update = Update(self.optimizer, named, config.optim.clip_norm, world.feature.sum, fp16=fp16, stop=stop)
+        rules = {"floor": objective.transcoder.threshold_floor, "fp16": dtype == torch.float16}
+        stop, clip_norm = config.train.nonfinite == "stop", config.optim.clip_norm
+        self.update = Update(self.optimizer, named, clip_norm, world.feature.sum, stop=stop, **rules)
         shape = (self.transcoder.n_layers, self.transcoder.d_features)
         self.last_fired = torch.zeros(shape, dtype=torch.int64, device=world.device)
 

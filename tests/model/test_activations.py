@@ -17,31 +17,31 @@ def test_gradients_of_the_gate_equal_their_formula(activation, through_pre, floo
     """One element at a time, from the definitions, the straight-through estimate included."""
     spec = CLTConfig(activation=activation, bandwidth=0.8, straight_through_pre=through_pre)
     kind = "below_threshold" if floor == "threshold" else "negative"
-    loss = LossConfig(pre_activation=0.0 if floor == "none" else 0.2, pre_activation_kind=kind)
+    loss = LossConfig(sparsity_scale=0.7, pre_activation=0.0 if floor == "none" else 0.2, pre_activation_kind=kind)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return torch.randn(shape, dtype=torch.float64, generator=generator)
 
-    product, bias, scale, written = draw(F, B), draw(F), draw(F).abs(), draw(F, B)
+    product, bias, norms, written = draw(F, B), draw(F), draw(F).abs(), draw(F, B)
     theta = draw(F).abs() * (activation == "jumprelu")
     of_penalty, of_low = torch.tensor(0.3).double(), torch.tensor(0.2).double()
-    got = gate_gradients(product, bias, theta.unsqueeze(1), scale, spec, loss, written, of_penalty, of_low)
+    got = gate_gradients(product, bias, theta.unsqueeze(1), norms, spec, loss, written, of_penalty, of_low)
     matrix, row = torch.zeros_like(product), torch.zeros_like(bias)
     expected = Gradients(matrix, row, row.clone(), row.clone(), matrix.clone())
     for b in range(B):
         for f in range(F):
-            p, t, c = (product[f, b] + bias[f]).item(), theta[f].item(), scale[f].item()
+            p, t, norm = (product[f, b] + bias[f]).item(), theta[f].item(), norms[f].item()
             a = p if p > t else 0
-            slope = 0.3 * (1 - math.tanh(c * a) ** 2)
-            g = written[f, b].item() + slope * c
+            slope = 0.3 * (1 - math.tanh(0.7 * norm * a) ** 2) * 0.7
+            g = written[f, b].item() + slope * norm
             through = t / 0.8 * g * (abs(p - t) < 0.4) * (activation == "jumprelu")
-            below = {"none": 0, "zero": p < 0, "threshold": p < t}[floor] * 0.2
+            below = 0.2 * max(0, {"none": p, "zero": 0, "threshold": t}[floor] - p)
             expected.features[f, b] = a
-            expected.pre[f, b] = g * (a > 0) + through * through_pre - below
+            expected.pre[f, b] = g * (a > 0) + through * through_pre - 0.2 * norm * (below > 0)
             expected.bias[f] += expected.pre[f, b]
-            expected.threshold[f] += below * (floor == "threshold") - through
-            expected.scale[f] += slope * a
+            expected.threshold[f] -= through
+            expected.norm[f] += slope * a + below
     for name, ours, theirs in zip(Gradients._fields, got, expected):
         torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -52,12 +52,12 @@ def test_compiled_kernels_in_bf16_are_the_eager_ones():
     spec, loss = CLTConfig(bandwidth=0.8, straight_through_pre=True), LossConfig(pre_activation=0.1)
     generator = torch.Generator().manual_seed(0)
     product, written = (torch.randn(48, 64, generator=generator).bfloat16() for _ in range(2))
-    bias, theta, scale = (torch.rand(48, generator=generator) for _ in range(3))
+    bias, theta, norm = (torch.rand(48, generator=generator) for _ in range(3))
     theta = theta.unsqueeze(1)
     low = torch.tensor(0.1)
     for kernel, arguments in (
-        (gate, (product, bias, theta, scale, spec, loss)),
-        (gate_gradients, (product, bias, theta, scale, spec, loss, written, low, low)),
+        (gate, (product, bias, theta, norm, spec, loss)),
+        (gate_gradients, (product, bias, theta, norm, spec, loss, written, low, low)),
     ):
         for eager, compiled in zip(kernel(*arguments), torch.compile(kernel, dynamic=False)(*arguments)):
             assert eager.dtype == compiled.dtype

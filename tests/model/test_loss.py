@@ -13,12 +13,15 @@ from tests.model.naive import B, D, F, L, batch, losses, make, naive_features, n
         {"target_scale": "none"},
         {"pre_activation": 0.1},
         {"pre_activation": 0.1, "pre_activation_kind": "negative"},
+        {"pre_activation": 0.1, "activation": "relu"},
     ],
     ids=str,
 )
 @torch.no_grad()
 def test_loss_equals_the_naive_sums(loss):
-    clt, data = make(), batch()
+    loss = dict(loss)
+    activation = loss.pop("activation", "jumprelu")
+    clt, data = make(activation=activation), batch()
     found = losses(clt, data, sparsity_scale=0.7, **loss)
     pre, features = naive_features(clt, data[:, 0])
     error = naive_reconstruction(clt, features) - naive_normalized(clt, data[:, 1], "target")
@@ -31,8 +34,9 @@ def test_loss_equals_the_naive_sums(loss):
             norm = sum((clt.W_dec[l][f, t] ** 2).sum() for t in range(L - l)).sqrt()
             for b in range(B):
                 penalty += torch.tanh(0.7 * norm * features[b, l, f]) / B
-                floor = 0 if loss.get("pre_activation_kind") == "negative" else clt.threshold[0, l, f]
-                extra += torch.relu(floor - pre[b, l, f]) / B
+                zero = activation == "relu" or loss.get("pre_activation_kind") == "negative"
+                floor = 0 if zero else clt.threshold[0, l, f]
+                extra += norm * torch.relu(floor - pre[b, l, f]) / B
     torch.testing.assert_close(found.values["mse"], mse)
     torch.testing.assert_close(found.values["sparsity"], penalty)
     torch.testing.assert_close(found.total, mse + 0.3 * penalty + loss.get("pre_activation", 0.0) * extra)

@@ -105,6 +105,23 @@ def test_autocast_is_within_the_rounding_of_its_dtype(precision):
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_evaluation_fires_what_training_fires_under_autocast(precision):
+    """Both add the bias to the rounded product in float32: rounding the sum too would move features over thresholds."""
+    clt, data = make(d_features=512).float(), batch().float().repeat(64, 1, 1, 1)
+    data += 0.1 * torch.randn(data.shape, generator=torch.Generator().manual_seed(2))
+    with torch.autocast("cpu", precision):
+        trained = losses(clt, data).l0_per_layer
+        evaluated = (clt.encode(data[:, 0]) > 0).sum(2).float().mean(0)
+    assert torch.equal(trained, evaluated)
+    with torch.autocast("cpu", precision):
+        x = clt.normalization.input(data[:, 0, 0], 0)
+        rounded = (x @ clt.W_enc[0] + clt.b_enc[0]).to(precision)
+        exact = clt.encode_layer(data[:, 0, 0], 0)
+    assert not torch.equal(rounded > clt.threshold[0, 0], exact > 0), "else this cannot fail"
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_a_wide_result_is_rounded_once(precision):
     """As shards need it: a partial y~ that was rounded to the factors' dtype first would be off by its epsilon."""
     features, weights = torch.rand(32, 3 * 40).to(precision), torch.randn(3, 40, 16).to(precision)

@@ -43,7 +43,7 @@ def problem(scale_of_gradients=1.0):
 def updater(parameters, **options):
     """The first parameter is one that shards split, the second is whole in each."""
     optimizer = torch.optim.Adam(parameters, 0.1, fused=True)
-    defaults = {"clip_norm": 1.0, "sum_shards": lambda t: t, "fp16": False, "stop": True}
+    defaults = {"clip_norm": 1.0, "sum_shards": lambda t: t, "floor": 0.01, "fp16": False, "stop": True}
     return Update(optimizer, dict(zip(("W_enc", "b_dec"), parameters)), **{**defaults, **options})
 
 
@@ -78,6 +78,17 @@ def test_gradients_are_written_back_only_in_steps_that_scale_them(clip_norm, fp1
     assert scaled == ([True] * 3 if fp16 else [False, clip_norm == 150, False])
     torch.testing.assert_close(ours, theirs)
     assert {float(update.optimizer.state[p]["step"]) for p in ours} == {3}, "each step counts once, a failed one never"
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_learned_thresholds_stay_at_or_above_the_floor(fp16):
+    """Adam at this rate moves each by 0.1 a step: two would become negative, and one was (an older checkpoint's)."""
+    threshold = torch.nn.Parameter(torch.tensor([0.03, 0.05, 0.5, -3.0]))
+    optimizer = torch.optim.Adam([threshold], 0.1, fused=True)
+    update = Update(optimizer, {"threshold": threshold}, None, lambda t: t, floor=0.01, fp16=fp16, stop=True)
+    threshold.grad = torch.tensor([1.0, -1.0, 1.0, 1.0]) * update.scale
+    update(1, 0.1, torch.zeros(3))
+    torch.testing.assert_close(threshold.detach(), torch.tensor([0.01, 0.15, 0.4, 0.01]))
 
 
 def test_update_counts_every_shard_once():
