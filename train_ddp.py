@@ -29,7 +29,7 @@ def main(config: Config, prepare: bool) -> int:
     from clt.train.checkpoint import Checkpoints
     from clt.train.evaluation import Evaluator
     from clt.train.logger import Logger
-    from clt.train.metrics import Metrics, Speed, coefficients
+    from clt.train.metrics import Metrics, Speed, coefficients, k_at
     from clt.train.optim import autocast_dtype, check_finite, learning_rate
     from clt.train.profile import profiled
     from clt.train.report import conclude, summary
@@ -69,8 +69,9 @@ def main(config: Config, prepare: bool) -> int:
         if state.step < steps:
             # DDP fixes the order of its buckets in its first backward pass. It runs on zeros, so that a resumed run
             # sums in the same order as one that was not interrupted.
-            rows = -(-world.data.share(batch_tokens) // config.train.accumulate)
-            dist.settle_buckets(model, source.zeros(rows), coefficients(0, steps, config.loss), autocast)
+            dist.settle_buckets(
+                model, source.zeros(max(source.micro_batches)), coefficients(0, steps, config.loss), autocast
+            )
 
         checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every, world)
         logger = Logger(config, world.rank, state.step, state.wandb_id)
@@ -91,13 +92,14 @@ def main(config: Config, prepare: bool) -> int:
                 flags = dist.Counting(world, watch.stopping, checkpoints.written)  # while the step runs: no rank waits
 
                 lr, terms = learning_rate(state.step, steps, config.optim), coefficients(state.step, steps, config.loss)
+                k = k_at(state.step, steps, config.clt)
                 metrics = Metrics(world, transcoder.n_layers, transcoder.d_features)
-                parts = batch.tensor_split(config.train.accumulate)
+                parts = batch.split(source.micro_batches)
                 for part in parts:
                     share = len(part) / batch_tokens  # ranks and micro-batches may differ by a row
                     with dist.summed(model, part is parts[-1]):
                         with autocast:
-                            losses = model(part, terms)
+                            losses = model(part, terms, k)
                         # A loss that is not finite makes all gradients nan, and their sum on all ranks: all skip
                         # the step.
                         (losses.total * (share * state.update.scale + 0 * losses.total.detach())).backward()
@@ -106,6 +108,7 @@ def main(config: Config, prepare: bool) -> int:
                 checkpoints.wait_for_copy()
                 grad_norm = state.update(state.step, lr, metrics.values)
                 state.gradients.clear()
+                transcoder.track(metrics.thresholds, state.step)
                 state.last_fired.masked_fill_(metrics.fired, state.step)
                 logger.step(state.step)
                 watch.progress(state.step)
@@ -123,6 +126,7 @@ def main(config: Config, prepare: bool) -> int:
                         raise
                     values |= {"grad_norm": grad_norm.item(), "skipped_steps": state.update.skipped.item()}
                     values |= {"learning_rate": lr, "sparsity_coefficient": terms["sparsity"]}
+                    values |= {} if k is None else {"k": k}
                     logger.log(state.step, values)
                     logger.log(state.step, speed.read(state.step), "speed")
                 if due(config.checkpoint.every, state.step):

@@ -1,6 +1,8 @@
 """The same numbers in every layout of the ranks: trains one job in each (data, feature) layout and compares.
 
     python benchmarks/parity.py --json benchmarks/results/parity.json
+    python benchmarks/parity.py --json benchmarks/results/parity-topk.json \
+        --set clt.activation=topk clt.k=6 clt.by_norm=true loss.sparsity=0
 
 Every run is the real command under torchrun: 20 steps of fp32 on the embedded model's activations, with a global batch
 (127 tokens) that no number of ranks divides, and two micro-batches. Compared with one process: the loss and the clipped
@@ -150,6 +152,9 @@ def main() -> None:
     names = [f"{data}x{feature}" for data, feature in LAYOUTS]
     parser.add_argument("--layouts", nargs="+", choices=names, default=names, help="these alone, beside one process")
     parser.add_argument("--bytes", nargs="*", metavar="LAYOUT", help="count bytes in these layouts only, e.g. 2x1")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the job, e.g. clt.activation=relu"
+    )
     arguments = parser.parse_args()
     rows, missed, reference = [], [], None
     with tempfile.TemporaryDirectory() as folder:
@@ -160,6 +165,7 @@ def main() -> None:
             f"train.batch_tokens={TOKENS}",
             f"eval.dead_window={2 * TOKENS}",
             "clt.threshold=1.5",
+            *arguments.set,
         ]
         for data, feature in LAYOUTS:
             if data * feature > 1 and f"{data}x{feature}" not in arguments.layouts:
@@ -179,7 +185,7 @@ def main() -> None:
                 missed.append(row["layout"])
             rows.append(row)
             print(json.dumps(row), flush=True)
-    arguments.json.write_text(json.dumps([row | where() for row in rows], indent=1) + "\n")
+    arguments.json.write_text(json.dumps([row | {"set": arguments.set} | where() for row in rows], indent=1) + "\n")
     if missed:
         raise SystemExit(f"a bar is missed in {', '.join(missed)}")
 

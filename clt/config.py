@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from clt.errors import UserError
-from clt.model.spec import CLTConfig, LossConfig
+from clt.model.spec import BY_K, CLTConfig, LossConfig, check_rule
 from clt.parsing import merge_file, merge_text
 from clt.ranges import ASCENDING, DECAY_RATES, FREE, NAME, NOT_NEGATIVE, PORT, POSITIVE, SEED, SHARE, SITE, free
 
@@ -291,6 +291,12 @@ def load_config(
         raise UserError("data.source=server but data.url is null: set it to the server's, e.g. http://127.0.0.1:8000")
     if (config.lm.input_site is None) != (config.lm.output_site is None):
         raise UserError("lm.input_site and lm.output_site go together: set both, or neither")
+    check_rule(config.clt)
+    if config.clt.activation in BY_K and config.loss.sparsity:
+        raise UserError(
+            f"loss.sparsity is {config.loss.sparsity} but clt.activation is {config.clt.activation}, whose L0 is that "
+            "of clt.k alone; wanted loss.sparsity=0"
+        )
     return config
 
 

@@ -36,13 +36,25 @@ def _block_order(n_blocks: int, seed: int, epoch: int) -> tuple[np.ndarray, int]
     return order, int(np.flatnonzero(order == n_blocks - 1)[0])
 
 
-def batch_rows(
-    n_rows: int, block_rows: int, batch: int, seed: int, step: int, rank: int = 0, world: int = 1
-) -> np.ndarray:
-    """The rows (int64, at most ceil(batch / world)) that `rank` of `world` reads at `step`.
+def micro_batches(batch: int, accumulate: int, rank: int = 0, world: int = 1) -> list[tuple[int, int]]:
+    """Which rows (first, end) of a global batch are this rank's, for each of its micro-batches.
 
-    Ranks in order make up the global batch; their shares differ by at most one row. Raises UserError when the batch
-    is larger than the store.
+    The global batch is cut into micro-batches, and each of these is split over the ranks: it consists of the same rows
+    in every layout. Shares differ by at most one row.
+    """
+    ends = [batch * j // accumulate for j in range(accumulate + 1)]
+    return [
+        (first + (end - first) * rank // world, first + (end - first) * (rank + 1) // world)
+        for first, end in itertools.pairwise(ends)
+    ]
+
+
+def batch_rows(
+    n_rows: int, block_rows: int, batch: int, seed: int, step: int, rank: int = 0, world: int = 1, accumulate: int = 1
+) -> np.ndarray:
+    """The rows (int64) that `rank` of `world` reads at `step`, one micro-batch after the other.
+
+    Raises UserError when the batch is larger than the store.
     """
     if batch > n_rows:
         raise UserError(
@@ -50,7 +62,14 @@ def batch_rows(
             "(data.train_tokens)"
         )
     assert 0 <= rank < world, (rank, world)
-    first, end = (step * batch + batch * i // world for i in (rank, rank + 1))
+    shares = micro_batches(batch, accumulate, rank, world)
+    return np.concatenate(
+        [_stream(n_rows, block_rows, seed, step * batch + first, step * batch + end) for first, end in shares]
+    )
+
+
+def _stream(n_rows: int, block_rows: int, seed: int, first: int, end: int) -> np.ndarray:
+    """The rows at the places first to end of the endless stream."""
     n_blocks = -(-n_rows // block_rows)
     missing = n_blocks * block_rows - n_rows  # rows that the ragged block lacks
     parts = []
@@ -78,6 +97,7 @@ class DistributedSampler(Sampler[np.ndarray]):
         seed: int,
         rank: int = 0,
         world: int = 1,
+        accumulate: int = 1,
         start_step: int = 0,
         stop_step: int | None = None,
     ) -> None:
@@ -86,7 +106,8 @@ class DistributedSampler(Sampler[np.ndarray]):
                 f"train.batch_tokens={batch} leaves some of {world} ranks without a row: set at least {world}"
             )
         self.start_step, self.stop_step = start_step, stop_step
-        self.rows_at = functools.partial(batch_rows, n_rows, block_rows, batch, seed, rank=rank, world=world)
+        of_rank = {"rank": rank, "world": world, "accumulate": accumulate}
+        self.rows_at = functools.partial(batch_rows, n_rows, block_rows, batch, seed, **of_rank)
         self.rows_at(start_step)  # a batch that cannot be made is an error here, not in a reader thread
 
     def __iter__(self) -> Iterator[np.ndarray]:

@@ -34,9 +34,13 @@ def fire(pre: Tensor, threshold: Tensor) -> Fired:
     return Fired(pre * slope, slope)
 
 
-def thresholds(clt: CLTConfig, learned: Tensor) -> Tensor:
-    """theta by the activation's rule, in the shape of the learned thresholds: `jumprelu` these, `relu` 0."""
-    return learned if clt.activation == "jumprelu" else torch.zeros_like(learned)
+def theta(clt: CLTConfig, threshold: Tensor, norm: Tensor | None) -> Tensor:
+    """What pre-activations are compared with, of the threshold of scores; norm: ||W_dec||, needed with `by_norm`."""
+    if not clt.by_norm:
+        return threshold
+    assert norm is not None
+    # pre > t / norm and pre * norm > t differ by rounding: what is this little above t counts as a tie with it.
+    return threshold * (1 + 4 * torch.finfo(threshold.dtype).eps) / norm
 
 
 class Gated(NamedTuple):
@@ -61,10 +65,11 @@ class Gradients(NamedTuple):
 def gate(product: Tensor, bias: Tensor, threshold: Tensor, norm: Tensor, clt: CLTConfig, loss: LossConfig) -> Gated:
     """The features a = fire(pre, theta), the sum of the penalty tanh(c ||W_dec|| a) and of the pre-activation loss.
 
-    pre = product + bias, in at least float32: product (F, B), of inputs and encoder; bias (F,); threshold broadcasts
-    against (F, B); norm (F,): of each feature's write vector.
+    pre = product + bias, in at least float32: product (F, B), of inputs and encoder; bias (F,); threshold, of scores,
+    broadcasts against (F, B); norm (F,): of each feature's write vector.
     """
     z, norm = product + bias.unsqueeze(1), norm.unsqueeze(1)
+    threshold = theta(clt, threshold, norm)
     features, slope = fire(z, threshold)
     penalty = _saturation(loss.sparsity_scale * norm, features).mul_(2).sub_(1).sum(1).sum()
     low = torch.zeros_like(penalty)
@@ -93,6 +98,7 @@ def gate_gradients(
     loss has no gradient to theta: it would lower theta of every feature that seldom fires, until it is a ReLU.
     """
     z, norm = product + bias.unsqueeze(1), norm.unsqueeze(1)
+    threshold = theta(clt, threshold, norm)
     features, on = fire(z, threshold)
     scale = loss.sparsity_scale * norm
     saturation = _saturation(scale, features)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from clt.model.activations import thresholds
 from clt.model.spec import LossConfig
 from clt.model.step import Encode, SquaredError, Step, Target, Write, make_kernels
-from clt.model.transcoder import CrossLayerTranscoder
+from clt.model.topk import Layer, batch_threshold, token_thresholds
+from clt.model.transcoder import CrossLayerTranscoder, unsharded
 
 
 class Batch(NamedTuple):
@@ -56,6 +56,7 @@ class Losses(NamedTuple):
     mse_per_layer: Tensor  # (L,)
     l0_per_layer: Tensor  # (L,)
     fired: Tensor  # (L, F) bool: features that fired at least once
+    threshold: Tensor  # that of the scores of all layers, with `batchtopk`; else 0
 
 
 class SumOverShards(torch.autograd.Function):
@@ -86,20 +87,26 @@ class Objective(nn.Module):
         self.transcoder, self.loss = transcoder, loss
         self.kernels = make_kernels(compile)
         self.gradient_memory: Callable[[Tensor], Tensor | None] = lambda parameter: None  # autograd makes it
+        self.sum_ranks: Callable[[Tensor], Tensor] = unsharded  # in place, over all ranks, for `batchtopk`
 
-    def forward(self, activations: Tensor, coefficients: dict[str, float]) -> Losses:
-        """activations (B, 2, L, D) of any float dtype; coefficients: of each of TERMS in this step."""
+    def forward(self, activations: Tensor, coefficients: dict[str, float], k: float | None = None) -> Losses:
+        """activations (B, 2, L, D) of any float dtype; coefficients: of each of TERMS in this step.
+
+        k: in place of the config's, while it falls. With `batchtopk` all ranks call this, and k counts over them all.
+        """
         clt, norm, device = self.transcoder, self.transcoder.normalization, activations.device.type
         (B, _, L, D), exact = activations.shape, clt.b_dec.dtype
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else exact
         with torch.autocast(device, enabled=False):
             x = self.kernels.normalized(norm, activations, dtype)
             features = x.new_empty(B, L * clt.d_features)
-            step = Step(clt.spec, self.loss, self.kernels, self.gradient_memory, list(clt.W_dec))
+            with torch.no_grad():  # the gradient through a norm is part of Write's
+                norms = [clt.norm(layer) for layer in range(L)]
+            step = Step(clt.spec, self.loss, self.kernels, self.gradient_memory, list(clt.W_dec), norms)
             products = Encode.apply(x, clt.W_enc, step)
-            theta = thresholds(clt.spec, clt.threshold[0].unsqueeze(2))  # (L, F, 1)
+            threshold, by_layer = self._thresholds(products, norms, k)
             y, sums = x.new_empty(B, L, D, dtype=exact if clt.shards > 1 else dtype), []
-            weights = zip(products, clt.b_enc.unbind(), theta.unbind(), clt.W_dec)  # type: ignore[arg-type]
+            weights = zip(products, clt.b_enc.unbind(), by_layer, clt.W_dec)  # type: ignore[arg-type]
             for s, of_layer in enumerate(weights):
                 y, *sums_of_layer = Write.apply(y, *of_layer, features, s, step)  # type: ignore[misc]
                 sums.append(sums_of_layer)
@@ -115,4 +122,24 @@ class Objective(nn.Module):
         for name, term in TERMS.items():
             value = term(batch)
             total, values[name] = total + coefficients[name] * value, value.detach()
-        return Losses(total, values, mse_per_layer.detach(), active.sum(1) / B, active > 0)
+        return Losses(total, values, mse_per_layer.detach(), active.sum(1) / B, active > 0, threshold)
+
+    def _thresholds(
+        self, products: tuple[Tensor, ...], norms: list[Tensor], k: float | None
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """`Losses.threshold`, and each layer's, which broadcasts against (F, B)."""
+        clt, none = self.transcoder, self.transcoder.threshold.new_zeros(())
+        match clt.spec.activation:
+            case "jumprelu":
+                return none, clt.threshold[0].unsqueeze(2).unbind()  # (F, 1)
+            case "relu":
+                return none, [none] * clt.n_layers
+        k = clt.spec.k if k is None else k
+        assert k is not None
+        with torch.no_grad():
+            by_norm: Sequence[Tensor | None] = norms if clt.spec.by_norm else [None] * clt.n_layers
+            layers = [Layer(*of_layer) for of_layer in zip(products, clt.b_enc.unbind(), by_norm)]
+            if clt.spec.activation == "topk":
+                return none, [token_thresholds(layer, round(k), clt.gather_shards, self.kernels) for layer in layers]
+            threshold = batch_threshold(layers, k, self.sum_ranks, clt.shards, self.kernels)
+        return threshold, [threshold] * clt.n_layers

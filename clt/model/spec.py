@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from clt.errors import UserError
 from clt.ranges import NOT_NEGATIVE, POSITIVE, SHARE
+
+BY_K = ("topk", "batchtopk")
+"""The rules that choose how many features fire."""
 
 
 @dataclass
@@ -14,8 +18,17 @@ class CLTConfig:
 
     d_features: Annotated[int, POSITIVE] = 6144
     """Features per layer (F)."""
-    activation: Literal["jumprelu", "relu"] = "jumprelu"
-    """The rule for the threshold above which a feature fires: `jumprelu` learns one per feature, `relu` has 0."""
+    activation: Literal["jumprelu", "relu", "topk", "batchtopk"] = "jumprelu"
+    """The rule for the threshold above which a feature fires: `jumprelu` learns one per feature, `relu` has 0, `topk`
+    lets the k largest of each token and layer fire, `batchtopk` the k * B largest of B tokens and all layers."""
+    k: Annotated[int | None, POSITIVE] = None
+    """How many features fire per token: in each layer with `topk`, in all layers together with `batchtopk`."""
+    k_start: Annotated[int | None, POSITIVE] = None
+    """k at the start of a run, which falls linearly to `k`; null: `k` throughout."""
+    k_ramp: Annotated[float, SHARE] = 0.5
+    """Share of the run's steps over which k falls from `k_start`."""
+    by_norm: bool = False
+    """`topk` and `batchtopk` compare pre * ||W_dec|| instead of pre: features compete by what they write."""
     cross_layer: bool = True
     """Let a feature write to its own and all later layers; false makes one transcoder per layer."""
     threshold: Annotated[float, POSITIVE] = 0.03
@@ -26,6 +39,28 @@ class CLTConfig:
     """Send the straight-through gradient to the pre-activation as well (Anthropic, January 2025)."""
     normalization: Literal["layer", "dim", "token", "none"] = "layer"
     """Statistics that inputs and targets are normalised by; `token` is by each input vector's own mean and sd."""
+
+
+def check_rule(clt: CLTConfig, n_layers: int | None = None) -> None:
+    """Raise UserError when k and the activation do not go together; null leaves out what depends on the layers."""
+    by_k = clt.activation in BY_K
+    if not by_k and (field := next((f for f in ("k", "k_start", "by_norm") if getattr(clt, f)), None)):
+        raise UserError(
+            f"clt.{field} is {getattr(clt, field)} but clt.activation is {clt.activation}, which has no k; wanted "
+            f"clt.activation={' or '.join(BY_K)}, or leave out clt.{field}"
+        )
+    if not by_k:
+        return
+    if clt.k is None:
+        raise UserError(
+            f"clt.k is null but clt.activation is {clt.activation}; wanted how many features fire per token"
+        )
+    most = clt.d_features * (1 if clt.activation == "topk" else n_layers or 2**63)
+    for field, k in (("k", clt.k), ("k_start", clt.k_start or clt.k)):
+        if k > most:
+            raise UserError(f"clt.{field} is {k}; wanted at most {most}, the features that clt.k chooses from")
+    if clt.k_start is not None and clt.k_start < clt.k:
+        raise UserError(f"clt.k_start is {clt.k_start}; wanted at least clt.k={clt.k}, to which it falls")
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """A training step of all layers, forward and backward: encode, then write, then the squared error.
 
     product_s = x~_s @ W_enc[s]                                    Encode, all layers
-    theta_s   by the activation's rule                             activations.thresholds
+    theta_s   by the activation's rule                             activations.theta, topk
     a_s       = fire(product_s + b_enc[s], theta_s)                Write, layer by layer
     y~_s      = [a_0 .. a_s] @ [W_dec[0 -> s]; ..; W_dec[s -> s]]
 
@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from clt.model.activations import gate, gate_gradients
 from clt.model.normalization import Normalization
 from clt.model.spec import CLTConfig, LossConfig
+from clt.model.topk import count_above, maxima, scores_and_maxima
 
 _NO_NORM = 1e-30  # a decoder row that is shorter counts as zero
 
@@ -88,15 +89,16 @@ def make_kernels(compile: bool) -> SimpleNamespace:
     the backward pass of CUDA compiles in autograd's own.
     """
     kernels: list[Callable[..., Any]] = [normalized, gate, gate_gradients, transposed, transpose_into, add_scaled_rows]
-    kernels += [mean_squares, mean_squares_gradient, sum_over_tokens]
+    kernels += [mean_squares, mean_squares_gradient, sum_over_tokens, scores_and_maxima, maxima, count_above]
     if compile:
         # Inductor warns of every kernel that reads float16 and writes bf16; in between, it computes in float32.
         warnings.filterwarnings("ignore", "bf16 and fp16 are mixed in the scheduler node")
         pinned: dict[str, Any] = {"dynamic_scale_rblock": False}
         if "deterministic" in torch._inductor.list_options():  # type: ignore[attr-defined]
             pinned["deterministic"] = True  # since torch 2.10
-        # Decoders have a shape of their own in every layer: one kernel for all.
-        kernels = [torch.compile(kernel, dynamic=kernel is add_scaled_rows, options=pinned) for kernel in kernels]
+        # Decoders have a shape of their own in every layer, and candidates in every step: one kernel for all.
+        dynamic = (add_scaled_rows, count_above)
+        kernels = [torch.compile(kernel, dynamic=kernel in dynamic, options=pinned) for kernel in kernels]
     return SimpleNamespace(**{kernel.__name__: kernel for kernel in kernels})
 
 
@@ -109,6 +111,7 @@ class Step(NamedTuple):
     gradient_memory: Callable[[Tensor], Tensor | None]
     """Gives the memory to write a parameter's gradient into, which is its `.grad` already; or None, for autograd's."""
     decoders: Sequence[Tensor]  # W_dec.{s} (F, T_s, D)
+    norms: Sequence[Tensor]  # L of (F,): of each feature's write vector
 
 
 class Encode(torch.autograd.Function):
@@ -156,15 +159,14 @@ class Write(torch.autograd.Function):
         step: Step,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         F, _, D = W_dec.shape
-        norm = torch.linalg.vector_norm(W_dec.flatten(1), dim=1)  # (F,)
-        gated = step.kernels.gate(product, b_enc, theta, norm, step.clt, step.loss)
+        gated = step.kernels.gate(product, b_enc, theta, step.norms[s], step.clt, step.loss)
         step.kernels.transpose_into(features[:, s * F : (s + 1) * F], gated.features)
         writers = [r for r in range(s + 1) if s - r < step.decoders[r].shape[1]]
         to_s = product.new_empty(len(writers), F, D)
         for block, r in zip(to_s, writers):
             block.copy_(step.decoders[r][:, s - r])
         multiply_into(y[:, s], features[:, writers[0] * F : (s + 1) * F], to_s)
-        ctx.save_for_backward(product, b_enc, theta, W_dec, norm)
+        ctx.save_for_backward(product, b_enc, theta, W_dec)
         ctx.weight, ctx.s, ctx.step = W_dec, s, step
         ctx.mark_dirty(y)
         ctx.mark_non_differentiable(gated.active)
@@ -173,8 +175,8 @@ class Write(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y: Tensor, grad_sparsity: Tensor, grad_pre_activation: Tensor, _):  # type: ignore[override]
-        product, b_enc, theta, W_dec, norm = ctx.saved_tensors
-        T, step = W_dec.shape[1], ctx.step
+        product, b_enc, theta, W_dec = ctx.saved_tensors
+        T, step, norm = W_dec.shape[1], ctx.step, ctx.step.norms[ctx.s]
         written = grad_y[:, ctx.s : ctx.s + T].to(product.dtype).flatten(1)  # (B, T * D)
         grad_features = W_dec.flatten(1).to(product.dtype) @ written.t()  # (F, B)
         grad = step.kernels.gate_gradients(

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from clt.errors import mismatches, shown
 from clt.files import read_object, reading
-from clt.model.activations import THRESHOLD_FLOOR, fire, thresholds
+from clt.model.activations import THRESHOLD_FLOOR, fire, theta
 from clt.model.normalization import Normalization
-from clt.model.spec import CLTConfig
+from clt.model.spec import CLTConfig, check_rule
+from clt.model.topk import per_token
 from clt.ranges import POSITIVE, fit, hints
 
 FEATURE_DIM = {"W_enc": 2, "b_enc": 1, "threshold": 2, "W_dec": 0}  # every other tensor is whole in each shard
@@ -36,7 +37,7 @@ class CrossLayerTranscoder(nn.Module):
     """Reads the residual stream before every MLP, writes the MLP outputs of its own and all later layers.
 
         pre[b, l] = x~[b, l] @ W_enc[l] + b_enc[l]                  W_enc (L, D, F), b_enc (L, F)
-        a = fire(pre, theta)                                        threshold (1, L, F)
+        a = fire(pre, theta)                                        threshold (1, L, F), see CLTConfig.activation
         y~[b, t] = sum_{s <= t} a[b, s] @ W_dec[s -> t] + b_dec[t]  W_dec.{s} (F, L - s, D), b_dec (L, D)
 
     of B tokens, L layers, D = d_acts residual width, F = d_features per layer. With `cross_layer=False` W_dec.{s} is
@@ -61,6 +62,7 @@ class CrossLayerTranscoder(nn.Module):
         super().__init__()
         for name, hint in hints(type(spec)).items():
             fit(name, hint, getattr(spec, name))
+        check_rule(spec, n_layers)
         (part, parts), d_features = shard, spec.d_features
         if d_features % parts:
             raise ValueError(f"{d_features} features cannot be split into {parts} equal shards; wanted a divisor")
@@ -87,7 +89,37 @@ class CrossLayerTranscoder(nn.Module):
     def encode_layer(self, x: Tensor, layer: int) -> Tensor:
         """Residual stream x (B, D) of one layer, in model units -> its features (B, F)."""
         pre = self.normalization.input(x, layer) @ self.W_enc[layer] + self.b_enc[layer]
-        return fire(pre, thresholds(self.spec, self.threshold[0, layer])).features
+        threshold, norm = self.threshold[0, layer], self.norm(layer) if self.spec.by_norm else None
+        match self.spec.activation:
+            case "relu":
+                threshold = torch.zeros_like(threshold)
+            case "topk":
+                assert self.spec.k is not None
+                scores = pre if norm is None else pre * norm
+                threshold = per_token(scores.t(), self.spec.k, self.gather_shards).t()  # (B, 1)
+        return fire(pre, theta(self.spec, threshold, norm)).features
+
+    @torch.no_grad()
+    def track(self, thresholds: Sequence[Tensor], step: int) -> None:
+        """With `batchtopk`: take the thresholds (), one of each micro-batch of step 1, 2, .., into the running mean.
+
+        That is what `encode` uses. It is a mean over all steps so far, and over about the last 100 from there on.
+        """
+        if self.spec.activation == "batchtopk":
+            new = torch.stack(tuple(thresholds)).mean()
+            self.threshold.lerp_(torch.where(new.isfinite(), new, self.threshold), max(1 / step, 0.01))
+
+    def norm(self, layer: int) -> Tensor:
+        """The norm (F,) of what each feature of a layer writes, to all its target layers."""
+        return torch.linalg.vector_norm(self.W_dec[layer].flatten(1), dim=1)
+
+    def gather_shards(self, rows: Tensor) -> Tensor:
+        """rows (m, B) of this shard -> those of all shards, (shards * m, B)."""
+        if self.shards == 1:
+            return rows
+        of_shards = rows.new_zeros(self.shards, *rows.shape)
+        of_shards[self.features.start // self.d_features] = rows
+        return self.sum_shards(of_shards).flatten(0, 1)
 
     def decode_layer(self, features: Sequence[Tensor], layer: int) -> Tensor:
         """features[s] (B, F) for s = 0 .. layer -> MLP output yhat (B, D) of `layer`, in model units."""

@@ -32,10 +32,6 @@ class Axis(NamedTuple):
     size: int = 1
     group: dist.ProcessGroup | None = None
 
-    def share(self, rows: int) -> int:
-        """How many of the rows of a global batch this rank takes."""
-        return rows * (self.rank + 1) // self.size - rows * self.rank // self.size
-
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over the axis, in place."""
         if self.size > 1:

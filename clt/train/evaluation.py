@@ -73,6 +73,9 @@ class Evaluator:
         share: dict[str, Any] = {"data": data, "progress": progress}
         tensors = evaluate_activations(transcoder, self.heldout, autocast=self.dtype, **share)
         numbers: dict[str, Any] = {key: value.tolist() for key, value in tensors.items() if key != "density"}
+        if (k := config.clt.k) is not None:
+            wanted = k * (transcoder.n_layers if config.clt.activation == "topk" else 1)
+            numbers["l0_over_k"] = numbers["l0_total"] / wanted
         if self.lm is not None:
             numbers |= evaluate_replacement(self.lm, transcoder, self.mean_output, self.windows, run=run, **share)
         last_fired = data.max(last_fired.clone())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clt.config import LossConfig
 from clt.model.loss import TERMS, Losses, value_names
+from clt.model.spec import CLTConfig
 from clt.train.distributed import World
 from clt.train.source import StoreSource
 
@@ -22,6 +23,7 @@ class Metrics:
         self.names += [f"{name}/layer_{layer}" for name in ("mse", "L0") for layer in range(n_layers)]
         self.sums = torch.zeros(len(self.names), device=world.device)
         self.fired = torch.zeros(n_layers, d_features, dtype=torch.bool, device=world.device)
+        self.thresholds: list[Tensor] = []  # `Losses.threshold` of each micro-batch: the same on all ranks
 
     def add(self, losses: Losses, share: float) -> None:
         """Count a micro-batch that is this share of the global batch."""
@@ -31,6 +33,7 @@ class Metrics:
         own = torch.stack([mse / shards, *terms])
         self.sums += share * torch.cat([own, losses.mse_per_layer / shards, losses.l0_per_layer])
         self.fired |= losses.fired
+        self.thresholds.append(losses.threshold)
 
     @property
     def values(self) -> Tensor:
@@ -78,3 +81,11 @@ def coefficients(step: int, steps: int, loss: LossConfig) -> dict[str, float]:
     return {name: getattr(loss, name) for name in TERMS} | {
         "sparsity": loss.sparsity * min(1.0, step / ramp if ramp else 1.0)
     }
+
+
+def k_at(step: int, steps: int, clt: CLTConfig) -> float | None:
+    """How many features fire per token in step 0, 1, ..: `k_start` falls linearly to `k`. None where there is no k."""
+    if clt.k is None or clt.k_start is None:
+        return clt.k
+    ramp = clt.k_ramp * steps
+    return clt.k + (clt.k_start - clt.k) * max(0.0, 1 - step / ramp if ramp else 0.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clt.config import Config
 from clt.data.loader import Loader
-from clt.data.sampler import DistributedSampler
+from clt.data.sampler import DistributedSampler, micro_batches
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
 from clt.train import distributed as dist
@@ -38,13 +38,16 @@ class StoreSource:
         self.store, self.world, self.steps, self.prefetch = store, world, config.train.steps, config.data.prefetch
         self.index, self.statistics = store.index, store.statistics
         data, batch = world.data, config.train.batch_tokens
-        self.batch_tokens = batch
-        self.order = (len(store), config.data.block_rows, batch, config.run.seed, data.rank, data.size)
+        of_rank = (data.rank, data.size)
+        shares = micro_batches(batch, config.train.accumulate, *of_rank)
+        self.micro_batches = [end - first for first, end in shares]
+        """Rows of this rank in each micro-batch, in the order in which a batch holds them."""
+        self.order = (len(store), config.data.block_rows, batch, config.run.seed, *of_rank, config.train.accumulate)
         DistributedSampler(*self.order)
-        if batch // data.size < config.train.accumulate:
+        if batch // config.train.accumulate < data.size:
             raise UserError(
-                f"train.accumulate={config.train.accumulate} micro-batches cannot be made of a rank's share of "
-                f"train.batch_tokens={batch}, {batch // data.size} rows: lower the one or raise the other"
+                f"train.accumulate={config.train.accumulate} micro-batches of train.batch_tokens={batch} leave some of "
+                f"{data.size} ranks without a row: lower the one or raise the other"
             )
 
     @property
@@ -63,7 +66,7 @@ class StoreSource:
         for done in range(step, self.steps):
             if not self.wait(self.loader, done, watch):
                 return
-            batch = next(self.loader) if reads else self.zeros(self.world.data.share(self.batch_tokens))
+            batch = next(self.loader) if reads else self.zeros(sum(self.micro_batches))
             yield self.world.feature.broadcast(batch)
 
     def wait(self, loader: Loader, done: int, watch: Watch) -> bool:

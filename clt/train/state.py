@@ -29,6 +29,7 @@ class TrainState:
         self.busy_seconds, self.wandb_id = 0.0, None
         named = {name: p for name, p in self.transcoder.named_parameters() if p.requires_grad}
         self.gradients = objective.gradient_memory = GradientMemory(named.values())
+        objective.sum_ranks = world.everyone.sum
         beta1, beta2 = config.optim.betas
         self.optimizer = torch.optim.Adam(named.values(), config.optim.lr, (beta1, beta2), config.optim.eps, fused=True)
         rules = {"floor": objective.transcoder.threshold_floor, "fp16": dtype == torch.float16}

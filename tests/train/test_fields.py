@@ -52,6 +52,9 @@ WEIGHTS = {
     "train.batch_tokens": 50,
     "train.precision": "bf16",
 }
+BATCHTOPK = {"clt.activation": "batchtopk", "clt.k": 6, "loss.sparsity": 0.0}
+# Fields of which the same is true with `batchtopk` alone.
+K = {"clt.k": 5, "clt.k_start": 9, "clt.k_ramp": 0.9, "clt.by_norm": True}
 # Fields that change what a store holds.
 STORE = {
     "lm.dtype": "bfloat16",
@@ -98,7 +101,7 @@ def test_no_field_is_left_out():
     every = {
         f"{s.name}.{f.name}" for s in dataclasses.fields(Config) for f in dataclasses.fields(getattr(Config(), s.name))
     }
-    assert every == {*WEIGHTS, *STORE, *HERE, *ELSEWHERE}
+    assert every == {*WEIGHTS, *K, *STORE, *HERE, *ELSEWHERE}
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +116,14 @@ def test_field_changes_the_weights(train, base_weights, key):
         tensor.shape != base_weights[name].shape or not torch.equal(tensor, base_weights[name])
         for name, tensor in weights.items()
     )
+
+
+@pytest.mark.parametrize("key", K)
+def test_field_changes_the_weights_of_batchtopk(train, key):
+    base = BATCHTOPK | ({"clt.k_start": 9} if key == "clt.k_ramp" else {})
+    runs = [train(WITHOUT_TEXT, *(f"{k}={json.dumps(v)}" for k, v in values.items()))
+            for values in (base, base | {key: K[key]})]  # fmt: skip
+    assert any(not torch.equal(tensor, runs[0].weights[name]) for name, tensor in runs[1].weights.items())
 
 
 def test_the_same_config_gives_the_same_weights(train, base_weights):

@@ -1,0 +1,142 @@
+"""The thresholds of TopK and BatchTopK: the scores that just do not fire, found without sorting all of them.
+
+A score is a pre-activation, or with `by_norm` its product with ||W_dec||, so that features compete by what they write.
+A feature fires where its score is above the (k+1)-th largest: of its layer and token (`topk`, arXiv 2406.04093), or
+the (k * B + 1)-th largest of all layers and all B tokens of the batch (`batchtopk`, arXiv 2412.06410). So features that
+tie with that score do not fire, and a negative one never does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_POINTS = (
+    3  # thresholds that one pass over the scores counts: as fast as one, and two bits of the result instead of one
+)
+
+
+class Layer(NamedTuple):
+    """What one layer's scores are computed from: product + bias, times norm."""
+
+    product: Tensor  # (F, B)
+    bias: Tensor  # (F,)
+    norm: Tensor | None  # (F,): ||W_dec|| with `by_norm`
+
+
+def scores(layer: Layer) -> Tensor:
+    """(F, B), in at least float32."""
+    z = layer.product + layer.bias.unsqueeze(1)
+    return z if layer.norm is None else z * layer.norm.unsqueeze(1)
+
+
+def scores_and_maxima(layer: Layer, group: int) -> tuple[Tensor, Tensor]:
+    """The scores (F, B), and the largest of every `group` features (F / group, B)."""
+    z = scores(layer)
+    return z, z.unflatten(0, (-1, group)).amax(1)
+
+
+def maxima(layer: Layer, group: int) -> Tensor:
+    """The largest score of every `group` features, (F / group, B)."""
+    return scores(layer).unflatten(0, (-1, group)).amax(1)
+
+
+def count_above(layer: Layer, points: Tensor) -> Tensor:
+    """How many scores are above each of the points (n,), as float64 (n,)."""
+    z = scores(layer)
+    # Compares as floats, because CPU kernels on bools are not vectorised; a row's count is exact in float32.
+    return torch.stack([(z > point).float().sum(1).double().sum() for point in points.unbind()])
+
+
+def per_token(scores: Tensor, k: int, gather: Callable[[Tensor], Tensor]) -> Tensor:
+    """The (k+1)-th largest of scores (n, B) for each token, (1, B); 0 where that is negative or there are only k.
+
+    gather: puts the shards' (m, B) together, (shards * m, B).
+    """
+    top = gather(scores.topk(min(k + 1, len(scores)), 0, sorted=False).values)
+    if len(top) <= k:
+        return torch.zeros_like(top[:1])
+    return top.topk(k + 1, 0).values[-1:].clamp_min(0)
+
+
+def token_thresholds(layer: Layer, k: int, gather: Callable[[Tensor], Tensor], kernels: SimpleNamespace) -> Tensor:
+    """`per_token` of one layer's scores: (1, B).
+
+    The k+1 groups of features with the largest maxima hold the k+1 largest scores: the others need not be looked at.
+    """
+    F = len(layer.bias)
+    group = _divisor(F, limit=(F / (2 * (k + 1))) ** 0.5)
+    z, largest = kernels.scores_and_maxima(layer, group)
+    if group > 1:
+        best = largest.topk(k + 1, 0, sorted=False).indices.unsqueeze(1).expand(-1, group, -1)
+        z = z.unflatten(0, (-1, group)).gather(0, best).flatten(0, 1)  # ((k + 1) * group, B)
+    return per_token(z, k, gather)
+
+
+def batch_threshold(
+    layers: Sequence[Layer], k: float, everyone: Callable[[Tensor], Tensor], shards: int, kernels: SimpleNamespace
+) -> Tensor:
+    """The smallest t >= 0 () above which there are at most k scores for each token of all ranks.
+
+    everyone: sums a tensor over all ranks, in place; shards: how many of them hold the same tokens.
+    """
+    product = layers[0].product
+    tokens = everyone(torch.tensor(float(product.shape[1]), dtype=torch.float64, device=product.device)) / shards
+    most = (k * tokens).round()
+
+    def search(parts: Sequence[Layer]) -> Tensor:
+        def count(points: Tensor) -> Tensor:
+            return everyone(torch.stack([kernels.count_above(part, points) for part in parts]).sum(0))
+
+        return _smallest(count, most, parts[0].bias)
+
+    if product.is_cuda:  # where memory is fast, and a size that depends on the data would have the host wait
+        return search(layers)
+    # At most `most` groups of features have their largest score above `least`, which is no more than the result. What
+    # is above the result lies in them.
+    group = _divisor(len(layers[0].bias), limit=16)
+    largest = [kernels.maxima(layer, group) for layer in layers]
+    least = search([_plain(of_layer) for of_layer in largest])
+    candidates = [_members(layer, of_layer > least, group) for layer, of_layer in zip(layers, largest)]
+    return torch.maximum(least, search([_plain(torch.cat(candidates))]))
+
+
+def _members(layer: Layer, chosen: Tensor, group: int) -> Tensor:
+    """The scores of the chosen groups of features, chosen (F / group, B): (chosen ones, group)."""
+    of_feature, of_token = chosen.nonzero(as_tuple=True)
+    product = layer.product.unflatten(0, (-1, group))[of_feature, :, of_token]
+    z = product + layer.bias.view(-1, group)[of_feature]
+    return z if layer.norm is None else z * layer.norm.view(-1, group)[of_feature]
+
+
+def _plain(scores: Tensor) -> Layer:
+    return Layer(scores, scores.new_zeros(len(scores)), None)
+
+
+def _smallest(count: Callable[[Tensor], Tensor], most: Tensor, like: Tensor) -> Tensor:
+    """The smallest t >= 0 (), of like's dtype, with count(t) <= most. Nothing waits for the device.
+
+    Floats that are not negative are ordered as the integers of the same bits: the search halves these twice a pass.
+    """
+    bits = torch.int32 if like.dtype == torch.float32 else torch.int64
+    low = torch.full((), -1, dtype=bits, device=like.device)  # count(low) > most, count(high) <= most
+    high = torch.full((), torch.inf, dtype=like.dtype, device=like.device).view(bits)
+    steps = torch.arange(1, _POINTS + 1, dtype=bits, device=like.device)
+    for _ in range(16 if bits == torch.int32 else 32):
+        points = torch.minimum(low + (high - low + _POINTS) // (_POINTS + 1) * steps, high)
+        bounds = torch.cat([low.view(1), points, high.view(1)])
+        at = (count(points.view(like.dtype)) > most).sum()
+        low, high = bounds[at], bounds[at + 1]
+    return high.view(like.dtype)
+
+
+def _divisor(features: int, limit: float) -> int:
+    """The largest power of two, up to `limit`, that divides the number of features."""
+    group = 1
+    while group * 2 <= limit and features % (group * 2) == 0:
+        group *= 2
+    return group
