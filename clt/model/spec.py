@@ -19,8 +19,7 @@ class CLTConfig:
     d_features: Annotated[int, POSITIVE] = 6144
     """Features per layer (F)."""
     activation: Literal["jumprelu", "relu", "topk", "batchtopk"] = "jumprelu"
-    """The rule for the threshold above which a feature fires: `jumprelu` learns one per feature, `relu` has 0, `topk`
-    lets the k largest of each token and layer fire, `batchtopk` the k * B largest of B tokens and all layers."""
+    """The rule for the threshold: `jumprelu` learns one per feature, `relu` has 0, the others take the k largest."""
     k: Annotated[int | None, POSITIVE] = None
     """How many features fire per token: in each layer with `topk`, in all layers together with `batchtopk`."""
     k_start: Annotated[int | None, POSITIVE] = None
@@ -74,8 +73,7 @@ class LossConfig:
     sparsity_scale: Annotated[float, POSITIVE] = 0.1
     """c in tanh(c * decoder norm * activation)."""
     pre_activation: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Coefficient of the pre-activation loss, which revives dead features: a sum over features and layers, each times
-    its decoder norm (Anthropic, January 2025), without a gradient to thresholds. 0 leaves it out."""
+    """Coefficient of the pre-activation loss, over all features, times their decoder norms: it revives dead ones."""
     pre_activation_kind: Literal["negative", "below_threshold"] = "below_threshold"
     """Penalise relu(-pre), or relu(threshold - pre); relu's threshold is 0, so that both are the same for it."""
     target_scale: Literal["layer", "none"] = "layer"
