@@ -33,7 +33,8 @@ def losses(of_step, tokens, features):
         "sparsity": sparsity[tokens][:, :, features].sum() / count,
         "pre_activation": pre_activation[tokens][:, :, features].sum() / count,
     }
-    return Losses(torch.tensor(float("nan")), values, error.mean(0), on.sum((0, 2)) / count, on.any(0))
+    l0, fired = on.sum((0, 2)) / count, on.any(0)
+    return Losses(torch.tensor(float("nan")), values, error.mean(0), l0, fired, threshold=torch.zeros(()))
 
 
 def added_up(numbers):
