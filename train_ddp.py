@@ -91,15 +91,15 @@ def main(config: Config, prepare: bool) -> int:
                     speed.skip(state.step)
                 flags = dist.Counting(world, watch.stopping, checkpoints.written)  # while the step runs: no rank waits
 
-                lr, terms = learning_rate(state.step, steps, config.optim), coefficients(state.step, steps, config.loss)
-                k = k_at(state.step, steps, config.clt)
-                metrics = Metrics(world, transcoder.n_layers, transcoder.d_features)
+                lr, k = learning_rate(state.step, steps, config.optim), k_at(state.step, steps, config.clt)
+                terms = coefficients(state.step, steps, config.loss, state.steering.factor())
+                dead, metrics = state.dead(), Metrics(world, transcoder.n_layers, transcoder.d_features)
                 parts = batch.split(source.micro_batches)
                 for part in parts:
                     share = len(part) / batch_tokens  # ranks and micro-batches may differ by a row
                     with dist.summed(model, part is parts[-1]):
                         with autocast:
-                            losses = model(part, terms, k)
+                            losses = model(part, terms, k, dead)
                         # A loss that is not finite makes all gradients nan, and their sum on all ranks: all skip
                         # the step.
                         (losses.total * (share * state.update.scale + 0 * losses.total.detach())).backward()
@@ -109,7 +109,8 @@ def main(config: Config, prepare: bool) -> int:
                 grad_norm = state.update(state.step, lr, metrics.values)
                 state.gradients.clear()
                 transcoder.track(metrics.thresholds, state.step)
-                state.last_fired.masked_fill_(metrics.fired, state.step)
+                state.steering.update(state.step, metrics)
+                state.fired(metrics.fired)
                 logger.step(state.step)
                 watch.progress(state.step)
                 profile_step()
@@ -125,7 +126,7 @@ def main(config: Config, prepare: bool) -> int:
                         checkpoints.finish()  # the one that is being written is of an earlier step
                         raise
                     values |= {"grad_norm": grad_norm.item(), "skipped_steps": state.update.skipped.item()}
-                    values |= {"learning_rate": lr, "sparsity_coefficient": terms["sparsity"]}
+                    values |= {"learning_rate": lr, "sparsity_coefficient": float(terms["sparsity"])}
                     values |= {} if k is None else {"k": k}
                     logger.log(state.step, values)
                     logger.log(state.step, speed.read(state.step), "speed")

@@ -114,7 +114,7 @@ def state_bytes(feature: int) -> int:
         CrossLayerTranscoder(4, 128, CLTConfig(d_features=FEATURES), shard=(0, feature)), LossConfig()
     )
     optimizer = torch.optim.Adam(objective.parameters(), fused=True)
-    objective(torch.randn(8, 2, 4, 128), {"sparsity": 0.1, "pre_activation": 0.0}).total.backward()
+    objective(torch.randn(8, 2, 4, 128), {"sparsity": 0.1, "pre_activation": 0.0, "aux": 0.0}).total.backward()
     optimizer.step()
     tensors = [t for p in objective.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
     return sum(t.nbytes for t in [*tensors, *objective.buffers()] if t is not None)

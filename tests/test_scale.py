@@ -40,7 +40,7 @@ def draw(job: Job) -> torch.Tensor:
 def loss(model: Objective, job: Job, batch: torch.Tensor | None = None) -> torch.Tensor:
     batch = draw(job) if batch is None else batch
     with torch.autocast("cpu", torch.bfloat16, enabled=job.width == 2):
-        return model(batch, {"sparsity": 1e-3, "pre_activation": 0.0}).total
+        return model(batch, {"sparsity": 1e-3, "pre_activation": 0.0, "aux": 0.0}).total
 
 
 @pytest.mark.parametrize("job", SIZES)

@@ -40,7 +40,7 @@ def test_fire_is_the_only_activation_function(train_overrides, stores, monkeypat
     tokens, keep = torch.from_numpy(window.tokens).long()[None], torch.from_numpy(np.asarray(window.keep))[None]
 
     def everything():
-        terms = {"sparsity": 0.1, "pre_activation": 0.0}
+        terms = {"sparsity": 0.1, "pre_activation": 0.0, "aux": 0.0}
         return {
             "training": Objective(clt, LossConfig())(rows, terms).values["mse"],
             "encode": clt.encode(rows[:, 0]),

@@ -62,11 +62,19 @@ class Gradients(NamedTuple):
     features: Tensor
 
 
-def gate(product: Tensor, bias: Tensor, threshold: Tensor, norm: Tensor, clt: CLTConfig, loss: LossConfig) -> Gated:
+def gate(
+    product: Tensor,
+    bias: Tensor,
+    threshold: Tensor,
+    norm: Tensor,
+    dead: Tensor | None,
+    clt: CLTConfig,
+    loss: LossConfig,
+) -> Gated:
     """The features a = fire(pre, theta), the sum of the penalty tanh(c ||W_dec|| a) and of the pre-activation loss.
 
     pre = product + bias, in at least float32: product (F, B), of inputs and encoder; bias (F,); threshold, of scores,
-    broadcasts against (F, B); norm (F,): of each feature's write vector.
+    broadcasts against (F, B); norm (F,): of each feature's write vector; dead (F,) bool, for the kind `dead`.
     """
     z, norm = product + bias.unsqueeze(1), norm.unsqueeze(1)
     threshold = theta(clt, threshold, norm)
@@ -74,7 +82,7 @@ def gate(product: Tensor, bias: Tensor, threshold: Tensor, norm: Tensor, clt: CL
     penalty = _saturation(loss.sparsity_scale * norm, features).mul_(2).sub_(1).sum(1).sum()
     low = torch.zeros_like(penalty)
     if loss.pre_activation:
-        low = torch.relu(_floor(threshold, loss) - z).mul_(norm).sum(1).sum()
+        low = _below(z, threshold, dead, loss).mul_(norm).sum(1).sum()
     return Gated(features.to(product.dtype), penalty, low, slope.sum(1))
 
 
@@ -83,6 +91,7 @@ def gate_gradients(
     bias: Tensor,
     threshold: Tensor,
     norm: Tensor,
+    dead: Tensor | None,
     clt: CLTConfig,
     loss: LossConfig,
     grad_features: Tensor,
@@ -114,7 +123,7 @@ def gate_gradients(
         if clt.straight_through_pre:
             grad_pre = grad_pre + through
     if loss.pre_activation:
-        below = torch.relu(_floor(threshold, loss) - z)
+        below = _below(z, threshold, dead, loss)
         grad_norm = grad_norm + grad_pre_activation * below.sum(1)
         grad_pre = grad_pre - below.gt_(0) * (norm * grad_pre_activation)
     dtype = product.dtype
@@ -126,5 +135,11 @@ def _saturation(scale: Tensor, features: Tensor) -> Tensor:
     return (2 * scale * features).sigmoid_()
 
 
-def _floor(threshold: Tensor, loss: LossConfig) -> Tensor:
-    return threshold if loss.pre_activation_kind == "below_threshold" else torch.zeros_like(threshold)
+def _below(z: Tensor, threshold: Tensor, dead: Tensor | None, loss: LossConfig) -> Tensor:
+    """How far pre-activations are below what the pre-activation loss wants, (F, B)."""
+    floor = torch.zeros_like(threshold) if loss.pre_activation_kind == "negative" else threshold
+    below = torch.relu(floor - z)
+    if loss.pre_activation_kind == "dead":
+        assert dead is not None
+        below = below * dead.unsqueeze(1)
+    return below

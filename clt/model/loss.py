@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clt.model.aux import auxk
 from clt.model.spec import LossConfig
 from clt.model.step import Encode, SquaredError, Step, Target, Write, make_kernels
 from clt.model.topk import Layer, batch_threshold, token_thresholds
@@ -23,6 +24,9 @@ class Batch(NamedTuple):
     products: tuple[Tensor, ...]  # L of (F, B): pre-activations without their bias; gradients flow
     sparsity: Tensor  # (L,): of tanh(c * ||W_dec|| * a), summed over features and tokens; gradients flow
     pre_activation: Tensor  # (L,): of ||W_dec|| * relu(floor - pre), likewise
+    remainder: Tensor | None  # (B, L, D): what the features leave of the target, in `unit`; only with `aux`
+    unit: Tensor | None  # of the error, as in Target
+    dead: Tensor | None  # (L, F) bool
 
 
 def sparsity(batch: Batch) -> Tensor:
@@ -35,12 +39,23 @@ def pre_activation(batch: Batch) -> Tensor:
     return batch.pre_activation.sum() / batch.tokens
 
 
-TERMS: dict[str, Callable[[Batch], Tensor]] = {"sparsity": sparsity, "pre_activation": pre_activation}
+def aux(batch: Batch) -> Tensor:
+    """AuxK: what the dead features leave of the error of the others, squared (arXiv 2406.04093)."""
+    if not batch.loss.aux or batch.dead is None or batch.remainder is None:
+        return batch.sparsity.new_zeros(())
+    return auxk(batch.transcoder, batch.products, batch.remainder, batch.unit, batch.dead, batch.loss.aux_k)
+
+
+TERMS: dict[str, Callable[[Batch], Tensor]] = {"sparsity": sparsity, "pre_activation": pre_activation, "aux": aux}
 """The terms beside the squared error, each a mean over tokens (); LossConfig has the coefficient under the same name.
 
 To add one, write the function here and the field there: the loss, the metrics, the check for numbers that are not
 finite and the sum over ranks follow.
 """
+
+
+Coefficients = dict[str, float | Tensor]
+"""What each of TERMS is multiplied by; a tensor () on the device where it is steered."""
 
 
 def value_names() -> list[str]:
@@ -89,10 +104,17 @@ class Objective(nn.Module):
         self.gradient_memory: Callable[[Tensor], Tensor | None] = lambda parameter: None  # autograd makes it
         self.sum_ranks: Callable[[Tensor], Tensor] = unsharded  # in place, over all ranks, for `batchtopk`
 
-    def forward(self, activations: Tensor, coefficients: dict[str, float], k: float | None = None) -> Losses:
+    def forward(
+        self,
+        activations: Tensor,
+        coefficients: Coefficients,
+        k: float | None = None,
+        dead: Tensor | None = None,
+    ) -> Losses:
         """activations (B, 2, L, D) of any float dtype; coefficients: of each of TERMS in this step.
 
         k: in place of the config's, while it falls. With `batchtopk` all ranks call this, and k counts over them all.
+        dead (L, F) bool: for the terms of dead features.
         """
         clt, norm, device = self.transcoder, self.transcoder.normalization, activations.device.type
         (B, _, L, D), exact = activations.shape, clt.b_dec.dtype
@@ -102,7 +124,7 @@ class Objective(nn.Module):
             features = x.new_empty(B, L * clt.d_features)
             with torch.no_grad():  # the gradient through a norm is part of Write's
                 norms = [clt.norm(layer) for layer in range(L)]
-            step = Step(clt.spec, self.loss, self.kernels, self.gradient_memory, list(clt.W_dec), norms)
+            step = Step(clt.spec, self.loss, self.kernels, self.gradient_memory, list(clt.W_dec), norms, dead)
             products = Encode.apply(x, clt.W_enc, step)
             threshold, by_layer = self._thresholds(products, norms, k)
             y, sums = x.new_empty(B, L, D, dtype=exact if clt.shards > 1 else dtype), []
@@ -116,12 +138,14 @@ class Objective(nn.Module):
             unit = norm.target_sd if self.loss.target_scale == "none" else None
             target = Target(activations, norm.target_mean, norm.target_sd, unit)
             mse_per_layer = SquaredError.apply(y, clt.b_dec, target, self.kernels)  # type: ignore[misc]
-        penalties, lows, active = (torch.stack(of_layers) for of_layers in zip(*sums))
-        mse, batch = mse_per_layer.mean(), Batch(clt, self.loss, B, products, penalties, lows)  # type: ignore[arg-type]
-        total, values = mse, {"mse": mse.detach()}
-        for name, term in TERMS.items():
-            value = term(batch)
-            total, values[name] = total + coefficients[name] * value, value.detach()
+            remainder = self.kernels.remainder(y.detach(), clt.b_dec.detach(), target) if self.loss.aux else None
+            penalties, lows, active = (torch.stack(of_layers) for of_layers in zip(*sums))
+            mse = mse_per_layer.mean()
+            batch = Batch(clt, self.loss, B, products, penalties, lows, remainder, unit, dead)  # type: ignore[arg-type]
+            total, values = mse, {"mse": mse.detach()}
+            for name, term in TERMS.items():
+                value = term(batch)
+                total, values[name] = total + coefficients[name] * value, value.detach()
         return Losses(total, values, mse_per_layer.detach(), active.sum(1) / B, active > 0, threshold)
 
     def _thresholds(

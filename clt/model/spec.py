@@ -70,11 +70,24 @@ class LossConfig:
     """Coefficient lambda of the tanh sparsity penalty, at the end of its ramp."""
     sparsity_ramp: Annotated[float, SHARE] = 1.0
     """Share of the run's steps over which lambda rises linearly from 0."""
+    target_l0: Annotated[float | None, POSITIVE] = None
+    """L0 over all layers that a run shall end at: lambda is steered to it, from `sparsity` on; null keeps lambda."""
     sparsity_scale: Annotated[float, POSITIVE] = 0.1
     """c in tanh(c * decoder norm * activation)."""
     pre_activation: Annotated[float, NOT_NEGATIVE] = 0.0
     """Coefficient of the pre-activation loss, over all features, times their decoder norms: it revives dead ones."""
-    pre_activation_kind: Literal["negative", "below_threshold"] = "below_threshold"
-    """Penalise relu(-pre), or relu(threshold - pre); relu's threshold is 0, so that both are the same for it."""
+    pre_activation_kind: Literal["negative", "below_threshold", "dead"] = "below_threshold"
+    """Penalise relu(-pre), or relu(threshold - pre) of all features or of dead ones; relu's threshold is 0."""
+    aux: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Coefficient of AuxK: dead features learn from the error of the others. 0 leaves it out, 1/32 is usual."""
+    aux_k: Annotated[int, POSITIVE] = 64
+    """Dead features per token and layer that AuxK lets fire."""
+    dead_window: Annotated[int | None, POSITIVE] = None
+    """Tokens without firing after which a feature is dead for `aux` and `pre_activation_kind: dead`, which need it."""
     target_scale: Literal["layer", "none"] = "layer"
     """Measure the squared error in normalised target units (`layer`: every layer weighs the same) or in raw units."""
+
+
+def needs_dead(loss: LossConfig) -> bool:
+    """Whether a term of the loss is one of dead features."""
+    return bool(loss.aux or (loss.pre_activation and loss.pre_activation_kind == "dead"))

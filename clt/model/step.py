@@ -70,6 +70,11 @@ def mean_squares_gradient(y: Tensor, b_dec: Tensor, target: Target, grad: Tensor
     return (error * (grad * (2 / (y.shape[0] * y.shape[2]))).unsqueeze(1)).to(y.dtype)
 
 
+def remainder(y: Tensor, b_dec: Tensor, target: Target) -> Tensor:
+    """What y~ (B, L, D) and b_dec leave of the target, in units of the error, (B, L, D) in b_dec's dtype."""
+    return -_error(y, b_dec, target)
+
+
 def sum_over_tokens(grad_y: Tensor, dtype: torch.dtype) -> Tensor:
     """grad_y (B, L, D) -> the gradient to b_dec (L, D)."""
     return grad_y.sum(0, dtype=dtype)
@@ -89,7 +94,8 @@ def make_kernels(compile: bool) -> SimpleNamespace:
     the backward pass of CUDA compiles in autograd's own.
     """
     kernels: list[Callable[..., Any]] = [normalized, gate, gate_gradients, transposed, transpose_into, add_scaled_rows]
-    kernels += [mean_squares, mean_squares_gradient, sum_over_tokens, scores_and_maxima, maxima, count_above]
+    kernels += [mean_squares, mean_squares_gradient, remainder, sum_over_tokens]
+    kernels += [scores_and_maxima, maxima, count_above]
     if compile:
         # Inductor warns of every kernel that reads float16 and writes bf16; in between, it computes in float32.
         warnings.filterwarnings("ignore", "bf16 and fp16 are mixed in the scheduler node")
@@ -112,6 +118,7 @@ class Step(NamedTuple):
     """Gives the memory to write a parameter's gradient into, which is its `.grad` already; or None, for autograd's."""
     decoders: Sequence[Tensor]  # W_dec.{s} (F, T_s, D)
     norms: Sequence[Tensor]  # L of (F,): of each feature's write vector
+    dead: Tensor | None  # (L, F) bool
 
 
 class Encode(torch.autograd.Function):
@@ -159,7 +166,8 @@ class Write(torch.autograd.Function):
         step: Step,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         F, _, D = W_dec.shape
-        gated = step.kernels.gate(product, b_enc, theta, step.norms[s], step.clt, step.loss)
+        dead = None if step.dead is None else step.dead[s]
+        gated = step.kernels.gate(product, b_enc, theta, step.norms[s], dead, step.clt, step.loss)
         step.kernels.transpose_into(features[:, s * F : (s + 1) * F], gated.features)
         writers = [r for r in range(s + 1) if s - r < step.decoders[r].shape[1]]
         to_s = product.new_empty(len(writers), F, D)
@@ -177,10 +185,11 @@ class Write(torch.autograd.Function):
     def backward(ctx, grad_y: Tensor, grad_sparsity: Tensor, grad_pre_activation: Tensor, _):  # type: ignore[override]
         product, b_enc, theta, W_dec = ctx.saved_tensors
         T, step, norm = W_dec.shape[1], ctx.step, ctx.step.norms[ctx.s]
+        dead = None if step.dead is None else step.dead[ctx.s]
         written = grad_y[:, ctx.s : ctx.s + T].to(product.dtype).flatten(1)  # (B, T * D)
         grad_features = W_dec.flatten(1).to(product.dtype) @ written.t()  # (F, B)
         grad = step.kernels.gate_gradients(
-            product, b_enc, theta, norm, step.clt, step.loss, grad_features, grad_sparsity, grad_pre_activation
+            product, b_enc, theta, norm, dead, step.clt, step.loss, grad_features, grad_sparsity, grad_pre_activation
         )
         grad_W_dec = None
         if ctx.needs_input_grad[4]:  # else it is frozen

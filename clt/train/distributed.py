@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.device_mesh import init_device_mesh  # noqa: TID251
 
 from clt.errors import UserError
+from clt.model.loss import Coefficients
 
 
 class Axis(NamedTuple):
@@ -139,7 +140,7 @@ def data_parallel(objective: nn.Module, data: Axis) -> nn.Module:
 
 
 def settle_buckets(
-    model: nn.Module, batch: Tensor, coefficients: dict[str, float], autocast: AbstractContextManager[object]
+    model: nn.Module, batch: Tensor, coefficients: Coefficients, autocast: AbstractContextManager[object]
 ) -> None:
     """Run one backward pass, in which DDP fixes the order of its buckets, and clear the gradients."""
     if isinstance(model, nn.parallel.DistributedDataParallel):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clt.config import LossConfig
-from clt.model.loss import TERMS, Losses, value_names
+from clt.model.loss import TERMS, Coefficients, Losses, value_names
 from clt.model.spec import CLTConfig
 from clt.train.distributed import World
 from clt.train.source import StoreSource
@@ -18,7 +18,7 @@ class Metrics:
     """This rank's addends of one step's metrics, over its micro-batches."""
 
     def __init__(self, world: World, n_layers: int, d_features: int) -> None:
-        self.world = world
+        self.world, self.n_layers = world, n_layers
         self.names = [f"train_{name}" for name in value_names()]
         self.names += [f"{name}/layer_{layer}" for name in ("mse", "L0") for layer in range(n_layers)]
         self.sums = torch.zeros(len(self.names), device=world.device)
@@ -40,12 +40,16 @@ class Metrics:
         """This rank's addends of the losses' values."""
         return self.sums[: len(value_names())]
 
-    def read(self, coefficients: dict[str, float]) -> dict[str, float]:
+    def l0(self) -> Tensor:
+        """L0 () over all layers, ranks and shards."""
+        return self.world.everyone.sum(self.sums[-self.n_layers :].sum())
+
+    def read(self, coefficients: Coefficients) -> dict[str, float]:
         """The metrics over all ranks. Waits for the device."""
         values = dict(zip(self.names, self.world.everyone.sum(self.sums).tolist()))
         loss = values["train_mse"]
         for name, coefficient in coefficients.items():
-            loss += coefficient * values[f"train_{name}"]
+            loss += float(coefficient) * values[f"train_{name}"]
         total_l0 = sum(value for name, value in values.items() if name.startswith("L0/"))
         return {"train_loss": loss, **values, "L0": total_l0}
 
@@ -75,11 +79,11 @@ class Speed:
         self.clock, self.step, self.stalled = time.perf_counter(), step, self.source.stalled
 
 
-def coefficients(step: int, steps: int, loss: LossConfig) -> dict[str, float]:
-    """The coefficient of each term in step 0, 1, ..: that of `sparsity` rises linearly over its ramp."""
+def coefficients(step: int, steps: int, loss: LossConfig, factor: Tensor | float = 1.0) -> Coefficients:
+    """The coefficient of each term in step 0, 1, ..: that of `sparsity` rises over its ramp, times `factor`."""
     ramp = loss.sparsity_ramp * steps
     return {name: getattr(loss, name) for name in TERMS} | {
-        "sparsity": loss.sparsity * min(1.0, step / ramp if ramp else 1.0)
+        "sparsity": loss.sparsity * min(1.0, step / ramp if ramp else 1.0) * factor
     }
 
 

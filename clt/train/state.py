@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clt.config import Config
 from clt.model.loss import Objective
+from clt.model.spec import needs_dead
 from clt.train import checkpoint
 from clt.train import distributed as dist
 from clt.train.checkpoint import Checkpoints
@@ -17,6 +18,7 @@ from clt.train.distributed import GradientMemory, World
 from clt.train.metrics import Speed
 from clt.train.optim import Update, check_finite
 from clt.train.source import StoreSource
+from clt.train.steering import Steering
 
 
 class TrainState:
@@ -36,7 +38,22 @@ class TrainState:
         stop, clip_norm = config.train.nonfinite == "stop", config.optim.clip_norm
         self.update = Update(self.optimizer, named, clip_norm, world.feature.sum, stop=stop, **rules)
         shape = (self.transcoder.n_layers, self.transcoder.d_features)
+        self.window = None  # in steps
+        if needs_dead(config.loss) and config.loss.dead_window is not None:
+            self.window = -(-config.loss.dead_window // config.train.batch_tokens)
+        most = 0.25 * self.transcoder.n_layers * config.clt.d_features
+        self.steering = Steering(config.loss, config.train.steps, most, world.device)
         self.last_fired = torch.zeros(shape, dtype=torch.int64, device=world.device)
+
+    def fired(self, features: Tensor) -> None:
+        """Take in which features (L, F) bool fired on this rank in the step that is done."""
+        if self.window is not None:  # every rank must know the same of dead features
+            features = self.world.data.max(features.byte()).bool()
+        self.last_fired.masked_fill_(features, self.step)
+
+    def dead(self) -> Tensor | None:
+        """The features (L, F) bool that fired on none of the last `loss.dead_window` tokens, if a term needs them."""
+        return None if self.window is None else self.last_fired <= self.step - self.window
 
     def save(self, checkpoints: Checkpoints, source: StoreSource, speed: Speed, identity: dict[str, Any]) -> None:
         """Begin a checkpoint; `identity` goes into its state.json. All ranks must call it.
@@ -69,4 +86,4 @@ class TrainState:
         return state
 
     def _tensors(self) -> dict[str, Tensor]:
-        return self.update.tensors() | {"last_fired": self.last_fired}
+        return self.update.tensors() | self.steering.tensors() | {"last_fired": self.last_fired}

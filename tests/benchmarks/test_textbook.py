@@ -11,7 +11,7 @@ from clt.model.transcoder import CrossLayerTranscoder
 
 
 def terms(sparsity: float) -> dict[str, float]:
-    return {"sparsity": sparsity, "pre_activation": 0.0}
+    return {"sparsity": sparsity, "pre_activation": 0.0, "aux": 0.0}
 
 
 def test_our_step_is_the_textbook_step() -> None:

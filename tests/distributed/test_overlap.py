@@ -39,7 +39,7 @@ def summed(group, bucket):
 objective.kernels.gate_gradients = noted
 model = DDP(objective, bucket_cap_mb=0.001, gradient_as_bucket_view=True)
 model.register_comm_hook(dist.group.WORLD, summed)
-clt, terms, passed_on = objective.transcoder, {"sparsity": 0.1, "pre_activation": 0.0}, []
+clt, terms, passed_on = objective.transcoder, {"sparsity": 0.1, "pre_activation": 0.0, "aux": 0.0}, []
 memory = objective.gradient_memory = GradientMemory(clt.parameters())
 for weight in (clt.W_enc, *clt.W_dec):
     weight.register_hook(lambda grad: passed_on.append(grad is not None))

@@ -34,14 +34,14 @@ def batch(seed=1) -> torch.Tensor:
     return torch.randn(B, 2, L, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
 
 
-def losses(clt, data, sparsity=0.3, compile=False, **loss) -> Losses:
+def losses(clt, data, sparsity=0.3, compile=False, dead=None, **loss) -> Losses:
     """What a batch costs; `loss` are fields of LossConfig."""
     config = LossConfig(**loss)
-    return Objective(clt, config, compile=compile)(data, coefficients(config, sparsity))
+    return Objective(clt, config, compile=compile)(data, coefficients(config, sparsity), dead=dead)
 
 
 def coefficients(loss, sparsity=0.3) -> dict[str, float]:
-    return {"sparsity": sparsity, "pre_activation": loss.pre_activation}
+    return {"sparsity": sparsity, "pre_activation": loss.pre_activation, "aux": loss.aux}
 
 
 def naive_normalized(clt, x, side):

@@ -10,13 +10,13 @@ from clt.model.spec import CLTConfig, LossConfig
 from tests.model.naive import B, F
 
 
-@pytest.mark.parametrize("floor", ["none", "zero", "threshold"])
+@pytest.mark.parametrize("floor", ["none", "zero", "threshold", "dead"])
 @pytest.mark.parametrize("through_pre", [False, True])
 @pytest.mark.parametrize("activation", ["jumprelu", "relu"])
 def test_gradients_of_the_gate_equal_their_formula(activation, through_pre, floor):
     """One element at a time, from the definitions, the straight-through estimate included."""
     spec = CLTConfig(activation=activation, bandwidth=0.8, straight_through_pre=through_pre)
-    kind = "below_threshold" if floor == "threshold" else "negative"
+    kind = {"threshold": "below_threshold", "dead": "dead"}.get(floor, "negative")
     loss = LossConfig(sparsity_scale=0.7, pre_activation=0.0 if floor == "none" else 0.2, pre_activation_kind=kind)
     generator = torch.Generator().manual_seed(0)
 
@@ -25,8 +25,9 @@ def test_gradients_of_the_gate_equal_their_formula(activation, through_pre, floo
 
     product, bias, norms, written = draw(F, B), draw(F), draw(F).abs(), draw(F, B)
     theta = draw(F).abs() * (activation == "jumprelu")
+    dead = torch.arange(F) % 2 == 0
     of_penalty, of_low = torch.tensor(0.3).double(), torch.tensor(0.2).double()
-    got = gate_gradients(product, bias, theta.unsqueeze(1), norms, spec, loss, written, of_penalty, of_low)
+    got = gate_gradients(product, bias, theta.unsqueeze(1), norms, dead, spec, loss, written, of_penalty, of_low)
     matrix, row = torch.zeros_like(product), torch.zeros_like(bias)
     expected = Gradients(matrix, row, row.clone(), row.clone(), matrix.clone())
     for b in range(B):
@@ -36,7 +37,7 @@ def test_gradients_of_the_gate_equal_their_formula(activation, through_pre, floo
             slope = 0.3 * (1 - math.tanh(0.7 * norm * a) ** 2) * 0.7
             g = written[f, b].item() + slope * norm
             through = t / 0.8 * g * (abs(p - t) < 0.4) * (activation == "jumprelu")
-            below = 0.2 * max(0, {"none": p, "zero": 0, "threshold": t}[floor] - p)
+            below = 0.2 * max(0, {"none": p, "zero": 0, "threshold": t, "dead": t if dead[f] else p}[floor] - p)
             expected.features[f, b] = a
             expected.pre[f, b] = g * (a > 0) + through * through_pre - 0.2 * norm * (below > 0)
             expected.bias[f] += expected.pre[f, b]
@@ -56,8 +57,8 @@ def test_compiled_kernels_in_bf16_are_the_eager_ones():
     theta = theta.unsqueeze(1)
     low = torch.tensor(0.1)
     for kernel, arguments in (
-        (gate, (product, bias, theta, norm, spec, loss)),
-        (gate_gradients, (product, bias, theta, norm, spec, loss, written, low, low)),
+        (gate, (product, bias, theta, norm, None, spec, loss)),
+        (gate_gradients, (product, bias, theta, norm, None, spec, loss, written, low, low)),
     ):
         for eager, compiled in zip(kernel(*arguments), torch.compile(kernel, dynamic=False)(*arguments)):
             assert eager.dtype == compiled.dtype
@@ -68,7 +69,7 @@ def test_compiled_kernels_in_bf16_are_the_eager_ones():
 def test_jumprelu_is_never_negative_even_under_a_negative_threshold():
     pre, theta = torch.tensor([[-0.5, 0.5]]), torch.tensor([[-1.0]])
     assert fire(pre, theta).features.tolist() == [[0.0, 0.5]]
-    gated = gate(pre, torch.zeros(1), theta, torch.ones(1), CLTConfig(), LossConfig())
+    gated = gate(pre, torch.zeros(1), theta, torch.ones(1), None, CLTConfig(), LossConfig())
     assert gated.features.tolist() == [[0.0, 0.5]]
 
 

@@ -80,7 +80,7 @@ def naive_choice(clt, pre):
 def test_the_step_is_that_of_torch_topk_and_autograd(activation, k, by_norm):
     """Features, loss and gradients to all weights, in float64."""
     clt, data = make(activation=activation, k=k, by_norm=by_norm), batch()
-    found = Objective(clt, LossConfig(sparsity=0))(data, {"sparsity": 0.0, "pre_activation": 0.0})
+    found = Objective(clt, LossConfig(sparsity=0))(data, {"sparsity": 0.0, "pre_activation": 0.0, "aux": 0.0})
     found.total.backward()
     ours = {name: p.grad.clone() for name, p in clt.named_parameters() if p.grad is not None}
     clt.zero_grad()
@@ -148,7 +148,7 @@ def test_other_rules_keep_their_thresholds():
 def test_the_compiled_step_chooses_the_same_features(activation, k, by_norm):
     torch.manual_seed(0)
     clt = CrossLayerTranscoder(2, 16, CLTConfig(d_features=64, activation=activation, k=k, by_norm=by_norm))
-    data, terms = torch.randn(40, 2, 2, 16), {"sparsity": 0.0, "pre_activation": 0.0}
+    data, terms = torch.randn(40, 2, 2, 16), {"sparsity": 0.0, "pre_activation": 0.0, "aux": 0.0}
     found = []
     for compile in (False, True):
         with torch.autocast("cpu", torch.bfloat16):

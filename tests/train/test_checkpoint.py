@@ -34,7 +34,7 @@ def trained(steps=3, seed=0, features=8):
 
     def step(i):
         batch = torch.randn(16, 2, 2, 4, generator=torch.Generator().manual_seed(i))
-        objective(batch, {"sparsity": 1e-3, "pre_activation": 0.0}).total.backward()
+        objective(batch, {"sparsity": 1e-3, "pre_activation": 0.0, "aux": 0.0}).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 

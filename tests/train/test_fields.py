@@ -42,6 +42,7 @@ WEIGHTS = {
     "loss.pre_activation": 0.2,
     "loss.pre_activation_kind": "negative",
     "loss.target_scale": "none",
+    "loss.target_l0": 3.0,
     "optim.lr": 0.01,
     "optim.betas": [0.5, 0.9],
     "optim.eps": 0.01,
@@ -55,6 +56,8 @@ WEIGHTS = {
 BATCHTOPK = {"clt.activation": "batchtopk", "clt.k": 6, "loss.sparsity": 0.0}
 # Fields of which the same is true with `batchtopk` alone.
 K = {"clt.k": 5, "clt.k_start": 9, "clt.k_ramp": 0.9, "clt.by_norm": True}
+# Fields of which it is true with AuxK alone.
+AUX = {"loss.aux": 0.3, "loss.aux_k": 1, "loss.dead_window": 240}
 # Fields that change what a store holds.
 STORE = {
     "lm.dtype": "bfloat16",
@@ -101,7 +104,7 @@ def test_no_field_is_left_out():
     every = {
         f"{s.name}.{f.name}" for s in dataclasses.fields(Config) for f in dataclasses.fields(getattr(Config(), s.name))
     }
-    assert every == {*WEIGHTS, *K, *STORE, *HERE, *ELSEWHERE}
+    assert every == {*WEIGHTS, *K, *AUX, *STORE, *HERE, *ELSEWHERE}
 
 
 @pytest.fixture(scope="module")
@@ -118,11 +121,12 @@ def test_field_changes_the_weights(train, base_weights, key):
     )
 
 
-@pytest.mark.parametrize("key", K)
-def test_field_changes_the_weights_of_batchtopk(train, key):
-    base = BATCHTOPK | ({"clt.k_start": 9} if key == "clt.k_ramp" else {})
+@pytest.mark.parametrize("key", [*K, *AUX])
+def test_field_changes_the_weights_of_some_rules(train, key):
+    base = BATCHTOPK | {"clt.k": 2, "loss.aux": 0.1, "loss.dead_window": 60, "loss.aux_k": 3}
+    base |= {"clt.k_start": 9} if key == "clt.k_ramp" else {}
     runs = [train(WITHOUT_TEXT, *(f"{k}={json.dumps(v)}" for k, v in values.items()))
-            for values in (base, base | {key: K[key]})]  # fmt: skip
+            for values in (base, base | {key: (K | AUX)[key]})]  # fmt: skip
     assert any(not torch.equal(tensor, runs[0].weights[name]) for name, tensor in runs[1].weights.items())
 
 

@@ -32,6 +32,7 @@ def losses(of_step, tokens, features):
         "mse": error.mean(),
         "sparsity": sparsity[tokens][:, :, features].sum() / count,
         "pre_activation": pre_activation[tokens][:, :, features].sum() / count,
+        "aux": torch.zeros(()),
     }
     l0, fired = on.sum((0, 2)) / count, on.any(0)
     return Losses(torch.tensor(float("nan")), values, error.mean(0), l0, fired, threshold=torch.zeros(()))
@@ -51,7 +52,7 @@ def test_metrics_of_micro_batches_and_shards_are_the_sums_over_tokens_and_featur
     found = added_up([shard.read(terms) for shard in shards])
 
     error, sparsity, pre_activation, on = (tensor.tolist() for tensor in of_step)
-    naive = dict.fromkeys(["train_mse", "train_sparsity", "train_pre_activation"], 0.0)
+    naive = dict.fromkeys(["train_mse", "train_sparsity", "train_pre_activation", "train_aux"], 0.0)
     naive |= {f"{name}/layer_{l}": 0.0 for name in ("mse", "L0") for l in range(L)}
     for b in range(TOKENS):
         for l in range(L):
@@ -71,7 +72,7 @@ def test_metrics_of_micro_batches_and_shards_are_the_sums_over_tokens_and_featur
         assert {True, False} == {one for row in fired for one in row}
     values = sum(shard.values for shard in shards)
     assert values.tolist() == pytest.approx(
-        [naive["train_mse"], naive["train_sparsity"], naive["train_pre_activation"]], rel=1e-5
+        [naive["train_mse"], naive["train_sparsity"], naive["train_pre_activation"], 0.0], rel=1e-5
     )
 
 
@@ -91,7 +92,7 @@ def test_a_loss_that_is_not_finite_shows():
     bad[0][3, 1] = float("nan")
     whole.add(losses(bad, slice(0, 5), slice(0, 6)), 5 / 9)
     whole.add(losses(bad, slice(5, 9), slice(0, 6)), 4 / 9)
-    assert whole.values.isnan().tolist() == [True, False, False]
+    assert whole.values.isnan().tolist() == [True, False, False, False]
 
 
 def test_the_coefficient_of_sparsity_rises_over_its_ramp_and_the_others_stay():

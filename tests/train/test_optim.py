@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clt.config import OptimConfig
+from clt.model.loss import value_names
 from clt.train.optim import NEVER, Update, autocast_dtype, learning_rate
 
 
@@ -56,7 +57,7 @@ def test_update_is_torchs_clipping_and_adam(size):
             a.grad, b.grad = gradient * step, gradient * step
         expected = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
         adam.step()
-        torch.testing.assert_close(update(step, 0.1, torch.zeros(3)), expected)
+        torch.testing.assert_close(update(step, 0.1, torch.zeros(len(value_names()))), expected)
     torch.testing.assert_close(ours, theirs)
 
 
@@ -70,7 +71,7 @@ def test_gradients_are_written_back_only_in_steps_that_scale_them(clip_norm, fp1
         for a, b, gradient in zip(ours, theirs, gradients):
             a.grad, b.grad = gradient * factor * update.scale, gradient * factor
         before = [p.grad.clone() for p in ours]
-        update(step, 0.1, torch.zeros(3))
+        update(step, 0.1, torch.zeros(len(value_names())))
         if factor == factor:
             torch.nn.utils.clip_grad_norm_(theirs, clip_norm or 1e9)
             adam.step()
@@ -87,7 +88,7 @@ def test_learned_thresholds_stay_at_or_above_the_floor(fp16):
     optimizer = torch.optim.Adam([threshold], 0.1, fused=True)
     update = Update(optimizer, {"threshold": threshold}, None, lambda t: t, floor=0.01, fp16=fp16, stop=True)
     threshold.grad = torch.tensor([1.0, -1.0, 1.0, 1.0]) * update.scale
-    update(1, 0.1, torch.zeros(3))
+    update(1, 0.1, torch.zeros(len(value_names())))
     torch.testing.assert_close(threshold.detach(), torch.tensor([0.01, 0.15, 0.4, 0.01]))
 
 
@@ -98,7 +99,7 @@ def test_update_counts_every_shard_once():
     for parameter, gradient in zip(ours, gradients):
         parameter.grad = gradient
     expected = (2 * gradients[0].square().sum() + gradients[1].square().sum()).sqrt()
-    torch.testing.assert_close(update(1, 0.1, torch.zeros(3)), expected)
+    torch.testing.assert_close(update(1, 0.1, torch.zeros(len(value_names()))), expected)
 
 
 def test_the_loss_scale_falls_at_an_overflow_and_rises_after_2000_good_steps():
@@ -108,7 +109,7 @@ def test_the_loss_scale_falls_at_an_overflow_and_rises_after_2000_good_steps():
     def step(number, gradients):
         for parameter, gradient in zip(ours, gradients):
             parameter.grad = gradient * update.scale
-        return update(number, 0.1, torch.zeros(3))
+        return update(number, 0.1, torch.zeros(len(value_names())))
 
     step(1, [gradients[0] * float("inf"), gradients[1]])
     assert update.scale == 2.0**15
@@ -128,12 +129,12 @@ def test_a_failure_is_recorded_with_its_term_and_step(stop):
     (ours, _), gradients = problem()
     update, before = updater(ours, stop=stop), [p.detach().clone() for p in ours]
     nan = [gradient * float("nan") for gradient in gradients]
-    for number, (values, terms) in enumerate([(nan, [0, float("inf"), 0]), (gradients, [0, 0, 0])], 1):
+    for number, (values, terms) in enumerate([(nan, [0, float("inf"), 0, 0]), (gradients, [0] * 4)], 1):
         for parameter, gradient in zip(ours, values):
             parameter.grad = gradient.clone()
         update(number, 0.1, torch.tensor(terms))
     assert dict(zip(update.names, update.failed_at.tolist())) == {
-        "train_mse": NEVER, "train_sparsity": 1, "train_pre_activation": NEVER, "grad_norm": 1,
+        "train_mse": NEVER, "train_sparsity": 1, "train_pre_activation": NEVER, "train_aux": NEVER, "grad_norm": 1,
     }  # fmt: skip
     assert update.skipped == (2 if stop else 1)
     assert all(torch.equal(a, b) for a, b in zip(ours, before)) == stop
