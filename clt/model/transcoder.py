@@ -153,9 +153,11 @@ class CrossLayerTranscoder(nn.Module):
     def fold(self) -> CrossLayerTranscoder:
         """The same function without normalisation, which is folded into the weights in float64.
 
-        Raises ValueError for `token`, which is not an affine map.
+        Raises ValueError for `token`, which is not an affine map, and for `by_norm`, whose norms folding changes.
         """
         norm = deepcopy(self.normalization).double()
+        if self.spec.by_norm:
+            raise ValueError("clt.by_norm compares decoder norms, which folding changes; convert it to jumprelu first")
         if norm.kind == "token":
             raise ValueError("normalization 'token' is not affine and cannot be folded; train with 'layer' or 'dim'")
         spec = replace(self.spec, normalization="none")

@@ -50,6 +50,8 @@ def test_fold_is_the_same_function(kind):
 def test_fold_refuses_what_it_cannot_fold():
     with pytest.raises(ValueError, match="'token' is not affine"):
         make(normalization="token").fold()
+    with pytest.raises(ValueError, match="by_norm compares decoder norms, .* convert it to jumprelu first"):
+        make(activation="topk", k=2, by_norm=True).fold()
 
 
 def test_initial_values():

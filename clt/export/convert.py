@@ -1,0 +1,48 @@
+"""TopK and BatchTopK transcoders as JumpReLU ones, which other tools can load and which need no other token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from clt.model.spec import CLTConfig
+from clt.model.transcoder import CrossLayerTranscoder
+
+_FEATURES = 256  # whose pre-activations are sorted at once
+_ROWS = 4096  # that are encoded at once
+
+
+@torch.no_grad()
+def to_jumprelu(transcoder: CrossLayerTranscoder, x: Tensor) -> CrossLayerTranscoder:
+    """The same weights with thresholds by which each feature fires as often on x (n, L, D) as it does now.
+
+    x are residual streams in model units, n rows. A threshold lies midway between the pre-activations of which one more
+    and one fewer would fire; that of a feature which never fires on x is its largest pre-activation. Without
+    normalization `token`, the result folds exactly.
+    """
+    plain = CLTConfig()
+    rule = {name: getattr(plain, name) for name in ("k", "k_start", "by_norm", "threshold")}
+    spec = replace(transcoder.spec, activation="jumprelu", **rule)
+    converted = CrossLayerTranscoder(transcoder.n_layers, transcoder.d_acts, spec).to(transcoder.b_dec)
+    converted.load_state_dict(transcoder.state_dict())
+    for layer, of_layer in enumerate(x.unbind(1)):
+        fired = torch.zeros(transcoder.d_features, dtype=torch.int64, device=x.device)
+        for rows in of_layer.split(_ROWS):
+            fired += (transcoder.encode_layer(rows, layer) > 0).sum(0)
+        inputs = transcoder.normalization.input(of_layer, layer)
+        for first in range(0, transcoder.d_features, _FEATURES):
+            part = slice(first, first + _FEATURES)
+            pre = inputs @ transcoder.W_enc[layer, :, part] + transcoder.b_enc[layer, part]
+            converted.threshold[0, layer, part] = _between(pre, fired[part])
+    return converted
+
+
+def _between(pre: Tensor, count: Tensor) -> Tensor:
+    """Thresholds (f,) above which `count` (f,) of the values of each column of pre (n, f) are; never negative."""
+    ordered = pre.sort(0, descending=True).values
+    last_in = ordered.gather(0, (count - 1).clamp_min(0).unsqueeze(0))
+    first_out = ordered.gather(0, count.clamp_max(len(pre) - 1).unsqueeze(0)).clamp_min(0)
+    middle = torch.where(count == 0, last_in, (last_in + first_out) / 2)
+    return torch.where(count == len(pre), 0, middle).clamp_min(0).squeeze(0)
