@@ -18,6 +18,8 @@ class CLTConfig:
     """The rule for the threshold above which a feature fires: `jumprelu` learns one per feature, `relu` has 0."""
     cross_layer: bool = True
     """Let a feature write to its own and all later layers; false makes one transcoder per layer."""
+    skip: bool = False
+    """Add a matrix per layer from a layer's normalised input to its output, beside the features."""
     threshold: Annotated[float, NOT_NEGATIVE] = 0.03
     """Initial threshold of jumprelu, in normalised pre-activation units."""
     bandwidth: Annotated[float, POSITIVE] = 1.0

@@ -19,7 +19,7 @@ def test_forward_equals_the_naive_double_loop(options):
     _, features = naive_features(clt, x)
     assert 0.2 < (features > 0).double().mean() < 0.8
     torch.testing.assert_close(clt.encode(x), features, atol=1e-12, rtol=0)
-    expected = naive_reconstruction(clt, features) * clt.normalization.target_sd + clt.normalization.target_mean
+    expected = naive_reconstruction(clt, features, x) * clt.normalization.target_sd + clt.normalization.target_mean
     torch.testing.assert_close(clt(x), expected, atol=1e-12, rtol=0)
 
 
@@ -28,21 +28,23 @@ def test_forward_equals_the_naive_double_loop(options):
 def test_the_dense_decoder_is_causal_and_decodes_the_same(options):
     clt = make(**options)
     dense, features = clt.dense_decoder(), torch.rand(B, L, F, dtype=torch.float64)
+    x = batch()[:, 0]
     y = torch.einsum("bsf,stfd->btd", features, dense) + clt.b_dec
-    torch.testing.assert_close(clt.normalization.output(y), clt.decode(features))
+    torch.testing.assert_close(clt.normalization.output(y), clt.decode(features, x))
     for s in range(L):
         assert not dense[s, :s].any(), "a feature writes to an earlier layer"
 
 
+@pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("kind", ["layer", "dim", "none"])
 @torch.no_grad()
-def test_fold_is_the_same_function(kind):
-    clt = make(normalization=kind).float()
+def test_fold_is_the_same_function(kind, skip):
+    clt = make(normalization=kind, skip=skip).float()
     x = batch()[:, 0].float()
     folded = clt.fold()
     assert folded.normalization.kind == "none"
     torch.testing.assert_close(folded.encode(x), clt.encode(x), rtol=1e-6, atol=1e-5)
-    double = make(normalization=kind)
+    double = make(normalization=kind, skip=skip)
     error = (folded.double()(x.double()) - double(x.double())).norm() / double(x.double()).norm()
     assert error < 1e-6
 
@@ -53,17 +55,18 @@ def test_fold_refuses_what_it_cannot_fold():
 
 
 def test_initial_values():
-    clt = CrossLayerTranscoder(4, 64, CLTConfig(d_features=256))
+    clt = CrossLayerTranscoder(4, 64, CLTConfig(d_features=256, skip=True))
     assert clt.W_enc.abs().max() <= 256**-0.5 < clt.W_enc.abs().max() * 1.001
     for weight in clt.W_dec:
         assert weight.abs().max() <= (4 * 64) ** -0.5 < weight.abs().max() * 1.01
     assert not clt.b_enc.any()
     assert not clt.b_dec.any()
+    assert not clt.W_skip.any()
     assert torch.all(clt.threshold == 0.03)
 
 
 def test_save_and_load(tmp_path):
-    clt = make(cross_layer=False, normalization="dim").float()
+    clt = make(cross_layer=False, normalization="dim", skip=True).float()
     clt.save_pretrained(tmp_path / "out")
     loaded = CrossLayerTranscoder.from_pretrained(tmp_path / "out")
     assert loaded.config == clt.config
@@ -161,6 +164,16 @@ def test_negative_thresholds_of_older_checkpoints_load(tmp_path):
         clt.threshold.fill_(-1.0)
     clt.save_pretrained(tmp_path)
     assert torch.all(CrossLayerTranscoder.from_pretrained(tmp_path).threshold == -1)
+
+
+def test_older_transcoders_load(tmp_path):
+    """Their config.json has none of the later fields, and they compute what they did."""
+    clt = make().float()
+    clt.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in clt.config.items() if k != "skip"}))
+    loaded = CrossLayerTranscoder.from_pretrained(tmp_path)
+    assert loaded.config == clt.config
+    assert torch.equal(loaded(batch()[:, 0].float()), clt(batch()[:, 0].float()))
 
 
 def test_loading_draws_no_random_numbers(tmp_path):
