@@ -287,6 +287,7 @@ def load_config(
     for place, texts in (("the environment", environment), ("the command line", overrides)):
         for text in texts:
             merge_text(config, text, place)
+    config.clt.check()
     if config.data.source == "server" and config.data.url is None:
         raise UserError("data.source=server but data.url is null: set it to the server's, e.g. http://127.0.0.1:8000")
     if (config.lm.input_site is None) != (config.lm.output_site is None):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from clt.ranges import NOT_NEGATIVE, POSITIVE, SHARE
+from clt.errors import UserError
+from clt.ranges import NOT_NEGATIVE, POSITIVE, SHARE, WINDOW, fit, hints
 
 
 @dataclass
@@ -18,6 +19,8 @@ class CLTConfig:
     """The rule for the threshold above which a feature fires: `jumprelu` learns one per feature, `relu` has 0."""
     cross_layer: bool = True
     """Let a feature write to its own and all later layers; false makes one transcoder per layer."""
+    window: Annotated[int | None, WINDOW] = None
+    """Layers that a feature writes to, its own and the next; null: all later ones. One is `cross_layer: false`."""
     skip: bool = False
     """Add a matrix per layer from a layer's normalised input to its output, beside the features."""
     threshold: Annotated[float, NOT_NEGATIVE] = 0.03
@@ -28,6 +31,16 @@ class CLTConfig:
     """Send the straight-through gradient to the pre-activation as well (Anthropic, January 2025)."""
     normalization: Literal["layer", "dim", "token", "none"] = "layer"
     """Statistics that inputs and targets are normalised by; `token` is by each input vector's own mean and sd."""
+
+    def check(self) -> None:
+        """Raise UserError for a value that is out of its range, and for values that do not go together."""
+        for name, hint in hints(type(self)).items():
+            fit(name, hint, getattr(self, name))
+        if self.window is not None and not self.cross_layer:
+            raise UserError(
+                f"clt.window={self.window} and clt.cross_layer=false, with which a feature writes to one layer: set "
+                "clt.window=null, or clt.cross_layer=true"
+            )
 
 
 @dataclass

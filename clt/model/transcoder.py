@@ -40,14 +40,15 @@ class CrossLayerTranscoder(nn.Module):
         y~[b, t] = sum_{s <= t} a[b, s] @ W_dec[s -> t] + b_dec[t]  W_dec.{s} (F, L - s, D), b_dec (L, D)
                    + x~[b, t] @ W_skip[t]                           W_skip (L, D, D), or None without `skip`
 
-    of B tokens, L layers, D = d_acts residual width, F = d_features per layer. With `cross_layer=False` W_dec.{s} is
+    of B tokens, L layers, D = d_acts residual width, F = d_features per layer. With a `window` of w, W_dec.{s} is
+    (F, min(w, L - s), D): a feature writes to its own and the next w - 1 layers. With `cross_layer=False` it is
     (F, 1, D): one independent transcoder per layer.
 
     A shard (i, n) holds the i-th of n equal parts of every layer's features, and the whole of b_dec and W_skip: F is
     then its own number of features, and `sum_shards` must add up a partial reconstruction over all shards, in place.
     Its initial weights are that part of the whole transcoder's.
 
-    Raises UserError for a value of `spec` that is out of its range, ValueError when n does not divide the features.
+    Raises UserError as `CLTConfig.check`, ValueError when n does not divide the features.
     """
 
     def __init__(
@@ -60,8 +61,7 @@ class CrossLayerTranscoder(nn.Module):
         sum_shards: Callable[[Tensor], Tensor] = unsharded,
     ) -> None:
         super().__init__()
-        for name, hint in hints(type(spec)).items():
-            fit(name, hint, getattr(spec, name))
+        spec.check()
         (part, parts), d_features = shard, spec.d_features
         if d_features % parts:
             raise ValueError(f"{d_features} features cannot be split into {parts} equal shards; wanted a divisor")
@@ -78,8 +78,9 @@ class CrossLayerTranscoder(nn.Module):
         self.threshold = nn.Parameter(
             torch.full((1, L, F), spec.threshold), requires_grad=spec.activation == "jumprelu"
         )
+        reach = (spec.window or L) if spec.cross_layer else 1
         self.W_dec = nn.ParameterList(
-            uniform(bound_dec, d_features, L - s if spec.cross_layer else 1, D)[self.features].clone() for s in range(L)
+            uniform(bound_dec, d_features, min(reach, L - s), D)[self.features].clone() for s in range(L)
         )
         self.b_dec = nn.Parameter(torch.zeros(L, D))
         self.W_skip = nn.Parameter(torch.zeros(L, D, D)) if spec.skip else None
@@ -183,6 +184,7 @@ class CrossLayerTranscoder(nn.Module):
             if odd := tree.keys() - fields.keys():
                 raise ValueError(f"unknown {', '.join(map(shown, sorted(odd)))}; wanted {', '.join(fields)}")
             spec = CLTConfig(**{name: fit(name, fields[name], value) for name, value in tree.items()})
+            spec.check()
         with reading(weights, remedy), safe_open(weights, "pt") as file:
             headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             found = {name: header.get_shape() for name, header in headers.items()}

@@ -73,9 +73,10 @@ def test_a_sharded_run_is_evaluated_by_one_process(train, train_overrides, tmp_p
     Trained with compiled kernels, to the weights of one eager process.
     """
     options = ["parallel.feature_shards=2", "train.compile=true", f"run.dir={tmp_path}"]
-    result = launch(*train_overrides, *options, "clt.skip=true", processes=2)
+    model = ["clt.skip=true", "clt.window=2"]
+    result = launch(*train_overrides, *options, *model, processes=2)
     assert result.returncode == 0, result.stderr
-    for name, tensor in train("clt.skip=true").weights.items():
+    for name, tensor in train(*model).weights.items():
         torch.testing.assert_close(weights(tmp_path)[name], tensor, rtol=1e-4, atol=1e-5)
     cli.main(["eval", str(tmp_path)])
     alone = json.loads((tmp_path / "report_step_00000010" / "evaluation.json").read_text())
@@ -109,7 +110,7 @@ RESUME = ["train.steps=20", "checkpoint.every=10", "checkpoint.keep=9", "log.eve
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
-    "options", ["", "train.precision=fp16", "train.accumulate=3 clt.skip=true", "train.compile=true"]
+    "options", ["", "train.precision=fp16", "train.accumulate=3 clt.skip=true clt.window=2", "train.compile=true"]
 )
 def test_a_resumed_run_is_the_undisturbed_run_to_the_bit(train, tmp_path, options):
     whole = train(*RESUME, *options.split())

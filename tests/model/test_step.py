@@ -13,7 +13,9 @@ from clt.train.distributed import GradientMemory
 from tests.model.naive import F, batch, coefficients, losses, make
 
 
-@pytest.mark.parametrize("options", [{}, {"cross_layer": False}, {"normalization": "token", "skip": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"cross_layer": False}, {"normalization": "token", "skip": True}, {"window": 2}], ids=str
+)
 def test_gradients_of_everything_but_the_threshold(options):
     """gradcheck perturbs by 1e-6, far less than any pre-activation's distance from its threshold here."""
     clt, data = make(**options), batch()[:4]

@@ -23,7 +23,7 @@ def test_forward_equals_the_naive_double_loop(options):
     torch.testing.assert_close(clt(x), expected, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"cross_layer": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"cross_layer": False}, {"window": 2}], ids=str)
 @torch.no_grad()
 def test_the_dense_decoder_is_causal_and_decodes_the_same(options):
     clt = make(**options)
@@ -35,16 +35,16 @@ def test_the_dense_decoder_is_causal_and_decodes_the_same(options):
         assert not dense[s, :s].any(), "a feature writes to an earlier layer"
 
 
-@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("options", [{}, {"skip": True, "window": 2}], ids=str)
 @pytest.mark.parametrize("kind", ["layer", "dim", "none"])
 @torch.no_grad()
-def test_fold_is_the_same_function(kind, skip):
-    clt = make(normalization=kind, skip=skip).float()
+def test_fold_is_the_same_function(kind, options):
+    clt = make(normalization=kind, **options).float()
     x = batch()[:, 0].float()
     folded = clt.fold()
     assert folded.normalization.kind == "none"
     torch.testing.assert_close(folded.encode(x), clt.encode(x), rtol=1e-6, atol=1e-5)
-    double = make(normalization=kind, skip=skip)
+    double = make(normalization=kind, **options)
     error = (folded.double()(x.double()) - double(x.double())).norm() / double(x.double()).norm()
     assert error < 1e-6
 
@@ -89,6 +89,8 @@ def test_save_and_load(tmp_path):
         ({"n_layers": None}, "n_layers is None; wanted int"),
         ({"d_acts": 2.5}, "d_acts is 2.5; wanted int"),
         ({"activation": ["relu"]}, "activation is .*; wanted one of"),
+        ({"window": 0}, "window is 0; wanted 2 or more layers"),
+        ({"window": 2, "cross_layer": False}, "clt.window=2 and clt.cross_layer=false"),
         ({"sum_shards": 1}, "unknown 'sum_shards'; wanted d_features"),
     ],
 )
@@ -166,11 +168,13 @@ def test_negative_thresholds_of_older_checkpoints_load(tmp_path):
     assert torch.all(CrossLayerTranscoder.from_pretrained(tmp_path).threshold == -1)
 
 
-def test_older_transcoders_load(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"cross_layer": False}], ids=str)
+def test_older_transcoders_load(tmp_path, options):
     """Their config.json has none of the later fields, and they compute what they did."""
-    clt = make().float()
+    clt = make(**options).float()
     clt.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in clt.config.items() if k != "skip"}))
+    older = {key: value for key, value in clt.config.items() if key not in ("skip", "window")}
+    (tmp_path / "config.json").write_text(json.dumps(older))
     loaded = CrossLayerTranscoder.from_pretrained(tmp_path)
     assert loaded.config == clt.config
     assert torch.equal(loaded(batch()[:, 0].float()), clt(batch()[:, 0].float()))
@@ -192,6 +196,10 @@ def test_loading_draws_no_random_numbers(tmp_path):
         ({"normalization": "batch"}, "normalization is 'batch'; wanted one of layer, dim, token, none"),
         ({"bandwidth": 0.0}, "bandwidth is 0.0; wanted a positive number"),
         ({"d_features": 0}, "d_features is 0; wanted a positive number"),
+        ({"window": 0}, r"window is 0; wanted 2 or more layers \(one is cross_layer=false\) or null"),
+        ({"window": -3}, "window is -3; wanted 2 or more layers"),
+        ({"window": 1}, r"window is 1; wanted 2 or more layers \(one is cross_layer=false\) or null"),
+        ({"window": 2, "cross_layer": False}, "clt.window=2 and clt.cross_layer=false, .*: set clt.window=null, or"),
     ],
 )
 def test_values_out_of_range_are_named(option, message):
@@ -202,3 +210,8 @@ def test_values_out_of_range_are_named(option, message):
 def test_per_layer_mode_has_no_cross_terms():
     assert [tuple(w.shape) for w in make(cross_layer=False).W_dec] == [(F, 1, D)] * L
     assert [tuple(w.shape) for w in make().W_dec] == [(F, L - s, D) for s in range(L)]
+
+
+@pytest.mark.parametrize(("window", "layers"), [(2, [2, 2, 1]), (3, [3, 2, 1]), (9, [3, 2, 1])])
+def test_a_window_is_as_many_layers_as_there_are(window, layers):
+    assert [tuple(w.shape) for w in make(window=window).W_dec] == [(F, T, D) for T in layers]

@@ -26,7 +26,7 @@ def heldout(stores):
 @pytest.fixture(scope="module")
 def transcoder(stores):
     torch.manual_seed(0)
-    clt = CrossLayerTranscoder(3, 16, CLTConfig(d_features=24, skip=True))
+    clt = CrossLayerTranscoder(3, 16, CLTConfig(d_features=24, window=2, skip=True))
     statistics = DiscBuffer(stores / "train").statistics
     clt.normalization.set(statistics.input_mean, statistics.input_sd, statistics.target_mean, statistics.target_sd)
     with torch.no_grad():
