@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from clt.errors import UserError
-from clt.model.spec import CLTConfig, LossConfig
+from clt.model.spec import CLTConfig, LossConfig, check_rule
 from clt.parsing import merge_file, merge_text
 from clt.ranges import ASCENDING, DECAY_RATES, FREE, NAME, NOT_NEGATIVE, PORT, POSITIVE, SEED, SHARE, SITE, free
 
@@ -287,11 +287,11 @@ def load_config(
     for place, texts in (("the environment", environment), ("the command line", overrides)):
         for text in texts:
             merge_text(config, text, place)
-    config.clt.check()
     if config.data.source == "server" and config.data.url is None:
         raise UserError("data.source=server but data.url is null: set it to the server's, e.g. http://127.0.0.1:8000")
     if (config.lm.input_site is None) != (config.lm.output_site is None):
         raise UserError("lm.input_site and lm.output_site go together: set both, or neither")
+    check_rule(config.clt)
     return config
 
 

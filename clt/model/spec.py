@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from clt.errors import UserError
-from clt.ranges import NOT_NEGATIVE, POSITIVE, SHARE, WINDOW, fit, hints
+from clt.ranges import NOT_NEGATIVE, POSITIVE, SHARE, WINDOW
 
 
 @dataclass
@@ -32,15 +32,14 @@ class CLTConfig:
     normalization: Literal["layer", "dim", "token", "none"] = "layer"
     """Statistics that inputs and targets are normalised by; `token` is by each input vector's own mean and sd."""
 
-    def check(self) -> None:
-        """Raise UserError for a value that is out of its range, and for values that do not go together."""
-        for name, hint in hints(type(self)).items():
-            fit(name, hint, getattr(self, name))
-        if self.window is not None and not self.cross_layer:
-            raise UserError(
-                f"clt.window={self.window} and clt.cross_layer=false, with which a feature writes to one layer: set "
-                "clt.window=null, or clt.cross_layer=true"
-            )
+
+def check_rule(clt: CLTConfig, n_layers: int | None = None) -> None:
+    """Raise UserError when values do not go together; null leaves out what depends on the layers."""
+    if clt.window is not None and not clt.cross_layer:
+        raise UserError(
+            f"clt.window is {clt.window} but clt.cross_layer is false, so that a feature writes to one layer; wanted "
+            "clt.window=null, or clt.cross_layer=true"
+        )
 
 
 @dataclass

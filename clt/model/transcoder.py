@@ -16,7 +16,7 @@ from clt.errors import mismatches, shown
 from clt.files import read_object, reading
 from clt.model.activations import fire, thresholds
 from clt.model.normalization import ALL, Normalization
-from clt.model.spec import CLTConfig
+from clt.model.spec import CLTConfig, check_rule
 from clt.ranges import POSITIVE, fit, hints
 
 FEATURE_DIM = {"W_enc": 2, "b_enc": 1, "threshold": 2, "W_dec": 0}  # every other tensor is whole in each shard
@@ -48,7 +48,8 @@ class CrossLayerTranscoder(nn.Module):
     then its own number of features, and `sum_shards` must add up a partial reconstruction over all shards, in place.
     Its initial weights are that part of the whole transcoder's.
 
-    Raises UserError as `CLTConfig.check`, ValueError when n does not divide the features.
+    Raises UserError for a value of `spec` that is out of its range and as `check_rule`, ValueError when n does not
+    divide the features.
     """
 
     def __init__(
@@ -61,7 +62,9 @@ class CrossLayerTranscoder(nn.Module):
         sum_shards: Callable[[Tensor], Tensor] = unsharded,
     ) -> None:
         super().__init__()
-        spec.check()
+        for name, hint in hints(type(spec)).items():
+            fit(name, hint, getattr(spec, name))
+        check_rule(spec, n_layers)
         (part, parts), d_features = shard, spec.d_features
         if d_features % parts:
             raise ValueError(f"{d_features} features cannot be split into {parts} equal shards; wanted a divisor")
@@ -184,7 +187,7 @@ class CrossLayerTranscoder(nn.Module):
             if odd := tree.keys() - fields.keys():
                 raise ValueError(f"unknown {', '.join(map(shown, sorted(odd)))}; wanted {', '.join(fields)}")
             spec = CLTConfig(**{name: fit(name, fields[name], value) for name, value in tree.items()})
-            spec.check()
+            check_rule(spec, L)
         with reading(weights, remedy), safe_open(weights, "pt") as file:
             headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             found = {name: header.get_shape() for name, header in headers.items()}

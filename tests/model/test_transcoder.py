@@ -90,7 +90,7 @@ def test_save_and_load(tmp_path):
         ({"d_acts": 2.5}, "d_acts is 2.5; wanted int"),
         ({"activation": ["relu"]}, "activation is .*; wanted one of"),
         ({"window": 0}, "window is 0; wanted 2 or more layers"),
-        ({"window": 2, "cross_layer": False}, "clt.window=2 and clt.cross_layer=false"),
+        ({"window": 2, "cross_layer": False}, "clt.window is 2 but clt.cross_layer is false"),
         ({"sum_shards": 1}, "unknown 'sum_shards'; wanted d_features"),
     ],
 )
@@ -199,7 +199,10 @@ def test_loading_draws_no_random_numbers(tmp_path):
         ({"window": 0}, r"window is 0; wanted 2 or more layers \(one is cross_layer=false\) or null"),
         ({"window": -3}, "window is -3; wanted 2 or more layers"),
         ({"window": 1}, r"window is 1; wanted 2 or more layers \(one is cross_layer=false\) or null"),
-        ({"window": 2, "cross_layer": False}, "clt.window=2 and clt.cross_layer=false, .*: set clt.window=null, or"),
+        (
+            {"window": 2, "cross_layer": False},
+            "clt.window is 2 but clt.cross_layer is false, .*; wanted clt.window=null, or",
+        ),
     ],
 )
 def test_values_out_of_range_are_named(option, message):
