@@ -16,8 +16,11 @@ largest weight of the tensor, shows them). And JumpReLU's gradients end at the e
 pre-activation inside it in one layout and outside it in another, and a threshold's gradient then differs by one
 token's part. With half a million pre-activations a step this happened once in 20 steps, with 32,000 it did not.
 
-Memory is what a rank keeps between steps (weights, gradients, optimizer state) as a share of one process's; bytes are
-those that the loopback device of a network namespace carried per step, against the formula (they need root).
+The transcoder has a skip connection, which every feature shard holds and updates whole.
+
+Memory is what a rank keeps between steps (weights, gradients, optimizer state; without the skip connection, in a model
+this small the largest tensor) as a share of one process's; bytes are those that the loopback device of a network
+namespace carried per step, against the formula (they need root).
 """
 
 from __future__ import annotations
@@ -127,7 +130,7 @@ def bytes_per_step(data: int, feature: int, tokens: int) -> int:
     Partial reconstructions: (tokens / data, L, D) a rank, along feature; batches: twice that in float16, from one rank.
     """
     L, D, F = 4, 128, 256 // feature
-    parameters = F * (L * D + 2 * L + D * L * (L + 1) // 2) + L * D
+    parameters = F * (L * D + 2 * L + D * L * (L + 1) // 2) + L * D + L * D * D
     return 4 * (feature * 2 * (data - 1) * parameters + data * 2 * (feature - 1) * (tokens // data) * L * D) + (
         (feature - 1) * tokens * 2 * L * D * 2
     )
@@ -165,6 +168,7 @@ def main() -> None:
             f"train.batch_tokens={TOKENS}",
             f"eval.dead_window={2 * TOKENS}",
             "clt.threshold=1.5",
+            "clt.skip=true",
             *arguments.set,
         ]
         for data, feature in LAYOUTS:

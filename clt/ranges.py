@@ -25,6 +25,7 @@ class Range(NamedTuple):
 
 POSITIVE = Range(lambda value: value > 0, "a positive number")
 NOT_NEGATIVE = Range(lambda value: value >= 0, "zero or a positive number")
+WINDOW = Range(lambda value: value >= 2, "2 or more layers (one is cross_layer=false)")
 SHARE = Range(lambda value: 0 <= value <= 1, "a share between 0 and 1")
 SEED = Range(lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 PORT = Range(lambda value: 0 < value < 65536, "a port number, 1 to 65535")

@@ -78,6 +78,8 @@ def test_overrides_win_over_the_file_and_are_typed(tmp_path):
         ("optim.decay=2", "optim.decay .* is 2; wanted a share between 0 and 1"),
         ("optim.betas=[0.9]", r"optim.betas .* wanted two numbers in \[0, 1\)"),
         ("lm.layers=[3, 1]", r"lm.layers .* is \[3, 1\]; wanted ascending layer numbers"),
+        ("clt.window=0", "clt.window in the command line is 0; wanted 2 or more layers"),
+        ("clt={window: 2, cross_layer: false}", "clt.window is 2 but clt.cross_layer is false"),
         ("lm.input_site='h.{layer}.ln'", "lm.input_site and lm.output_site go together"),
         ("lm.input_site=h.0.ln", r"lm.input_site in the command line is 'h.0.ln'; wanted a path with \{layer\}"),
         ("lm=4", "lm in the command line is 4; wanted a mapping with keys of model, revision,"),

@@ -20,8 +20,8 @@ class Transcoder(Protocol):
         """(N, D) raw residual stream -> (N, F) features of one layer."""
         ...
 
-    def decode_layer(self, features: Sequence[Tensor], layer: int) -> Tensor:
-        """Features [(N, F)] of layers 0..layer -> (N, D) output of the MLP of `layer`."""
+    def decode_layer(self, features: Sequence[Tensor], x: Tensor, layer: int) -> Tensor:
+        """Features [(N, F)] of layers 0..layer, and `layer`'s own x (N, D) -> (N, D) output of its MLP."""
         ...
 
 
@@ -58,8 +58,9 @@ def replaced_logits(lm: LanguageModel, transcoder: Transcoder, input_ids: Tensor
     features: list[Tensor] = []  # L x (N * T, F)
 
     def replace(layer: int, x: Tensor) -> Tensor:
-        features.append(transcoder.encode_layer(x.flatten(0, 1), layer))
-        return transcoder.decode_layer(features, layer).view_as(x)
+        rows = x.flatten(0, 1)
+        features.append(transcoder.encode_layer(rows, layer))
+        return transcoder.decode_layer(features, rows, layer).view_as(x)
 
     return run_with_mlps(lm, input_ids, keep, replace)
 
@@ -108,9 +109,10 @@ class ReplacementModel:
             for layer, site in enumerate(self.lm.sites):
                 x = residual(self.lm, input_ids.shape, site.input_path, self.nnsight.get(site.input_path).input)
                 target = self.nnsight.get(site.output_path)
-                encoded = self.transcoder.encode_layer(x.float().flatten(0, 1), layer).unflatten(0, x.shape[:2])
+                rows = x.float().flatten(0, 1)
+                encoded = self.transcoder.encode_layer(rows, layer).unflatten(0, x.shape[:2])
                 features.append(encoded if intervene is None else intervene(layer, encoded))
-                written = self.transcoder.decode_layer([f.flatten(0, 1) for f in features], layer).view_as(x)
+                written = self.transcoder.decode_layer([f.flatten(0, 1) for f in features], rows, layer).view_as(x)
                 output = target.output
                 original = residual(self.lm, input_ids.shape, site.output_path, output)
                 target.output = put_back(output, _merged(original, mask, written))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clt.model.aux import auxk
 from clt.model.spec import LossConfig
-from clt.model.step import Encode, SquaredError, Step, Target, Write, make_kernels
+from clt.model.step import Encode, Skip, SquaredError, Step, Target, Write, make_kernels
 from clt.model.topk import Layer, batch_threshold, token_thresholds
 from clt.model.transcoder import CrossLayerTranscoder, unsharded
 
@@ -135,6 +135,8 @@ class Objective(nn.Module):
             del features
             if clt.shards > 1:
                 y = SumOverShards.apply(y, clt.sum_shards)
+            if clt.W_skip is not None:
+                y = Skip.apply(y, x, clt.W_skip, step)
             unit = norm.target_sd if self.loss.target_scale == "none" else None
             target = Target(activations, norm.target_mean, norm.target_sd, unit)
             mse_per_layer = SquaredError.apply(y, clt.b_dec, target, self.kernels)  # type: ignore[misc]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from clt.errors import UserError
-from clt.ranges import NOT_NEGATIVE, POSITIVE, SHARE
+from clt.ranges import NOT_NEGATIVE, POSITIVE, SHARE, WINDOW
 
 BY_K = ("topk", "batchtopk")
 """The rules that choose how many features fire."""
@@ -30,6 +30,10 @@ class CLTConfig:
     """`topk` and `batchtopk` compare pre * ||W_dec|| instead of pre: features compete by what they write."""
     cross_layer: bool = True
     """Let a feature write to its own and all later layers; false makes one transcoder per layer."""
+    window: Annotated[int | None, WINDOW] = None
+    """Layers that a feature writes to, its own and the next; null: all later ones. One is `cross_layer: false`."""
+    skip: bool = False
+    """Add a matrix per layer from a layer's normalised input to its output, beside the features."""
     threshold: Annotated[float, POSITIVE] = 0.03
     """Initial threshold of jumprelu, in normalised pre-activation units; it never falls below 0.01, or below this."""
     bandwidth: Annotated[float, POSITIVE] = 1.0
@@ -41,7 +45,12 @@ class CLTConfig:
 
 
 def check_rule(clt: CLTConfig, n_layers: int | None = None) -> None:
-    """Raise UserError when k and the activation do not go together; null leaves out what depends on the layers."""
+    """Raise UserError when values do not go together; null leaves out what depends on the layers."""
+    if clt.window is not None and not clt.cross_layer:
+        raise UserError(
+            f"clt.window is {clt.window} but clt.cross_layer is false, so that a feature writes to one layer; wanted "
+            "clt.window=null, or clt.cross_layer=true"
+        )
     by_k = clt.activation in BY_K
     if not by_k and (field := next((f for f in ("k", "k_start", "by_norm") if getattr(clt, f)), None)):
         raise UserError(

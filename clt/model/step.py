@@ -4,6 +4,7 @@
     theta_s   by the activation's rule                             activations.theta, topk
     a_s       = fire(product_s + b_enc[s], theta_s)                Write, layer by layer
     y~_s      = [a_0 .. a_s] @ [W_dec[0 -> s]; ..; W_dec[s -> s]]
+    y~_s     += x~_s @ W_skip[s]                                   Skip, all layers, after the sum over feature shards
 
 Products run in x's dtype (bf16 under autocast) and add up in float32. Matrices are laid out such that no product has a
 transposed left factor: on CPUs it takes twice as long.
@@ -214,6 +215,36 @@ def multiply_into(out: Tensor, features: Tensor, weights: Tensor) -> None:
         out.zero_()
         for block, weight in zip(features.split(weights.shape[1], dim=1), weights):
             out.addmm_(block.to(out.dtype), weight.to(out.dtype))
+
+
+class Skip(torch.autograd.Function):
+    """Adds x~[:, t] @ W_skip[t] to y~[:, t] (B, D) of every layer t, in place. W_skip (L, D, D); x~ gets no gradient.
+
+    Every feature shard has the whole of W_skip, and y~ is already summed over the shards. So each of them adds the same
+    to the same: the product counts once, and its gradient needs no sum over shards.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, x: Tensor, W_skip: Tensor, step: Step) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.step = W_skip, step
+        written = y.new_empty(y.shape[0], y.shape[2])
+        for out, of_layer, weight in zip(y.unbind(1), x.unbind(1), W_skip.to(x.dtype).split(1)):
+            multiply_into(written, of_layer, weight)
+            out += written
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y: Tensor):  # type: ignore[override]
+        if not ctx.needs_input_grad[2]:  # it is frozen
+            return grad_y, None, None, None
+        (x,), memory = ctx.saved_tensors, ctx.step.gradient_memory(ctx.weight)
+        grad_W_skip = torch.empty_like(ctx.weight) if memory is None else memory
+        for out, of_layer, grad in zip(grad_W_skip, x.unbind(1), grad_y.unbind(1)):
+            out.copy_(ctx.step.kernels.transposed(of_layer) @ grad.to(x.dtype))
+        return grad_y, None, grad_W_skip if memory is None else None, None
 
 
 class SquaredError(torch.autograd.Function):

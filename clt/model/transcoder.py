@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from clt.errors import mismatches, shown
 from clt.files import read_object, reading
 from clt.model.activations import THRESHOLD_FLOOR, fire, theta
-from clt.model.normalization import Normalization
+from clt.model.normalization import ALL, Normalization
 from clt.model.spec import CLTConfig, check_rule
 from clt.model.topk import per_token
 from clt.ranges import POSITIVE, fit, hints
@@ -39,15 +39,18 @@ class CrossLayerTranscoder(nn.Module):
         pre[b, l] = x~[b, l] @ W_enc[l] + b_enc[l]                  W_enc (L, D, F), b_enc (L, F)
         a = fire(pre, theta)                                        threshold (1, L, F), see CLTConfig.activation
         y~[b, t] = sum_{s <= t} a[b, s] @ W_dec[s -> t] + b_dec[t]  W_dec.{s} (F, L - s, D), b_dec (L, D)
+                   + x~[b, t] @ W_skip[t]                           W_skip (L, D, D), or None without `skip`
 
-    of B tokens, L layers, D = d_acts residual width, F = d_features per layer. With `cross_layer=False` W_dec.{s} is
+    of B tokens, L layers, D = d_acts residual width, F = d_features per layer. With a `window` of w, W_dec.{s} is
+    (F, min(w, L - s), D): a feature writes to its own and the next w - 1 layers. With `cross_layer=False` it is
     (F, 1, D): one independent transcoder per layer.
 
-    A shard (i, n) holds the i-th of n equal parts of every layer's features: F is then its own number of features, and
-    `sum_shards` must add up a partial reconstruction over all shards, in place. Its initial weights are that part of
-    the whole transcoder's.
+    A shard (i, n) holds the i-th of n equal parts of every layer's features, and the whole of b_dec and W_skip: F is
+    then its own number of features, and `sum_shards` must add up a partial reconstruction over all shards, in place.
+    Its initial weights are that part of the whole transcoder's.
 
-    Raises UserError for a value of `spec` that is out of its range, ValueError when n does not divide the features.
+    Raises UserError for a value of `spec` that is out of its range and as `check_rule`, ValueError when n does not
+    divide the features.
     """
 
     def __init__(
@@ -80,10 +83,12 @@ class CrossLayerTranscoder(nn.Module):
             torch.full((1, L, F), spec.threshold), requires_grad=spec.activation == "jumprelu"
         )
         self.threshold_floor = min(THRESHOLD_FLOOR, spec.threshold)
+        reach = (spec.window or L) if spec.cross_layer else 1
         self.W_dec = nn.ParameterList(
-            uniform(bound_dec, d_features, L - s if spec.cross_layer else 1, D)[self.features].clone() for s in range(L)
+            uniform(bound_dec, d_features, min(reach, L - s), D)[self.features].clone() for s in range(L)
         )
         self.b_dec = nn.Parameter(torch.zeros(L, D))
+        self.W_skip = nn.Parameter(torch.zeros(L, D, D)) if spec.skip else None
         self.normalization = Normalization(L, D, spec.normalization)
 
     def encode_layer(self, x: Tensor, layer: int) -> Tensor:
@@ -121,26 +126,39 @@ class CrossLayerTranscoder(nn.Module):
         of_shards[self.features.start // self.d_features] = rows
         return self.sum_shards(of_shards).flatten(0, 1)
 
-    def decode_layer(self, features: Sequence[Tensor], layer: int) -> Tensor:
-        """features[s] (B, F) for s = 0 .. layer -> MLP output yhat (B, D) of `layer`, in model units."""
+    def decode_layer(self, features: Sequence[Tensor], x: Tensor, layer: int) -> Tensor:
+        """features[s] (B, F) for s = 0 .. layer, and x (B, D) of `layer` -> its MLP output yhat (B, D).
+
+        x and yhat are in model units.
+        """
         y = features[layer] @ self.W_dec[layer][:, 0]
         for s in range(layer):
             if layer - s < self.W_dec[s].shape[1]:
                 y = y + features[s] @ self.W_dec[s][:, layer - s]
-        return self.normalization.output(self.sum_shards(y) + self.b_dec[layer], layer)
+        return self.finish(y, x, layer)
+
+    def finish(self, y: Tensor, x: Tensor, layer: int | slice = ALL) -> Tensor:
+        """What this shard's features write to y~, and x in model units -> yhat in model units.
+
+        All three are (B, L, D), or (B, D) of one layer.
+        """
+        y = self.sum_shards(y) + self.b_dec[layer]
+        if self.W_skip is not None:
+            y = y + torch.einsum("...d,...de->...e", self.normalization.input(x, layer), self.W_skip[layer])
+        return self.normalization.output(y, layer)
 
     def encode(self, x: Tensor) -> Tensor:
         """Residual streams x (B, L, D) in model units -> features (B, L, F)."""
         return torch.stack([self.encode_layer(of_layer, s) for s, of_layer in enumerate(x.unbind(1))], 1)
 
-    def decode(self, features: Tensor) -> Tensor:
-        """features (B, L, F) -> MLP outputs yhat (B, L, D) in model units."""
+    def decode(self, features: Tensor, x: Tensor) -> Tensor:
+        """features (B, L, F) and residual streams x (B, L, D) -> MLP outputs yhat (B, L, D), in model units."""
         of_layers = features.unbind(1)
-        return torch.stack([self.decode_layer(of_layers, layer) for layer in range(self.n_layers)], 1)
+        return torch.stack([self.decode_layer(of_layers, x[:, layer], layer) for layer in range(self.n_layers)], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual streams x (B, L, D) -> MLP outputs yhat (B, L, D), both in model units."""
-        return self.decode(self.encode(x))
+        return self.decode(self.encode(x), x)
 
     def dense_decoder(self) -> Tensor:
         """The masked square decoder (L, L, F, D) of the papers, [source, target]: for tests, half of it is zeros."""
@@ -168,7 +186,12 @@ class CrossLayerTranscoder(nn.Module):
         folded.threshold.copy_(self.threshold)
         for s, weight in enumerate(self.W_dec):
             folded.W_dec[s].copy_(weight.double() * norm.target_sd[s : s + weight.shape[1]])  # the target layers' scale
-        folded.b_dec.copy_(norm.output(self.b_dec.double()))
+        b_dec = norm.output(self.b_dec.double())
+        if self.W_skip is not None and folded.W_skip is not None:  # both or neither
+            W_skip = self.W_skip.double() / norm.input_sd.unsqueeze(-1) * norm.target_sd.unsqueeze(1)
+            b_dec -= torch.einsum("ld,lde->le", norm.input_mean, W_skip)
+            folded.W_skip.copy_(W_skip)
+        folded.b_dec.copy_(b_dec)
         return folded
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -198,6 +221,7 @@ class CrossLayerTranscoder(nn.Module):
             if odd := tree.keys() - fields.keys():
                 raise ValueError(f"unknown {', '.join(map(shown, sorted(odd)))}; wanted {', '.join(fields)}")
             spec = CLTConfig(**{name: fit(name, fields[name], value) for name, value in tree.items()})
+            check_rule(spec, L)
         with reading(weights, remedy), safe_open(weights, "pt") as file:
             headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             found = {name: header.get_shape() for name, header in headers.items()}

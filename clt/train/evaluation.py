@@ -167,7 +167,7 @@ def _reconstruct(transcoder: CrossLayerTranscoder, x: Tensor, fired: Tensor) -> 
         features = transcoder.encode_layer(x[:, s], s)
         fired[s] += (features > 0).sum(0)
         y[:, s : s + weight.shape[1]] += (features @ weight.flatten(1)).unflatten(1, weight.shape[1:])
-    return transcoder.normalization.output(transcoder.sum_shards(y) + transcoder.b_dec)
+    return transcoder.finish(y, x)
 
 
 @torch.no_grad()

@@ -22,8 +22,9 @@ from clt.train.distributed import GradientMemory, sum_bucket
 
 dist.init_process_group("gloo")
 rank, (L, D, F, B) = dist.get_rank(), (6, 64, 256, 1024)
+spec = CLTConfig(d_features=F, skip=True)
 torch.manual_seed(0)
-alone, objective = (Objective(CrossLayerTranscoder(L, D, CLTConfig(d_features=F)), LossConfig()) for _ in range(2))
+alone, objective = (Objective(CrossLayerTranscoder(L, D, spec), LossConfig()) for _ in range(2))
 objective.load_state_dict(alone.state_dict())
 events, buckets, steps = [], [], []
 
@@ -41,7 +42,7 @@ model = DDP(objective, bucket_cap_mb=0.001, gradient_as_bucket_view=True)
 model.register_comm_hook(dist.group.WORLD, summed)
 clt, terms, passed_on = objective.transcoder, {"sparsity": 0.1, "pre_activation": 0.0, "aux": 0.0}, []
 memory = objective.gradient_memory = GradientMemory(clt.parameters())
-for weight in (clt.W_enc, *clt.W_dec):
+for weight in (clt.W_enc, clt.W_skip, *clt.W_dec):
     weight.register_hook(lambda grad: passed_on.append(grad is not None))
 for step in range(6):
     events.clear(), buckets.clear(), passed_on.clear()
@@ -55,7 +56,7 @@ for step in range(6):
         "events": list(events),
         "error": max(((a.grad - b.grad).norm() / a.grad.norm()).item() for a, b in pairs if a.grad.any()),
         "copied": sum(passed_on),  # what autograd is given, it copies or DDP does
-        "in_buckets": [any(a <= w.grad.data_ptr() < z for a, z in ends) for w in (clt.W_enc, *clt.W_dec)],
+        "in_buckets": [any(a <= w.grad.data_ptr() < z for a, z in ends) for w in (clt.W_enc, clt.W_skip, *clt.W_dec)],
     })
     memory.clear() if step else clt.zero_grad()  # after the first step DDP makes its buckets anew
 json.dump(steps, open(f"{sys.argv[1]}/{rank}.json", "w"))
@@ -93,4 +94,4 @@ def test_decoder_gradients_are_written_into_the_buckets(steps):
     for rank in steps:
         assert all(step["error"] < 1e-5 for step in rank)
         assert all(all(step["in_buckets"]) for step in rank)
-        assert [step["copied"] for step in rank] == [7, 7, 0, 0, 0, 0], "from the third step on, it is known where"
+        assert [step["copied"] for step in rank] == [8, 8, 0, 0, 0, 0], "from the third step on, it is known where"

@@ -73,9 +73,10 @@ def test_a_sharded_run_is_evaluated_by_one_process(train, train_overrides, tmp_p
     Trained with compiled kernels, to the weights of one eager process.
     """
     options = ["parallel.feature_shards=2", "train.compile=true", f"run.dir={tmp_path}"]
-    result = launch(*train_overrides, *options, processes=2)
+    model = ["clt.skip=true", "clt.window=2"]
+    result = launch(*train_overrides, *options, *model, processes=2)
     assert result.returncode == 0, result.stderr
-    for name, tensor in train().weights.items():
+    for name, tensor in train(*model).weights.items():
         torch.testing.assert_close(weights(tmp_path)[name], tensor, rtol=1e-4, atol=1e-5)
     cli.main(["eval", str(tmp_path)])
     alone = json.loads((tmp_path / "report_step_00000010" / "evaluation.json").read_text())
@@ -108,7 +109,9 @@ RESUME = ["train.steps=20", "checkpoint.every=10", "checkpoint.keep=9", "log.eve
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("options", ["", "train.precision=fp16", "train.accumulate=3", "train.compile=true"])
+@pytest.mark.parametrize(
+    "options", ["", "train.precision=fp16", "train.accumulate=3 clt.skip=true clt.window=2", "train.compile=true"]
+)
 def test_a_resumed_run_is_the_undisturbed_run_to_the_bit(train, tmp_path, options):
     whole = train(*RESUME, *options.split())
     interrupt(whole.dir, tmp_path / "half", 10)
@@ -119,7 +122,7 @@ def test_a_resumed_run_is_the_undisturbed_run_to_the_bit(train, tmp_path, option
 
 def test_ranks_resume_to_the_bit(train_overrides, tmp_path):
     """Three addends: their sum depends on the order, and DDP's order must be that of the undisturbed run."""
-    options = [*train_overrides, *RESUME, "eval.replacement_tokens=0", "train.batch_tokens=61"]
+    options = [*train_overrides, *RESUME, "eval.replacement_tokens=0", "train.batch_tokens=61", "clt.skip=true"]
     result = launch(*options, f"run.dir={tmp_path / 'whole'}", processes=3)
     assert result.returncode == 0, result.stderr
     interrupt(tmp_path / "whole", tmp_path / "half", 10)
@@ -136,10 +139,10 @@ the inputs' normalisation, and three of the squared error: none again after the 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_compiled_is_compiled_once_and_equals_eager(train):
     counters = torch._dynamo.utils.counters
-    eager = train("loss.pre_activation=0.1")
+    eager = train("loss.pre_activation=0.1", "clt.skip=true")
     torch._dynamo.reset()
     counters.clear()
-    compiled = train("loss.pre_activation=0.1", "train.compile=true")
+    compiled = train("loss.pre_activation=0.1", "clt.skip=true", "train.compile=true")
     assert counters["stats"]["unique_graphs"] == GRAPHS, counters["stats"]
     assert not counters["graph_break"]
     for name, tensor in compiled.weights.items():

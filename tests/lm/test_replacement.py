@@ -18,20 +18,22 @@ from tests.lm.conftest import blocks, hooks, mlp_branch
 
 
 class CrossLayer(nn.Module):
-    """A random cross-layer transcoder: ReLU features, every layer writes to itself and all later ones."""
+    """A random cross-layer transcoder: ReLU features, which write to their own and all later layers, and a skip."""
 
     def __init__(self, layers: int, d_model: int, d_features: int = 12) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(2)
         self.encoders = nn.Parameter(0.3 * torch.randn(layers, d_model, d_features, generator=generator))
         self.decoders = nn.Parameter(0.3 * torch.randn(layers, layers, d_features, d_model, generator=generator))
+        self.skips = nn.Parameter(0.3 * torch.randn(layers, d_model, d_model, generator=generator))
 
     def encode_layer(self, x: Tensor, layer: int) -> Tensor:
         return torch.relu(x @ self.encoders[layer])
 
-    def decode_layer(self, features: Sequence[Tensor], layer: int) -> Tensor:
+    def decode_layer(self, features: Sequence[Tensor], x: Tensor, layer: int) -> Tensor:
         assert len(features) == layer + 1
-        return torch.stack([f @ self.decoders[source, layer] for source, f in enumerate(features)]).sum(0)
+        written = torch.stack([f @ self.decoders[source, layer] for source, f in enumerate(features)]).sum(0)
+        return written + x @ self.skips[layer]
 
 
 class Swapped(nn.Module):
@@ -92,7 +94,7 @@ def cross_layer_replace(transcoder: CrossLayer) -> Callable[[int, Tensor], Tenso
 
     def replace(index: int, x: Tensor) -> Tensor:
         features.append(transcoder.encode_layer(x, index))
-        return transcoder.decode_layer(features, index)
+        return transcoder.decode_layer(features, x, index)
 
     return replace
 
@@ -137,7 +139,7 @@ def test_only_the_chosen_layers_are_replaced(tiny: Callable[..., LanguageModel],
     def replace(index: int, x: Tensor) -> Tensor:
         if index != 1:
             return mlp_branch(untouched, blocks(untouched)[index], x)
-        return transcoder.decode_layer([transcoder.encode_layer(x, 0)], 0)
+        return transcoder.decode_layer([transcoder.encode_layer(x, 0)], x, 0)
 
     untouched = tiny("llama")
     assert torch.allclose(got, operated(lm, replace, input_ids, keep), atol=1e-4, rtol=1e-4)

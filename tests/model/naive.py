@@ -14,6 +14,9 @@ VARIANTS = [
     {"normalization": "dim"},
     {"normalization": "token"},
     {"normalization": "none"},
+    {"normalization": "token", "skip": True},
+    {"normalization": "dim", "skip": True},
+    {"window": 2},
 ]
 
 
@@ -72,14 +75,18 @@ def naive_features(clt, x):
     return pre, features
 
 
-def naive_reconstruction(clt, features):
-    """y~[b, t] as the double sum over source layers and features, through the dense masked decoder."""
+def naive_reconstruction(clt, features, x):
+    """y~[b, t] as the double sum over source layers and features, and over the dimensions of x~ that the skip reads."""
+    x = naive_normalized(clt, x, "input")
+    reach = (clt.spec.window or L) if clt.spec.cross_layer else 1
     y = torch.zeros(len(features), L, D, dtype=torch.float64)
     for b in range(len(features)):
         for t in range(L):
             y[b, t] = clt.b_dec[t]
             for s in range(t + 1):
-                if clt.spec.cross_layer or s == t:
+                if t - s < reach:
                     for f in range(F):
                         y[b, t] += features[b, s, f] * clt.W_dec[s][f, t - s]
+            for d in range(D if clt.spec.skip else 0):
+                y[b, t] += x[b, t, d] * clt.W_skip[t, d]
     return y

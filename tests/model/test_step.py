@@ -13,7 +13,9 @@ from clt.train.distributed import GradientMemory
 from tests.model.naive import F, batch, coefficients, losses, make
 
 
-@pytest.mark.parametrize("options", [{}, {"cross_layer": False}, {"normalization": "token"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"cross_layer": False}, {"normalization": "token", "skip": True}, {"window": 2}], ids=str
+)
 def test_gradients_of_everything_but_the_threshold(options):
     """gradcheck perturbs by 1e-6, far less than any pre-activation's distance from its threshold here."""
     clt, data = make(**options), batch()[:4]
@@ -33,7 +35,7 @@ def test_the_compiled_step_in_bf16_is_the_eager_one():
     """From a float16 store, twice: the second step writes the decoder's gradients where the first one's were."""
     data, gradients = batch().half(), []
     for compile in (False, True):
-        clt = make().float()
+        clt = make(skip=True).float()
         loss = LossConfig(pre_activation=0.1)
         objective = Objective(clt, loss, compile=compile)
         memory = objective.gradient_memory = GradientMemory(clt.parameters())
@@ -57,9 +59,9 @@ def test_shards_add_up_in_float32(precision):
         partials.append(partial.detach().clone())
         return partial.copy_(torch.stack(partials).double().sum(0))
 
-    whole = make(d_features=2 * F).float()
+    whole = make(d_features=2 * F, skip=True).float()
     for part in range(2):
-        shard = make(d_features=2 * F, shard=(part, 2), sum_shards=add).float()
+        shard = make(d_features=2 * F, skip=True, shard=(part, 2), sum_shards=add).float()
         for name, value in whole.state_dict().items():
             dim, of_shard = feature_dim(name), slice(part * F, (part + 1) * F)
             mine = value if dim is None else value.transpose(0, dim)[of_shard].transpose(0, dim)
@@ -74,20 +76,21 @@ def test_shards_add_up_in_float32(precision):
 
 
 def test_a_frozen_decoder_stays_as_it_is():
-    clt, loss = make(), LossConfig()
+    clt, loss = make(skip=True), LossConfig()
     objective = Objective(clt, loss)
     memory = objective.gradient_memory = GradientMemory(clt.parameters())
     objective(batch(), coefficients(loss)).total.backward()
     memory.clear()
-    clt.W_dec.requires_grad_(False)
+    for weight in (*clt.W_dec, clt.W_skip):
+        weight.requires_grad_(False)
     objective(batch(), coefficients(loss)).total.backward()
-    assert all(weight.grad is None for weight in clt.W_dec)
+    assert all(weight.grad is None for weight in (*clt.W_dec, clt.W_skip))
     assert clt.W_enc.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_autocast_is_within_the_rounding_of_its_dtype(precision):
-    clt, data = make().float(), batch().float()
+    clt, data = make(skip=True).float(), batch().float()
     exact = losses(clt, data)
     exact.total.backward()
     gradients = {name: p.grad.clone() for name, p in clt.named_parameters()}

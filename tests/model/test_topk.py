@@ -112,7 +112,7 @@ def test_encode_fires_the_k_largest_of_each_token_and_layer(by_norm):
     x = naive_normalized(clt, data[:, 0], "input")
     wanted = naive_choice(clt, torch.einsum("bld,ldf->blf", x, clt.W_enc) + clt.b_enc)
     torch.testing.assert_close(clt.encode(data[:, 0]), wanted)
-    torch.testing.assert_close(clt(data[:, 0]), clt.normalization.output(naive_reconstruction(clt, wanted)))
+    torch.testing.assert_close(clt(data[:, 0]), clt.normalization.output(naive_reconstruction(clt, wanted, data[:, 0])))
 
 
 @pytest.mark.parametrize("by_norm", [False, True])

@@ -19,30 +19,32 @@ def test_forward_equals_the_naive_double_loop(options):
     _, features = naive_features(clt, x)
     assert 0.2 < (features > 0).double().mean() < 0.8
     torch.testing.assert_close(clt.encode(x), features, atol=1e-12, rtol=0)
-    expected = naive_reconstruction(clt, features) * clt.normalization.target_sd + clt.normalization.target_mean
+    expected = naive_reconstruction(clt, features, x) * clt.normalization.target_sd + clt.normalization.target_mean
     torch.testing.assert_close(clt(x), expected, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"cross_layer": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"cross_layer": False}, {"window": 2}], ids=str)
 @torch.no_grad()
 def test_the_dense_decoder_is_causal_and_decodes_the_same(options):
     clt = make(**options)
     dense, features = clt.dense_decoder(), torch.rand(B, L, F, dtype=torch.float64)
+    x = batch()[:, 0]
     y = torch.einsum("bsf,stfd->btd", features, dense) + clt.b_dec
-    torch.testing.assert_close(clt.normalization.output(y), clt.decode(features))
+    torch.testing.assert_close(clt.normalization.output(y), clt.decode(features, x))
     for s in range(L):
         assert not dense[s, :s].any(), "a feature writes to an earlier layer"
 
 
+@pytest.mark.parametrize("options", [{}, {"skip": True, "window": 2}], ids=str)
 @pytest.mark.parametrize("kind", ["layer", "dim", "none"])
 @torch.no_grad()
-def test_fold_is_the_same_function(kind):
-    clt = make(normalization=kind).float()
+def test_fold_is_the_same_function(kind, options):
+    clt = make(normalization=kind, **options).float()
     x = batch()[:, 0].float()
     folded = clt.fold()
     assert folded.normalization.kind == "none"
     torch.testing.assert_close(folded.encode(x), clt.encode(x), rtol=1e-6, atol=1e-5)
-    double = make(normalization=kind)
+    double = make(normalization=kind, **options)
     error = (folded.double()(x.double()) - double(x.double())).norm() / double(x.double()).norm()
     assert error < 1e-6
 
@@ -50,22 +52,23 @@ def test_fold_is_the_same_function(kind):
 def test_fold_refuses_what_it_cannot_fold():
     with pytest.raises(ValueError, match="'token' is not affine"):
         make(normalization="token").fold()
-    with pytest.raises(ValueError, match="by_norm compares decoder norms, .* convert it to jumprelu first"):
+    with pytest.raises(ValueError, match=r"by_norm compares decoder norms, .* convert it to jumprelu first"):
         make(activation="topk", k=2, by_norm=True).fold()
 
 
 def test_initial_values():
-    clt = CrossLayerTranscoder(4, 64, CLTConfig(d_features=256))
+    clt = CrossLayerTranscoder(4, 64, CLTConfig(d_features=256, skip=True))
     assert clt.W_enc.abs().max() <= 256**-0.5 < clt.W_enc.abs().max() * 1.001
     for weight in clt.W_dec:
         assert weight.abs().max() <= (4 * 64) ** -0.5 < weight.abs().max() * 1.01
     assert not clt.b_enc.any()
     assert not clt.b_dec.any()
+    assert not clt.W_skip.any()
     assert torch.all(clt.threshold == 0.03)
 
 
 def test_save_and_load(tmp_path):
-    clt = make(cross_layer=False, normalization="dim").float()
+    clt = make(cross_layer=False, normalization="dim", skip=True).float()
     clt.save_pretrained(tmp_path / "out")
     loaded = CrossLayerTranscoder.from_pretrained(tmp_path / "out")
     assert loaded.config == clt.config
@@ -88,6 +91,8 @@ def test_save_and_load(tmp_path):
         ({"n_layers": None}, "n_layers is None; wanted int"),
         ({"d_acts": 2.5}, "d_acts is 2.5; wanted int"),
         ({"activation": ["relu"]}, "activation is .*; wanted one of"),
+        ({"window": 0}, "window is 0; wanted 2 or more layers"),
+        ({"window": 2, "cross_layer": False}, "clt.window is 2 but clt.cross_layer is false"),
         ({"sum_shards": 1}, "unknown 'sum_shards'; wanted d_features"),
     ],
 )
@@ -165,6 +170,18 @@ def test_negative_thresholds_of_older_checkpoints_load(tmp_path):
     assert torch.all(CrossLayerTranscoder.from_pretrained(tmp_path).threshold == -1)
 
 
+@pytest.mark.parametrize("options", [{}, {"cross_layer": False}], ids=str)
+def test_older_transcoders_load(tmp_path, options):
+    """Their config.json has none of the later fields, and they compute what they did."""
+    clt = make(**options).float()
+    clt.save_pretrained(tmp_path)
+    older = {key: value for key, value in clt.config.items() if key not in ("skip", "window")}
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    loaded = CrossLayerTranscoder.from_pretrained(tmp_path)
+    assert loaded.config == clt.config
+    assert torch.equal(loaded(batch()[:, 0].float()), clt(batch()[:, 0].float()))
+
+
 def test_loading_draws_no_random_numbers(tmp_path):
     make().float().save_pretrained(tmp_path)
     before = torch.get_rng_state()
@@ -181,6 +198,13 @@ def test_loading_draws_no_random_numbers(tmp_path):
         ({"normalization": "batch"}, "normalization is 'batch'; wanted one of layer, dim, token, none"),
         ({"bandwidth": 0.0}, "bandwidth is 0.0; wanted a positive number"),
         ({"d_features": 0}, "d_features is 0; wanted a positive number"),
+        ({"window": 0}, r"window is 0; wanted 2 or more layers \(one is cross_layer=false\) or null"),
+        ({"window": -3}, "window is -3; wanted 2 or more layers"),
+        ({"window": 1}, r"window is 1; wanted 2 or more layers \(one is cross_layer=false\) or null"),
+        (
+            {"window": 2, "cross_layer": False},
+            "clt.window is 2 but clt.cross_layer is false, .*; wanted clt.window=null, or",
+        ),
     ],
 )
 def test_values_out_of_range_are_named(option, message):
@@ -191,3 +215,8 @@ def test_values_out_of_range_are_named(option, message):
 def test_per_layer_mode_has_no_cross_terms():
     assert [tuple(w.shape) for w in make(cross_layer=False).W_dec] == [(F, 1, D)] * L
     assert [tuple(w.shape) for w in make().W_dec] == [(F, L - s, D) for s in range(L)]
+
+
+@pytest.mark.parametrize(("window", "layers"), [(2, [2, 2, 1]), (3, [3, 2, 1]), (9, [3, 2, 1])])
+def test_a_window_is_as_many_layers_as_there_are(window, layers):
+    assert [tuple(w.shape) for w in make(window=window).W_dec] == [(F, T, D) for T in layers]

@@ -29,7 +29,7 @@ IDENTITY = {"config_hash": "abc", "data_hash": "def"}
 def trained(steps=3, seed=0, features=8):
     """A small transcoder and its optimizer after a few real steps, and a function that takes one more."""
     torch.manual_seed(seed)
-    objective = Objective(CrossLayerTranscoder(2, 4, CLTConfig(d_features=features)), LossConfig())
+    objective = Objective(CrossLayerTranscoder(2, 4, CLTConfig(d_features=features, skip=True)), LossConfig())
     optimizer = torch.optim.Adam(objective.parameters(), 1e-2, fused=True)
 
     def step(i):
@@ -96,7 +96,7 @@ def test_everything_comes_back_to_the_bit(tmp_path):
 def shards_of(transcoder, optimizer, count):
     """The transcoder and its optimizer state cut into shards, as feature ranks hold them."""
     for i in range(count):
-        shard = CrossLayerTranscoder(2, 4, CLTConfig(d_features=8), shard=(i, count))
+        shard = CrossLayerTranscoder(2, 4, CLTConfig(d_features=8, skip=True), shard=(i, count))
         moved = torch.optim.Adam(shard.parameters(), fused=True)
         for (name, ours), theirs in zip(shard.named_parameters(), transcoder.parameters(), strict=True):
             dim = checkpoint.feature_dim(name)
@@ -135,7 +135,7 @@ def test_every_layout_writes_and_reads_the_same_files(tmp_path, shards, replicas
         ), "every byte is written by one rank"
 
     for i, (shard, moved, tensors) in enumerate(cut):
-        fresh = CrossLayerTranscoder(2, 4, CLTConfig(d_features=8), shard=(i, shards))
+        fresh = CrossLayerTranscoder(2, 4, CLTConfig(d_features=8, skip=True), shard=(i, shards))
         fresh_optimizer = torch.optim.Adam(fresh.parameters(), fused=True)
         found = {"last_fired": torch.zeros_like(tensors["last_fired"]), "loss_scale": torch.zeros(())}
         checkpoint.restore(whole, fresh, fresh_optimizer, found, IDENTITY)

@@ -26,11 +26,12 @@ def heldout(stores):
 @pytest.fixture(scope="module")
 def transcoder(stores):
     torch.manual_seed(0)
-    clt = CrossLayerTranscoder(3, 16, CLTConfig(d_features=24))
+    clt = CrossLayerTranscoder(3, 16, CLTConfig(d_features=24, window=2, skip=True))
     statistics = DiscBuffer(stores / "train").statistics
     clt.normalization.set(statistics.input_mean, statistics.input_sd, statistics.target_mean, statistics.target_sd)
     with torch.no_grad():
         clt.b_enc.sub_(0.3)
+        clt.W_skip.normal_(0, 0.1)
     return clt
 
 
@@ -64,7 +65,7 @@ def test_predicting_the_mean_explains_nothing_and_the_truth_everything(heldout):
         weight.zero_()
     clt.b_dec.copy_(rows[:, 1].mean(0))
     assert evaluate_activations(clt, heldout)["fve"].item() == pytest.approx(0, abs=1e-5)
-    clt.normalization.output = lambda y: rows[:, 1]  # type: ignore[method-assign]
+    clt.normalization.output = lambda y, layer: rows[:, 1]  # type: ignore[method-assign]
     assert evaluate_activations(clt, heldout, batch=len(rows))["nmse"].item() == 0
 
 

@@ -32,6 +32,8 @@ WEIGHTS = {
     "clt.d_features": 20,
     "clt.activation": "relu",
     "clt.cross_layer": False,
+    "clt.window": 2,
+    "clt.skip": True,
     "clt.threshold": 0.2,
     "clt.bandwidth": 0.1,
     "clt.straight_through_pre": True,
