@@ -14,9 +14,8 @@ DEAD = torch.tensor([[True] * 4 + [False] * 3, [False] * 7, [True] + [False] * 6
 def naive_aux(clt, data, unit):
     """The loss of dead features alone; what the others leave is a constant."""
     with torch.no_grad():
-        left = naive_normalized(clt, data[:, 1], "target") - naive_reconstruction(
-            clt, naive_features(clt, data[:, 0])[1]
-        )
+        features = naive_features(clt, data[:, 0])[1]
+        left = naive_normalized(clt, data[:, 1], "target") - naive_reconstruction(clt, features, data[:, 0])
     x, written = naive_normalized(clt, data[:, 0], "input"), torch.zeros_like(left)
     pre = torch.einsum("bld,ldf->blf", x, clt.W_enc) + clt.b_enc
     for b in range(B):
