@@ -24,6 +24,7 @@ def main(config: Config, prepare: bool) -> int:
     # Heavy imports wait until the command line and the config are known to be right.
     import torch
 
+    from clt.files import or_null
     from clt.memory import keep_freed_memory
     from clt.train import distributed as dist
     from clt.train.checkpoint import Checkpoints
@@ -121,7 +122,8 @@ def main(config: Config, prepare: bool) -> int:
                     except UserError:
                         checkpoints.finish()  # the one that is being written is of an earlier step
                         raise
-                    values |= {"grad_norm": grad_norm.item(), "skipped_steps": state.update.skipped.item()}
+                    values["grad_norm"] = or_null(grad_norm.item())
+                    values["skipped_steps"] = state.update.skipped.item()
                     values |= {"learning_rate": lr, "sparsity_coefficient": terms["sparsity"]}
                     logger.log(state.step, values)
                     logger.log(state.step, speed.read(state.step), "speed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,11 @@ def reading(file: Path, remedy: str) -> Iterator[None]:
         raise UserError(f"{file} cannot be read ({error.strerror}): change its mode or its owner") from error
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"{file} is damaged ({error}); {remedy}") from error
+
+
+def or_null(value: float) -> float | None:
+    """A number as strict JSON can hold it: null instead of nan and inf, which mean that there is no value."""
+    return value if math.isfinite(value) else None
 
 
 def parse_object(text: str | bytes, fields: Mapping[str, Any]) -> dict[str, Any]:

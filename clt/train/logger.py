@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,16 @@ class Logger(AbstractContextManager["Logger"]):
         if self.active:
             self.bar.update(step - self.bar.n)
 
-    def log(self, step: int, metrics: dict[str, float], name: str = "metrics") -> None:
-        """Write one line; `name` is the file, "metrics" or "speed"."""
+    def log(self, step: int, metrics: Mapping[str, float | None], name: str = "metrics") -> None:
+        """Write one line; `name` is the file, "metrics" or "speed". W&B is not told of a value that is None."""
         if not self.active:
             return
-        self.files[name].write(json.dumps({"step": step, **metrics}) + "\n")
+        self.files[name].write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
         self.files[name].flush()
+        values = {key: value for key, value in metrics.items() if value is not None}
         if self.wandb is not None:
-            self.wandb.log({"step": step, **metrics})
-        shown = {k: f"{metrics[k]:.4g}" for k in ("train_loss", "L0", "tokens_per_second") if k in metrics}
+            self.wandb.log({"step": step, **values})
+        shown = {k: f"{values[k]:.4g}" for k in ("train_loss", "L0", "tokens_per_second") if k in values}
         if shown:
             self.status |= shown
             self.bar.set_postfix(self.status, refresh=False)
@@ -85,7 +87,7 @@ def _open_at_step(path: Path, start: int) -> Any:
     return path.open("a")
 
 
-def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """All lines of a run's metrics.jsonl. Raises UserError as `_lines`."""
     return [line for _, line in _lines(Path(run_dir) / "metrics.jsonl")]
 

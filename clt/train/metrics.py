@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clt.config import LossConfig
+from clt.files import or_null
 from clt.model.loss import TERMS, Losses, value_names
 from clt.train.distributed import World
 from clt.train.source import StoreSource
@@ -37,14 +38,14 @@ class Metrics:
         """This rank's addends of the losses' values."""
         return self.sums[: len(value_names())]
 
-    def read(self, coefficients: dict[str, float]) -> dict[str, float]:
-        """The metrics over all ranks. Waits for the device."""
+    def read(self, coefficients: dict[str, float]) -> dict[str, float | None]:
+        """The metrics over all ranks; None where one is not finite. Waits for the device."""
         values = dict(zip(self.names, self.world.everyone.sum(self.sums).tolist()))
         loss = values["train_mse"]
         for name, coefficient in coefficients.items():
             loss += coefficient * values[f"train_{name}"]
         total_l0 = sum(value for name, value in values.items() if name.startswith("L0/"))
-        return {"train_loss": loss, **values, "L0": total_l0}
+        return {name: or_null(value) for name, value in {"train_loss": loss, **values, "L0": total_l0}.items()}
 
 
 class Speed:

@@ -38,6 +38,20 @@ def test_each_call_is_one_line_that_is_there_at_once(config, tmp_path, capfd):
     assert "tokens_per_second=1234" in shown, "what was logged before stays"
 
 
+def test_lines_are_strict_json(config, tmp_path, capfd):
+    """A value that is None is null there, and leaves the bar as it was."""
+    with Logger(config, 0, 0, None) as logger:
+        logger.log(5, {"train_loss": 0.5})
+        logger.log(10, {"train_loss": None, "L0": 3.0})
+        logger.step(10)
+        with pytest.raises(ValueError, match="JSON"):
+            logger.log(15, {"train_loss": float("nan")})
+    assert lines(tmp_path / "metrics.jsonl")[1:] == [{"step": 10, "train_loss": None, "L0": 3.0}]
+    shown = capfd.readouterr().err.split("\r")[-1]
+    assert "train_loss=0.5" in shown
+    assert "L0=3" in shown
+
+
 def test_the_bar_of_a_resumed_run_begins_at_its_step(config, capfd):
     with Logger(config, 0, 10, None):
         pass
@@ -144,6 +158,7 @@ def test_wandb_is_told_the_same_as_the_files(config, tmp_path, wandb, given, use
         assert logger.wandb_id == used
         logger.log(5, {"train_loss": 0.5})
         logger.log(5, {"tokens_per_second": 9.0}, "speed")
+        logger.log(10, {"train_loss": None, "L0": 2.0})
     assert wandb.asked == [
         {
             "project": "p", "entity": "e", "mode": "offline", "id": given, "resume": "allow", "dir": str(tmp_path),
@@ -151,7 +166,9 @@ def test_wandb_is_told_the_same_as_the_files(config, tmp_path, wandb, given, use
         }
     ]  # fmt: skip
     assert wandb.defined == [("*", "step")], "a resumed run logs some steps again"
-    assert wandb.logged == lines(tmp_path / "metrics.jsonl") + lines(tmp_path / "speed.jsonl")
+    first, last = lines(tmp_path / "metrics.jsonl")
+    assert last.pop("train_loss") is None, "W&B has no null"
+    assert wandb.logged == [first, *lines(tmp_path / "speed.jsonl"), last]
     assert wandb.ended == [0]
     with Logger(config, 1, 0, "old") as other:
         assert other.wandb_id == "old"
