@@ -34,7 +34,7 @@ def main(config: Config, prepare: bool) -> int:
     from clt.train.optim import autocast_dtype, check_finite, learning_rate
     from clt.train.profile import profiled
     from clt.train.report import conclude, summary
-    from clt.train.run import build, check_run_dir, claim_run_dir, make_stores, open_source, run_identity, sole_use
+    from clt.train.run import build, check_run, claim_run_dir, make_stores, open_source, run_identity, sole_use
     from clt.train.state import TrainState
     from clt.train.watch import PREEMPTED, Watch
 
@@ -43,10 +43,10 @@ def main(config: Config, prepare: bool) -> int:
     world = dist.setup(config.parallel.feature_shards, config.parallel.timeout_seconds + 60)
     device, dtype = world.device, autocast_dtype(config.train.precision, world.device)
     run_dir, steps, batch_tokens = Path(config.run.dir), config.train.steps, config.train.batch_tokens
-    check_run_dir(config)
     keep_freed_memory()
 
     # Data: rank 0 extracts activations, and the others wait; held-out rows and text for evaluation.
+    dist.on_rank_zero(world, check_run, config)
     dist.on_rank_zero(world, make_stores, config)
     source, heldout = open_source(config, world)
     evaluate = Evaluator(config, heldout, source.statistics.target_mean, world, dtype)

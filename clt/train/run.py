@@ -22,10 +22,17 @@ from clt.model.transcoder import CrossLayerTranscoder
 from clt.parsing import to_yaml
 from clt.train import distributed as dist
 from clt.train.distributed import ALONE, Axis, World
+from clt.train.logger import check_wandb
 from clt.train.source import ServerSource, StoreSource
 
 if TYPE_CHECKING:
     from clt.lm.documents import Part
+
+
+def check_run(config: Config) -> None:
+    """Raise UserError for what would stop the run later: its directory, and W&B."""
+    check_run_dir(config)
+    check_wandb(config)
 
 
 def make_stores(config: Config) -> None:
