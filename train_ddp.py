@@ -58,7 +58,7 @@ def main(config: Config, prepare: bool) -> int:
     transcoder, state = objective.transcoder, TrainState(config, objective, world, dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    with sole_use(config, world):  # until its last file is written
+    with dist.first_error_alone(world), sole_use(config, world):  # until its last file is written
         # Resume.
         identity = run_identity(config, source.index, device, dtype)
         restored = state.resume(run_dir / "checkpoints", identity)

@@ -47,8 +47,9 @@ class Logger(AbstractContextManager["Logger"]):
         """Write one line; `name` is the file, "metrics" or "speed". W&B is not told of a value that is None."""
         if not self.active:
             return
-        self.files[name].write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
-        self.files[name].flush()
+        with _named(self.files[name]) as file:
+            file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+            file.flush()
         values = {key: value for key, value in metrics.items() if value is not None}
         if self.wandb is not None and step >= self.wandb.step:  # W&B has the steps that a resumed run repeats
             with _wandb_errors():
@@ -75,10 +76,21 @@ class Logger(AbstractContextManager["Logger"]):
             return
         self.bar.close()
         for file in self.files.values():
-            file.close()
+            with _named(file):
+                file.close()
         if self.wandb is not None:
             with _wandb_errors():
                 self.wandb.finish(exit_code=int(kind is not None))
+
+
+@contextmanager
+def _named(file: Any) -> Iterator[Any]:
+    """While an open file is written: an OSError gets its name, which the system tells only of one that it opens."""
+    try:
+        yield file
+    except OSError as error:
+        error.filename = file.name
+        raise
 
 
 def _open_at_step(path: Path, start: int) -> Any:
