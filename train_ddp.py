@@ -24,6 +24,7 @@ def main(config: Config, prepare: bool) -> int:
     # Heavy imports wait until the command line and the config are known to be right.
     import torch
 
+    from clt.files import or_null
     from clt.memory import keep_freed_memory
     from clt.train import distributed as dist
     from clt.train.checkpoint import Checkpoints
@@ -33,7 +34,7 @@ def main(config: Config, prepare: bool) -> int:
     from clt.train.optim import autocast_dtype, check_finite, learning_rate
     from clt.train.profile import profiled
     from clt.train.report import conclude, summary
-    from clt.train.run import build, check_run_dir, claim_run_dir, make_stores, open_source, run_identity, sole_use
+    from clt.train.run import build, check_run, claim_run_dir, make_stores, open_source, run_identity, sole_use
     from clt.train.state import TrainState
     from clt.train.watch import PREEMPTED, Watch
 
@@ -42,10 +43,10 @@ def main(config: Config, prepare: bool) -> int:
     world = dist.setup(config.parallel.feature_shards, config.parallel.timeout_seconds + 60)
     device, dtype = world.device, autocast_dtype(config.train.precision, world.device)
     run_dir, steps, batch_tokens = Path(config.run.dir), config.train.steps, config.train.batch_tokens
-    check_run_dir(config)
     keep_freed_memory()
 
     # Data: rank 0 extracts activations, and the others wait; held-out rows and text for evaluation.
+    dist.on_rank_zero(world, check_run, config)
     dist.on_rank_zero(world, make_stores, config)
     source, heldout = open_source(config, world)
     evaluate = Evaluator(config, heldout, source.statistics.target_mean, world, dtype)
@@ -57,7 +58,7 @@ def main(config: Config, prepare: bool) -> int:
     transcoder, state = objective.transcoder, TrainState(config, objective, world, dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    with sole_use(config, world):  # until its last file is written
+    with dist.first_error_alone(world), sole_use(config, world):  # until its last file is written
         # Resume.
         identity = run_identity(config, source.index, device, dtype)
         restored = state.resume(run_dir / "checkpoints", identity)
@@ -125,7 +126,8 @@ def main(config: Config, prepare: bool) -> int:
                     except UserError:
                         checkpoints.finish()  # the one that is being written is of an earlier step
                         raise
-                    values |= {"grad_norm": grad_norm.item(), "skipped_steps": state.update.skipped.item()}
+                    values["grad_norm"] = or_null(grad_norm.item())
+                    values["skipped_steps"] = state.update.skipped.item()
                     values |= {"learning_rate": lr, "sparsity_coefficient": float(terms["sparsity"])}
                     values |= {} if k is None else {"k": k}
                     logger.log(state.step, values)

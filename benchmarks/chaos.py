@@ -133,8 +133,8 @@ def main() -> None:
         subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         report["differences"] = differences(disturbed, calm)
     report |= {"wall_seconds": time.monotonic() - began, "steps": steps, **where()}
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report, indent=1))
+    arguments.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    print(json.dumps(report, indent=1, allow_nan=False))
     if report["differences"] or report["unreadable_checkpoints"] or report["kills"] < arguments.kills:
         raise SystemExit("a bar is missed")
 

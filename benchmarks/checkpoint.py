@@ -96,8 +96,8 @@ def main() -> None:
     import torch
 
     report = cost((4, 128, 4096, 512), torch.device("cpu"), rounds=5, steps=12, directory=arguments.directory)
-    arguments.json.write_text(json.dumps(report | machine.where(), indent=1) + "\n")
-    print(json.dumps(report, indent=1))
+    arguments.json.write_text(json.dumps(report | machine.where(), indent=1, allow_nan=False) + "\n")
+    print(json.dumps(report, indent=1, allow_nan=False))
 
 
 if __name__ == "__main__":

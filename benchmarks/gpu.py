@@ -111,7 +111,7 @@ def _run_part(arguments: argparse.Namespace) -> None:
     )
     result = part(arguments.rehearse, *([arguments.ranks] if arguments.part in RANKS else []))
     where = {key: value for key, value in machine.where().items() if key != "command"}
-    print("\n" + json.dumps({"machine": where, **result}))
+    print("\n" + json.dumps({"machine": where, **result}, allow_nan=False))
 
 
 def _in_a_process(name: str, limit: float, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _note(found: dict[str, Any], name: str, result: dict[str, Any], path: Path |
     found["parts"][name] = result
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     last = str(result.get("error", "")).strip().splitlines()[-1:]
     print(f"{name:12} {'ok' if result['ok'] else 'FAILED':6} {result['seconds']:6.1f} s  {''.join(last)}", flush=True)
 

@@ -188,8 +188,10 @@ def main() -> None:
             if not (close and row["l0_equal"] and row["dead_equal"] and row["memory_over_ideal"] < 1.15):
                 missed.append(row["layout"])
             rows.append(row)
-            print(json.dumps(row), flush=True)
-    arguments.json.write_text(json.dumps([row | {"set": arguments.set} | where() for row in rows], indent=1) + "\n")
+            print(json.dumps(row, allow_nan=False), flush=True)
+    arguments.json.write_text(
+        json.dumps([row | {"set": arguments.set} | where() for row in rows], indent=1, allow_nan=False) + "\n"
+    )
     if missed:
         raise SystemExit(f"a bar is missed in {', '.join(missed)}")
 

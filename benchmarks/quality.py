@@ -68,10 +68,10 @@ def main() -> None:
     for seed, sparsity in [(seed, own) for seed in arguments.seeds] + [(0, value) for value in arguments.sparsity]:
         summary = train([f"run.seed={seed}", f"loss.sparsity={sparsity}"])
         rows.append({"seed": seed, "sparsity": sparsity, **{key: summary[key] for key in KEYS}})
-        print(json.dumps(rows[-1]), flush=True)
+        print(json.dumps(rows[-1], allow_nan=False), flush=True)
     result = {**where(), "runs": rows}
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    arguments.json.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     plot([row for row in rows if row["seed"] == 0], arguments.json.with_suffix(".png"))
 
 

@@ -162,7 +162,7 @@ def main() -> None:
     print(markdown(table))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(table, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(table, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

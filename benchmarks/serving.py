@@ -337,7 +337,7 @@ def measure(seconds: float, against: Path | None) -> dict[str, float]:
 
     def add(found: dict[str, float]) -> None:
         result.update(found)
-        print(json.dumps(result), file=sys.stderr, flush=True)
+        print(json.dumps(result, allow_nan=False), file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory(prefix="clt-serving-") as name:
         directory = Path(name)
@@ -369,8 +369,8 @@ def main() -> None:
     missed = [name for name, bar in AT_LEAST.items() if name in result and result[name] < bar]
     missed += [name for name, bar in AT_MOST.items() if result[name] > bar]
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps({**where(), **result, "missed": missed}, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    arguments.json.write_text(json.dumps({**where(), **result, "missed": missed}, indent=2, allow_nan=False) + "\n")
+    print(json.dumps(result, indent=2, allow_nan=False))
     if missed:
         print(f"below the bar: {', '.join(missed)}", file=sys.stderr)
         sys.exit(1)

@@ -38,7 +38,7 @@ def main() -> None:
         from benchmarks import step
 
         row = step.measure(json.loads(arguments.case), arguments.copy_gb_per_s, STEPS, device, arguments.budget)
-        print(json.dumps(row))
+        print(json.dumps(row, allow_nan=False))
         return
     old = json.loads(arguments.compare.read_text()) if arguments.compare else None  # a wrong path ends the run here
     result = machine.where()
@@ -73,7 +73,7 @@ def _save(result: dict[str, Any], path: Path | None) -> None:
     """As each part is done: a later one may fail, or the time be up."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def ratios(rows: list[dict[str, Any]]) -> None:

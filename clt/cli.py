@@ -16,7 +16,7 @@ from clt.parsing import to_yaml
 
 
 def exit_on_user_error(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `work`. A UserError or a full disk ends the process with one message on stderr and status 2.
+    """Call `work`. A UserError, or a file that the system refuses, ends the process with one message and status 2.
 
     Ctrl-C ends the process with status 130 and no message.
     """
@@ -29,9 +29,12 @@ def exit_on_user_error(work: Callable[..., Any], *arguments: Any) -> Any:
     except OSError as error:
         from clt.data.shards import is_full_disk
 
-        if not is_full_disk(error):
+        if is_full_disk(error):
+            message = f"the disk is full: {error}; free space and run the same command again, finished work is kept"
+        elif error.filename is not None:
+            message = f"{error.filename}: {error.strerror}; give this user access to it, or name another place"
+        else:
             raise
-        message = f"the disk is full: {error}; free space and run the same command again, finished work is kept"
     rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     tell(f"{rank}error: {message}")
     sys.exit(2)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +20,34 @@ from clt.ranges import fit
 def reading(file: Path, remedy: str) -> Iterator[None]:
     """While a file is read and its content checked: what is wrong with it becomes a UserError that names both.
 
-    A file that cannot be read may be whole: then the message has no remedy, which might be to delete it.
+    A file that the system does not read may be whole: then the message has no remedy, which might be to delete it.
     """
     try:
         yield
-    except PermissionError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): change its mode or its owner") from error
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{file} is damaged ({error}); {remedy}") from error
+        refusal = error if isinstance(error, OSError) and error.errno else _refusal(file)
+        if refusal is None:
+            raise UserError(f"{file} is damaged ({error}); {remedy}") from error
+        if refusal.errno in (errno.EACCES, errno.EPERM):
+            remedy = "change its mode or its owner"
+        elif refusal.errno != errno.ENOENT:
+            remedy = "the file itself may be whole"
+        raise UserError(f"{file} cannot be read ({refusal.strerror}): {remedy}") from error
+
+
+def _refusal(file: Path) -> OSError | None:
+    """What the system says when the file is read: libraries such as safetensors do not pass it on."""
+    try:
+        with file.open("rb") as opened:
+            opened.read(1)
+    except OSError as error:
+        return error
+    return None
+
+
+def or_null(value: float) -> float | None:
+    """A number as strict JSON can hold it: null instead of nan and inf, which mean that there is no value."""
+    return value if math.isfinite(value) else None
 
 
 def parse_object(text: str | bytes, fields: Mapping[str, Any]) -> dict[str, Any]:

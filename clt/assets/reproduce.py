@@ -97,7 +97,7 @@ def make_tokenizer() -> None:
     # Written by hand: the class name that transformers 4 and 5 both know.
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT, "eos_token": EOT}
     config |= {"clean_up_tokenization_spaces": False}
-    (MODEL / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (MODEL / "tokenizer_config.json").write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
 
 
 def token_stream(split: str) -> np.ndarray:
@@ -222,7 +222,7 @@ def train(steps: int, rows: int, muon_lr: float, adam_lr: float) -> None:
 def write_card(facts: dict[str, Any]) -> None:
     path = MODEL / "card.json"
     card = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(card | facts, indent=2) + "\n")
+    path.write_text(json.dumps(card | facts, indent=2, allow_nan=False) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluate
@@ -309,7 +309,7 @@ def evaluate() -> None:
         content = gzip.decompress((TEXT / f"{split}.jsonl.gz").read_bytes())
         facts[f"{split}_sha256"] = hashlib.sha256(content).hexdigest()  # of the lines: zlibs may differ in the bytes
     write_card(facts)
-    print(json.dumps(facts, indent=2))
+    print(json.dumps(facts, indent=2, allow_nan=False))
 
     tok = AutoTokenizer.from_pretrained(MODEL)
     for i, prompt in enumerate(("The Government of the United States", "Call me", "My fellow Americans,")):

@@ -138,8 +138,8 @@ def write_index(path: str | Path, index: StoreIndex) -> None:
 
 
 def write_json(file: Path, tree: Any) -> None:
-    """Write JSON atomically, as `write_whole`."""
-    write_whole(file, json.dumps(tree, indent=1).encode())
+    """Write strict JSON atomically, as `write_whole`."""
+    write_whole(file, json.dumps(tree, indent=1, allow_nan=False).encode())
 
 
 def write_whole(file: Path, data: bytes) -> None:

@@ -279,7 +279,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     try:
         yield {
             "server": config.server, "token": token, "buffer": buffer,
-            "index": json.dumps({**dataclasses.asdict(read_index(folder(config))), "shards": []}),
+            "index": json.dumps({**dataclasses.asdict(read_index(folder(config))), "shards": []}, allow_nan=False),
             "statistics": (folder(config) / STATISTICS).read_bytes(),
             "heldout": DiscBuffer(Path(config.data.store) / "heldout"),
             "page": Path(__file__).with_name("page.html").read_text(),

@@ -11,6 +11,7 @@ checkpoint of any layout loads into any other.
 
 from __future__ import annotations
 
+import errno
 import math
 import re
 import shutil
@@ -102,7 +103,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         """Start to write a checkpoint of `state["step"]`. On a GPU, call `wait_for_copy` before the tensors change.
 
         parts: what `parts` returned; config: the transcoder's; state: goes into state.json. Raises UserError, and keeps
-        the earlier checkpoints, when the disk has no room.
+        the earlier checkpoints, when it cannot be written.
         """
         self.finish()
         self.final = self.directory / f"step_{state['step']:08d}"
@@ -123,12 +124,12 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             self.copied = None
 
     def _create(self, parts: Parts, config: dict[str, Any], state: dict[str, Any]) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._delete_partial()
-        wanted = sum(math.prod(p.shape) * p.tensor.element_size() for file in parts.values() for p in file.values())
-        if (free := shutil.disk_usage(self.directory).free) < wanted * 1.01:
-            raise UserError(self._no_room(f"found {size_text(free)} free, wanted {size_text(wanted)}"))
-        with self._full_disk_named():
+        with self._errors_named():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._delete_partial()
+            wanted = sum(math.prod(p.shape) * p.tensor.element_size() for file in parts.values() for p in file.values())
+            if (free := shutil.disk_usage(self.directory).free) < wanted * 1.01:
+                raise OSError(errno.ENOSPC, f"found {size_text(free)} free, wanted {size_text(wanted)}")
             self.partial.mkdir()
             for name, file in parts.items():
                 tensorfile.create(self.partial / name, file)
@@ -146,14 +147,14 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     def written(self) -> bool:
         """Whether this rank has written its share of the last checkpoint to the disk.
 
-        Raises UserError on a full disk, and any other error of the writing thread.
+        Raises UserError when one could not be written.
         """
         if self.publishing is not None and self.publishing.done():
-            with self._full_disk_named():
+            with self._errors_named():
                 self.publishing.result()  # an error ends the run now, and not when the next checkpoint is due
         if self.writing is None or not self.writing.done():
             return False
-        with self._full_disk_named():
+        with self._errors_named():
             self.writing.result()
         return True
 
@@ -185,26 +186,21 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             dist.count(self.world, True)
             self.publish()
         if self.publishing is not None:
-            with self._full_disk_named():
+            with self._errors_named():
                 self.publishing.result()
             self.publishing = None
 
     @contextmanager
-    def _full_disk_named(self) -> Iterator[None]:
+    def _errors_named(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            if not is_full_disk(error):
-                raise
-            raise UserError(self._no_room(str(error))) from error
-
-    def _no_room(self, cause: str) -> str:
-        found = steps(self.directory)
-        kept = f"step {found[-1]} is kept" if found else "there is no earlier one"
-        return (
-            f"no checkpoint could be written to {self.directory}: {cause}; {kept}. "
-            "Free disk space and run again to go on."
-        )
+            found = steps(self.directory)
+            kept = f"step {found[-1]} is kept" if found else "there is no earlier one"
+            remedy = "Free disk space" if is_full_disk(error) else "Mend that"
+            raise UserError(
+                f"no checkpoint could be written to {self.directory}: {error}; {kept}. {remedy} and run again to go on."
+            ) from error
 
     def _delete_partial(self) -> None:
         for leftover in self.directory.glob("step_*.tmp"):

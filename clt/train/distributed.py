@@ -11,8 +11,8 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -73,7 +73,7 @@ def setup(feature_shards: int, timeout_seconds: float) -> World:
     """Join the process group that torchrun's environment describes: NCCL with one GPU per rank, or gloo on the CPU.
 
     A collective that a rank does not join within `timeout_seconds` is an error on the others. Raises UserError when
-    the ranks cannot be split into feature_shards, and when a node has fewer GPUs than ranks.
+    the ranks do not meet or cannot be split into feature_shards, and when a node has fewer GPUs than ranks.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size % feature_shards:
@@ -86,7 +86,13 @@ def setup(feature_shards: int, timeout_seconds: float) -> World:
     if size == 1:
         return World(rank, size, device)
     timeout = timedelta(seconds=timeout_seconds)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the {size} ranks did not meet ({error}): start them with torchrun or launch.sh, which set RANK, "
+            "WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and see that the nodes reach that address"
+        ) from error
     shape = (size // feature_shards, feature_shards)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "feature"))
     data, feature = (Axis(mesh.get_local_rank(i), shape[i], mesh.get_group(i)) for i in range(2))
@@ -194,6 +200,22 @@ def cleanup() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def first_error_alone(world: World) -> Iterator[None]:
+    """When several ranks fail, only the first of them says why: the others exit with status 2 and no message.
+
+    A rank that ends by an error breaks the collectives of the others, and some errors are raised on all ranks.
+    """
+    try:
+        yield
+    except (UserError, OSError, RuntimeError) as error:  # a collective that breaks is a RuntimeError
+        with suppress(RuntimeError):  # the node of the store is gone: each says what it knows
+            store = shared_store(world)
+            if store is not None and store.add("failed", 1) > 1:
+                raise SystemExit(2) from error
+        raise
 
 
 def on_rank_zero(world: World, work: Callable[..., object], *arguments: object) -> None:

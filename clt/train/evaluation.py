@@ -6,6 +6,7 @@ transcoder, so every rank returns the global figures. They call `progress` after
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -19,6 +20,7 @@ from clt.config import Config
 from clt.data.extract import check_model
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
+from clt.files import or_null
 from clt.lm.load import load_language_model
 from clt.lm.replacement import ablated_logits, replaced_logits
 from clt.lm.text import windows
@@ -32,10 +34,15 @@ if TYPE_CHECKING:
 Replace = Callable[["LanguageModel", CrossLayerTranscoder, Tensor, Tensor], Tensor]
 """Logits (N, T, V) with every chosen MLP replaced: of a language model, a transcoder, token ids and `keep` (N, T)."""
 _LOGITS = 1 << 26  # at once, or those of one window: several float32 tensors are made of them
+_ROUNDING = 1e-12  # of a layer's sum of squares: SST is a difference in float64, which leaves no less than that
+_FLAT = 1e-6  # of a cross-entropy, which is made of float32 logits: a smaller effect of mean ablation is none
 
 
 class Evaluation(NamedTuple):
-    """Quality as numbers for logs and summary.json, and as the tensors of `evaluate_activations` for plots."""
+    """Quality as numbers for logs and summary.json, and as the tensors of `evaluate_activations` for plots.
+
+    A number without a value is None; in a tensor it is nan.
+    """
 
     numbers: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -72,12 +79,16 @@ class Evaluator:
         data, feature, config = self.world.data, self.world.feature, self.config
         share: dict[str, Any] = {"data": data, "progress": progress}
         tensors = evaluate_activations(transcoder, self.heldout, autocast=self.dtype, **share)
-        numbers: dict[str, Any] = {key: value.tolist() for key, value in tensors.items() if key != "density"}
+        numbers: dict[str, Any] = {}
+        for key, tensor in tensors.items():
+            if key != "density":
+                numbers[key] = [or_null(value) for value in tensor.tolist()] if tensor.dim() else or_null(tensor.item())
         if (k := config.clt.k) is not None:
             wanted = k * (transcoder.n_layers if config.clt.activation == "topk" else 1)
             numbers["l0_over_k"] = numbers["l0_total"] / wanted
         if self.lm is not None:
-            numbers |= evaluate_replacement(self.lm, transcoder, self.mean_output, self.windows, run=run, **share)
+            found = evaluate_replacement(self.lm, transcoder, self.mean_output, self.windows, run=run, **share)
+            numbers |= {key: or_null(value) for key, value in found.items()}
         last_fired = data.max(last_fired.clone())
         dead = dead_features(last_fired, step, config.train.batch_tokens, config.eval.dead_window)
         numbers["dead_fraction"] = feature.sum(dead.double().mean()).item() / feature.size
@@ -117,6 +128,8 @@ def evaluate_activations(
         nmse_per_layer = SSE_l / SST_l                      fve_per_layer = 1 - nmse_per_layer
         nmse = mean over layers of nmse_per_layer           fve = 1 - nmse: every layer weighs the same
 
+    A layer whose targets never vary (SST 0) has neither: both are nan, and the mean is that of the other layers.
+
     Returns float64 tensors: fve, nmse, l0_total (); fve_per_layer, nmse_per_layer, l0_per_layer (L,); density (L, F),
     the share of rows on which each feature fires. Raises UserError when a value is not finite.
     """
@@ -145,13 +158,15 @@ def evaluate_activations(
     rows = len(buffer)
     sst = square - total.view(L, D).square().sum(1) / rows
     density = fired / rows
-    nmse = (sse / sst).mean()
+    varies = sst > _ROUNDING * square
+    nmse_per_layer = (sse / sst).where(varies, torch.nan)
+    nmse = nmse_per_layer[varies].mean()
     return {
         "fve": 1 - nmse,
         "nmse": nmse,
         "l0_total": density.sum(),
-        "fve_per_layer": 1 - sse / sst,
-        "nmse_per_layer": sse / sst,
+        "fve_per_layer": 1 - nmse_per_layer,
+        "nmse_per_layer": nmse_per_layer,
         "l0_per_layer": density.sum(1),
         "density": density,
     }
@@ -189,6 +204,9 @@ def evaluate_replacement(
 
     top1_agreement: share of predictions whose most likely token is the original's; kl: KL(original || replaced) in
     nats; ce_*: next-token cross-entropies in nats; ce_recovered = (ablated - replaced) / (ablated - original).
+    What has no value is nan or inf: KL where a token that the original may predict has a replaced logit of -inf,
+    cross-entropies where the next token has one, everything where logits are nan, and ce_recovered where mean ablation
+    changes nothing.
     """
     run = run or replaced_logits
     sums = torch.zeros(6, dtype=torch.float64, device=transcoder.b_dec.device)
@@ -200,13 +218,14 @@ def evaluate_replacement(
             progress()
     n, *values = data.sum(sums).tolist()
     top1, original, replaced, ablated, kl = (value / n for value in values)
+    gap = ablated - original if abs(ablated - original) > _FLAT * original else math.nan
     return {
-        "top1_agreement": top1,
+        "top1_agreement": math.nan if math.isnan(kl) else top1,  # the largest of logits that are nan means nothing
         "kl": kl,
         "ce_original": original,
         "ce_replaced": replaced,
         "ce_mean_ablated": ablated,
-        "ce_recovered": (ablated - replaced) / (ablated - original),
+        "ce_recovered": (ablated - replaced) / gap,
         "replacement_tokens": n,
     }
 
@@ -243,7 +262,9 @@ def _replacement_sums(
     agreeing = (original.argmax(1) == replaced.argmax(1)).sum().double()
     entropies = (cross_entropy(original), cross_entropy(replaced), ablated)
     difference = replaced.neg_().add_(original)  # in place: these are the largest tensors of an evaluation
-    divergence = (original.exp_() * difference).sum(-1).double().sum()
+    # 0 * log(0 / q) counts 0, also where q is 0: a masked vocabulary has logits of -inf.
+    probabilities = original.exp_()
+    divergence = (probabilities * difference).masked_fill_(probabilities == 0, 0).sum(-1).double().sum()
     return torch.stack([counted.sum().double(), agreeing, *entropies, divergence])
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,18 @@ class Logger(AbstractContextManager["Logger"]):
         if self.active:
             self.bar.update(step - self.bar.n)
 
-    def log(self, step: int, metrics: dict[str, float], name: str = "metrics") -> None:
-        """Write one line; `name` is the file, "metrics" or "speed"."""
+    def log(self, step: int, metrics: Mapping[str, float | None], name: str = "metrics") -> None:
+        """Write one line; `name` is the file, "metrics" or "speed". W&B is not told of a value that is None."""
         if not self.active:
             return
-        self.files[name].write(json.dumps({"step": step, **metrics}) + "\n")
-        self.files[name].flush()
-        if self.wandb is not None:
-            self.wandb.log({"step": step, **metrics})
-        shown = {k: f"{metrics[k]:.4g}" for k in ("train_loss", "L0", "tokens_per_second") if k in metrics}
+        with _named(self.files[name]) as file:
+            file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+            file.flush()
+        values = {key: value for key, value in metrics.items() if value is not None}
+        if self.wandb is not None and step >= self.wandb.step:  # W&B has the steps that a resumed run repeats
+            with _wandb_errors():
+                self.wandb.log(values, step=step)
+        shown = {k: f"{values[k]:.4g}" for k in ("train_loss", "L0", "tokens_per_second") if k in values}
         if shown:
             self.status |= shown
             self.bar.set_postfix(self.status, refresh=False)
@@ -72,9 +76,21 @@ class Logger(AbstractContextManager["Logger"]):
             return
         self.bar.close()
         for file in self.files.values():
-            file.close()
+            with _named(file):
+                file.close()
         if self.wandb is not None:
-            self.wandb.finish(exit_code=int(kind is not None))
+            with _wandb_errors():
+                self.wandb.finish(exit_code=int(kind is not None))
+
+
+@contextmanager
+def _named(file: Any) -> Iterator[Any]:
+    """While an open file is written: an OSError gets its name, which the system tells only of one that it opens."""
+    try:
+        yield file
+    except OSError as error:
+        error.filename = file.name
+        raise
 
 
 def _open_at_step(path: Path, start: int) -> Any:
@@ -85,7 +101,7 @@ def _open_at_step(path: Path, start: int) -> Any:
     return path.open("a")
 
 
-def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """All lines of a run's metrics.jsonl. Raises UserError as `_lines`."""
     return [line for _, line in _lines(Path(run_dir) / "metrics.jsonl")]
 
@@ -107,20 +123,48 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return lines
 
 
-def _start_wandb(config: Config, run_id: str | None) -> Any:
+def check_wandb(config: Config) -> None:
+    """Raise UserError when W&B is wanted and would not take the run: not installed, no such project, not logged in."""
+    if not config.log.wandb:
+        return
+    wandb = _wandb()
+    with _wandb_errors():
+        wandb.Settings(project=config.log.wandb_project, entity=config.log.wandb_entity)
+        logged_in = config.log.wandb_mode == "offline" or wandb.login(verify=True)
+    if not logged_in:
+        raise UserError(f"log.wandb is true but W&B has no login; {_NO_WANDB}")
+
+
+_NO_WANDB = "log in with `wandb login` or WANDB_API_KEY, or set log.wandb_mode=offline or log.wandb=false"
+
+
+@contextmanager
+def _wandb_errors() -> Iterator[None]:
+    """Whatever W&B raises becomes a UserError."""
+    try:
+        yield
+    except Exception as error:  # a border: what W&B raises has its reason outside the run
+        raise UserError(f"W&B failed ({error}). Mend what it says, {_NO_WANDB}") from error
+
+
+def _wandb() -> Any:
     try:
         import wandb  # noqa: TID251
     except ImportError as error:
         raise UserError("log.wandb is true but wandb is not installed: pip install 'clt-trainer[wandb]'") from error
-    run = wandb.init(
-        project=config.log.wandb_project,
-        entity=config.log.wandb_entity,
-        mode=config.log.wandb_mode,
-        id=run_id,
-        resume="allow",
-        dir=config.run.dir,
-        name=Path(config.run.dir).name,
-        config=dataclasses.asdict(config),
-    )
-    run.define_metric("*", step_metric="step")  # a resumed run logs some steps again: W&B's own counter would refuse
-    return run
+    return wandb
+
+
+def _start_wandb(config: Config, run_id: str | None) -> Any:
+    wandb = _wandb()
+    with _wandb_errors():
+        return wandb.init(
+            project=config.log.wandb_project,
+            entity=config.log.wandb_entity,
+            mode=config.log.wandb_mode,
+            id=run_id,
+            resume="allow",
+            dir=config.run.dir,
+            name=Path(config.run.dir).name,
+            config=dataclasses.asdict(config),
+        )

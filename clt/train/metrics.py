@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clt.config import LossConfig
+from clt.files import or_null
 from clt.model.loss import TERMS, Coefficients, Losses, value_names
 from clt.model.spec import CLTConfig
 from clt.train.distributed import World
@@ -44,14 +45,14 @@ class Metrics:
         """L0 () over all layers, ranks and shards."""
         return self.world.everyone.sum(self.sums[-self.n_layers :].sum())
 
-    def read(self, coefficients: Coefficients) -> dict[str, float]:
-        """The metrics over all ranks. Waits for the device."""
+    def read(self, coefficients: Coefficients) -> dict[str, float | None]:
+        """The metrics over all ranks; None where one is not finite. Waits for the device."""
         values = dict(zip(self.names, self.world.everyone.sum(self.sums).tolist()))
         loss = values["train_mse"]
         for name, coefficient in coefficients.items():
             loss += float(coefficient) * values[f"train_{name}"]
         total_l0 = sum(value for name, value in values.items() if name.startswith("L0/"))
-        return {"train_loss": loss, **values, "L0": total_l0}
+        return {name: or_null(value) for name, value in {"train_loss": loss, **values, "L0": total_l0}.items()}
 
 
 class Speed:

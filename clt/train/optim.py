@@ -48,8 +48,11 @@ class Update:
     cost no pass over the gradients, and nothing waits for the device.
 
     A step whose gradient is not finite never changes the weights. With a loss scale above 1 (fp16) that is an
-    overflow, and the scale is halved; otherwise it is a failure, recorded in `failed_at`, and with `stop` no later
-    step changes the weights either.
+    overflow, and the scale is halved, unless a rank's loss was not finite; otherwise it is a failure, recorded in
+    `failed_at`, and with `stop` no later step changes the weights either.
+
+    All ranks see the same failures, through the sums that they make anyway: a loss that is not finite makes the whole
+    gradient nan, that of b_dec in every element, and the norm of a shard's gradient is summed over the feature shards.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Update:
         self.sharded = [p for name, p in parameters.items() if feature_dim(name) is not None]
         self.replicated = [p for name, p in parameters.items() if feature_dim(name) is None]
         self.threshold, self.floor = parameters.get("threshold"), floor  # jumprelu alone learns it
+        self.b_dec = parameters["b_dec"]
         self.optimizer, self.clip_norm, self.sum_shards = optimizer, clip_norm, sum_shards
         self.fp16, self.stop, device = fp16, stop, self.sharded[0].device
         self.scale = torch.tensor(2.0**16 if fp16 else 1.0, device=device)
@@ -86,11 +90,12 @@ class Update:
 
         values: this rank's losses, by `value_names`, to tell where a failure came from.
         """
-        squares = self.sum_shards(_square_norm(self.sharded)) + _square_norm(self.replicated)
-        scaled = squares.sqrt()
+        own = _square_norm(self.sharded)
+        squares, lost = self.sum_shards(torch.stack([own, self._lost_loss().to(own.dtype)]))
+        scaled = (squares + _square_norm(self.replicated)).sqrt()
         norm = scaled / self.scale
         finite = scaled.isfinite()
-        failed = torch.cat([~values.isfinite(), (~finite & (self.scale <= 1)).view(1)])
+        failed = torch.cat([~values.isfinite(), (~finite & ((self.scale <= 1) | (lost > 0))).view(1)])
         self.failed_at = torch.where(failed & (self.failed_at == NEVER), step, self.failed_at)
         skip = ~finite
         if self.stop:
@@ -115,6 +120,11 @@ class Update:
             self.good_steps = self.good_steps % 2000
             self.scale = torch.where(finite, grown, (self.scale / 2).clamp_min(1))
         return norm
+
+    def _lost_loss(self) -> Tensor:
+        """Whether the loss was not finite on a rank that shares this rank's gradient. An overflow spares elements."""
+        assert self.b_dec.grad is not None
+        return self.b_dec.grad.isnan().all()
 
     def _adam(self, skip: Tensor, scale: Tensor | None) -> None:
         # The two attributes through which torch's own GradScaler talks to a fused optimizer.

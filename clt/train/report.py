@@ -37,7 +37,7 @@ def conclude(run_dir: Path, evaluation: Evaluation, file: str, plots: str, **mor
     (run_dir / file).parent.mkdir(exist_ok=True)
     write_json(run_dir / file, numbers)  # first: a plot that fails must not cost them
     write_plots(run_dir, evaluation.tensors, plots)
-    print(f"\n{table(numbers)}\n\nThe results are in {run_dir}: {file}, {plots}/")
+    print(f"\n{table(numbers)}\n{remarks(numbers)}\nThe results are in {run_dir}: {file}, {plots}/")
 
 
 def write_plots(run_dir: str | Path, evaluation: dict[str, Any], name: str = "report") -> None:
@@ -62,7 +62,7 @@ def write_plots(run_dir: str | Path, evaluation: dict[str, Any], name: str = "re
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     layers, fve = range(len(evaluation["fve_per_layer"])), float(evaluation["fve"])
-    left.bar(layers, evaluation["fve_per_layer"].tolist())
+    left.bar(layers, evaluation["fve_per_layer"].tolist())  # a layer that never varies has none: nan draws no bar
     left.axhline(fve, color="black", linewidth=1, label=f"all layers {fve:.3f}")
     left.set(xlabel="layer", ylim=(0, 1), title="Fraction of variance explained, held out", xticks=layers)
     left.legend(loc="lower right")
@@ -101,13 +101,32 @@ ROWS = {
 
 
 def table(numbers: dict[str, Any]) -> str:
-    """The results as two aligned columns."""
+    """The results as two aligned columns; a number without a value is "none"."""
 
     def show(value: Any) -> str:
+        if value is None:
+            return "none"
         if isinstance(value, list):
             return " ".join(f"{v:.1f}" for v in value)
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
-    rows = [(label, show(numbers[key])) for key, label in ROWS.items() if numbers.get(key) is not None]
+    rows = [(label, show(numbers[key])) for key, label in ROWS.items() if key in numbers]
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {value:>12}" for label, value in rows)
+
+
+def remarks(numbers: dict[str, Any]) -> str:
+    """Which of the results have no value, and why: a line for each cause, or nothing."""
+    lines = []
+    if still := [str(layer) for layer, fve in enumerate(numbers["fve_per_layer"]) if fve is None]:
+        lines.append(
+            f"Layer {', '.join(still)}: the held-out targets never vary, so they have no FVE and no normalised MSE; "
+            "the figures for all layers leave them out.\n"
+        )
+    replacement = ("top1_agreement", "kl", "ce_original", "ce_replaced", "ce_mean_ablated", "ce_recovered")
+    if none := [key for key in replacement if numbers.get(key, 0) is None]:
+        lines.append(
+            f"No value: {', '.join(none)}. Logits are nan, or -inf for a token that counts, or mean ablation changes "
+            "nothing.\n"
+        )
+    return "".join(lines)

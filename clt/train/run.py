@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,10 +23,17 @@ from clt.model.transcoder import CrossLayerTranscoder
 from clt.parsing import to_yaml
 from clt.train import distributed as dist
 from clt.train.distributed import ALONE, Axis, World
+from clt.train.logger import check_wandb
 from clt.train.source import ServerSource, StoreSource
 
 if TYPE_CHECKING:
     from clt.lm.documents import Part
+
+
+def check_run(config: Config) -> None:
+    """Raise UserError for what would stop the run later: its directory, and W&B."""
+    check_run_dir(config)
+    check_wandb(config)
 
 
 def make_stores(config: Config) -> None:
@@ -88,10 +96,21 @@ def build(config: Config, index: StoreIndex, statistics: Statistics, feature: Ax
 
 
 def check_run_dir(config: Config) -> None:
-    """Raise UserError when `run.dir` holds a run of another config, or one that must not be resumed."""
-    path = Path(config.run.dir) / "config.yaml"
-    if not path.exists():
-        return
+    """Raise UserError when `run.dir` holds a run of another config or one that must not be resumed, or is not to be
+    written. Writes nothing."""
+    directory = Path(config.run.dir).absolute()
+    path = directory / "config.yaml"
+    try:
+        there = next(place for place in (directory, *directory.parents) if place.exists() or place.is_symlink())
+        with TemporaryFile(dir=there):  # modes, read-only file systems and quotas: the system knows
+            pass
+        if not path.exists():
+            return
+    except OSError as error:
+        raise UserError(
+            f"run.dir={config.run.dir} cannot be written ({error.strerror}): change its mode or its owner, or choose "
+            "another run.dir"
+        ) from error
     if odd := mismatches(identity(load_config(path)), identity(config)):
         raise UserError(
             f"run directory {config.run.dir} holds a run of another config ({odd}); "

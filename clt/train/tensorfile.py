@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from clt.errors import UserError
+from clt.files import reading
 
 NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.uint8: "U8"}
 
@@ -97,19 +97,16 @@ def read(path: Path, parts: dict[str, Part]) -> None:
 
     Raises UserError when the file is damaged, lacks one of the tensors or has it in another shape.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            missing = sorted(parts.keys() - file.keys())
-            if missing:
-                raise UserError(f"{path} has no {', '.join(missing)}: it is of another run or another version")
-            for name, part in parts.items():
-                stored = file.get_slice(name)
-                if tuple(stored.get_shape()) != tuple(part.shape):
-                    raise UserError(f"{name} in {path} is {stored.get_shape()}, wanted {list(part.shape)}")
-                if part.dim is None:
-                    part.tensor.copy_(file.get_tensor(name))
-                else:
-                    end = part.start + part.tensor.shape[part.dim]
-                    part.tensor.copy_(stored[(slice(None),) * part.dim + (slice(part.start, end),)])
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete its checkpoint to go on from the one before") from error
+    with reading(path, "delete its checkpoint to go on from the one before"), safe_open(path, "pt") as file:
+        missing = sorted(parts.keys() - file.keys())
+        if missing:
+            raise ValueError(f"it has no {', '.join(missing)}: it is of another run or another version")
+        for name, part in parts.items():
+            stored = file.get_slice(name)
+            if tuple(stored.get_shape()) != tuple(part.shape):
+                raise ValueError(f"{name} is {stored.get_shape()}, wanted {list(part.shape)}")
+            if part.dim is None:
+                part.tensor.copy_(file.get_tensor(name))
+            else:
+                end = part.start + part.tensor.shape[part.dim]
+                part.tensor.copy_(stored[(slice(None),) * part.dim + (slice(part.start, end),)])

@@ -194,6 +194,25 @@ def test_an_error_of_rank_zero_alone_is_the_only_message(train_overrides, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_is_full_on_two_ranks_is_the_only_message(train_overrides, small_disk):
+    """Rank 0 cannot write its log, and breaks the sums of the other."""
+    run_dir = small_disk(48 << 10) / "run"
+    options = ["train.steps=5000", "log.every=1", "eval.replacement_tokens=0", f"run.dir={run_dir}"]
+    result = launch(*train_overrides, *options, processes=2)
+    assert result.returncode == 1  # torchrun's
+    assert result.stderr.count("error: ") == 1, result.stderr
+    assert "[rank 0] error: the disk is full: [Errno 28] No space left on device: " in result.stderr
+    assert f"{run_dir}/" in result.stderr
+    assert 'train_ddp.py", line' not in result.stderr, "a traceback"
+
+
+def test_an_error_of_all_ranks_is_one_message(train_overrides, tmp_path):
+    options = ["optim.lr=1e30", "optim.clip_norm=null", "log.every=1", f"run.dir={tmp_path}"]
+    result = launch(*train_overrides, *options, processes=2)
+    assert result.stderr.count("error: ") == 1, result.stderr
+    assert "error: train_mse was not finite at step 2" in result.stderr
+
+
 def test_prepare_checks_and_stops(train_overrides, tmp_path):
     run_dir = tmp_path / "run"
     config = load_config(train_overrides[0], [*train_overrides[1:], f"run.dir={run_dir}"])

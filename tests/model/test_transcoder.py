@@ -73,7 +73,7 @@ def test_save_and_load(tmp_path):
     loaded = CrossLayerTranscoder.from_pretrained(tmp_path / "out")
     assert loaded.config == clt.config
     assert all(torch.equal(a, b) for a, b in zip(clt.state_dict().values(), loaded.state_dict().values()))
-    with pytest.raises(UserError, match=r"config\.json is damaged \(.*No such file.*\); copy it again from where save"):
+    with pytest.raises(UserError, match=r"config\.json cannot be read \(No such file.*\): copy it again from"):
         CrossLayerTranscoder.from_pretrained(tmp_path)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     save_file({**tensors, "W_enc": tensors["W_enc"][1:].clone()}, tmp_path / "out" / "model.safetensors")

@@ -359,6 +359,18 @@ def test_another_format_size_config_or_version_is_refused(tmp_path):
         restore(path, transcoder, optimizer)
 
 
+def test_a_checkpoint_that_the_system_refuses_is_named(tmp_path):
+    transcoder, optimizer, _ = trained()
+    save(tmp_path, transcoder, optimizer, 3)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"written to .*file/checkpoints: .*Not a directory.*no earlier one. Mend that"):
+        save(tmp_path / "file" / "checkpoints", transcoder, optimizer, 6)
+    (tmp_path / "step_00000006").mkdir()
+    (tmp_path / "step_00000006" / "file").touch()  # in the way of the name: the writing thread meets it
+    with pytest.raises(UserError, match=r"written to .*: .*Directory not empty.*; step 6 is kept. Mend that and run"):
+        save(tmp_path, transcoder, optimizer, 6)
+
+
 def leave_free(disk, wanted):
     """Fill a small file system up to `wanted` free bytes."""
     (disk / "filler").unlink(missing_ok=True)

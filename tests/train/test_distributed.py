@@ -31,6 +31,15 @@ def test_the_first_local_rank_takes_the_first_gpu(monkeypatch):
     assert chosen == [torch.device("cuda", 0)]
 
 
+def test_ranks_that_do_not_meet_are_told(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match=r"the 2 ranks did not meet \(.*MASTER_ADDR.*\): start them with torchrun"):
+        distributed.setup(1, 60)
+
+
 @pytest.mark.parametrize("name", ["allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"])
 def test_products_add_up_in_float32(name):
     before = getattr(torch.backends.cuda.matmul, name)

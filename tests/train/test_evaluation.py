@@ -1,7 +1,8 @@
 """Quality figures against plain loops over rows, tokens and features."""
 
+import json
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,13 +10,21 @@ import pytest
 import torch
 
 from clt.config import load_config
+from clt.data.statistics import Moments
 from clt.data.store import DiscBuffer
 from clt.lm.load import LanguageModel, load_language_model
 from clt.lm.replacement import replaced_logits, run_with_mlps
 from clt.model.spec import CLTConfig
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import evaluation
-from clt.train.evaluation import dead_features, evaluate_activations, evaluate_replacement, heldout_windows
+from clt.train.distributed import World
+from clt.train.evaluation import (
+    Evaluator,
+    dead_features,
+    evaluate_activations,
+    evaluate_replacement,
+    heldout_windows,
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +64,27 @@ def test_activations_against_a_loop_over_rows(heldout, transcoder):
     assert torch.equal(result["density"], on.double().mean(0))
     assert result["l0_total"].item() == pytest.approx(on.sum((1, 2)).double().mean().item())
     assert result["l0_per_layer"].tolist() == pytest.approx(on.sum(2).double().mean(0).tolist())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("normalization", ["layer", "none"])
+def test_a_layer_that_never_varies_has_no_fve_and_is_left_out_of_the_mean(heldout, normalization):
+    """0.1 has no exact float16, and without normalisation its sum of squares is large: SST is then its rounding."""
+    rows = heldout[:].clone()
+    rows[:, 1, 1] = 0.1
+    clt = CrossLayerTranscoder(3, 16, CLTConfig(d_features=24, normalization=normalization))
+    moments = Moments.zero(3, 16)
+    moments.add(rows[:100])
+    statistics = moments.statistics()
+    clt.normalization.set(statistics.input_mean, statistics.input_sd, statistics.target_mean, statistics.target_sd)
+    result = evaluate_activations(clt, rows, batch=64)
+
+    error, target = (rows[:, 1] - clt(rows[:, 0].float())).double(), rows[:, 1].double()
+    nmse = [float(error[:, l].square().sum() / (target[:, l] - target[:, l].mean(0)).square().sum()) for l in (0, 2)]
+    assert result["nmse_per_layer"].tolist() == pytest.approx([nmse[0], math.nan, nmse[1]], rel=1e-5, nan_ok=True)
+    assert result["fve_per_layer"].isnan().tolist() == [False, True, False]
+    assert result["nmse"].item() == pytest.approx(sum(nmse) / 2, rel=1e-5)
+    assert result["fve"].item() == pytest.approx(1 - sum(nmse) / 2, rel=1e-5, abs=1e-5)
 
 
 @torch.no_grad()
@@ -151,6 +181,71 @@ def test_replacement_against_a_loop_over_positions(base_config, stores, lm, tran
     assert result["ce_mean_ablated"] == pytest.approx(ablated_ce, rel=1e-5)
     recovered = (ablated_ce - replaced_ce) / (ablated_ce - original)
     assert result["ce_recovered"] == pytest.approx(recovered, rel=1e-2)
+
+
+@contextmanager
+def masked(lm, tokens):
+    """The language model with logits of -inf for these tokens."""
+
+    def mask(module, args, logits):
+        return logits.index_fill(-1, torch.tensor(tokens), -math.inf)
+
+    handle = lm.model.lm_head.register_forward_hook(mask)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def test_a_masked_vocabulary_counts_nothing(base_config, stores, lm, transcoder):
+    """Logits of -inf for tokens that the text does not have: the sums are those over the other tokens."""
+    windows = heldout_windows(base_config, lm)[:4]
+    ids = torch.from_numpy(np.stack([w.tokens for w in windows])).long()
+    keep = torch.from_numpy(np.stack([w.keep for w in windows]))
+    unused = sorted({*range(lm.model.config.vocab_size)} - {*ids.flatten().tolist()})
+    assert len(unused) > 10
+    mean = DiscBuffer(stores / "train").statistics.target_mean
+    with masked(lm, unused):
+        found = evaluate_replacement(lm, transcoder, mean, windows)
+        logits = lm.model(input_ids=ids).logits
+        replaced = replaced_logits(lm, transcoder, ids, keep)
+    used = ids.unique()
+    kl, n = 0.0, 0
+    for w, t in (keep[:, :-1] & keep[:, 1:]).nonzero().tolist():
+        p, q = (x[w, t, used].double().softmax(0) for x in (logits, replaced))
+        kl, n = kl + float((p * (p / q).log()).sum()), n + 1
+    assert found["kl"] == pytest.approx(kl / n, rel=1e-4, abs=1e-7)
+    assert all(math.isfinite(value) for value in found.values())
+
+
+@torch.no_grad()
+def test_what_has_no_value_is_none_in_the_numbers(base_config, stores, lm, transcoder):
+    """A token of the text that is masked has an infinite cross-entropy; logits that are nan agree with nothing."""
+    heldout, mean = DiscBuffer(stores / "heldout"), DiscBuffer(stores / "train").statistics.target_mean
+    evaluate = Evaluator(base_config, heldout, mean, World(0, 1, torch.device("cpu")), torch.float32)
+    last_fired = torch.ones(3, 24, dtype=torch.int64)
+
+    def none(run=None):
+        numbers = evaluate(transcoder, last_fired, 1, run=run).numbers
+        json.dumps(numbers, allow_nan=False)
+        return {key for key, value in numbers.items() if value is None}
+
+    assert none() == set()
+    infinite = {"ce_original", "ce_replaced", "ce_mean_ablated", "ce_recovered"}
+    with masked(evaluate.lm, [int(evaluate.windows[0].tokens[3])]):
+        assert none() == infinite
+
+    def broken(lm, transcoder, tokens, keep):
+        return torch.full_like(lm.model(input_ids=tokens).logits, math.nan)
+
+    assert none(broken) == {"top1_agreement", "kl", "ce_replaced", "ce_recovered"}
+
+    def certain(lm, transcoder, tokens, keep):
+        logits = lm.model(input_ids=tokens).logits
+        return logits.masked_fill(logits < logits.amax(-1, keepdim=True), -math.inf)
+
+    assert none(certain) == {"kl", "ce_replaced", "ce_recovered"}
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -271,10 +272,37 @@ def test_wandb_fields(train, monkeypatch):
     logged = b"".join(file.read_bytes() for file in (run.dir / "wandb").glob("offline-run-*/*.wandb"))
     for text in ("p1", "e1", run.dir.name, "train_loss", "train_sparsity", "L0", "mse/layer_2", "eval_fve", "betas"):
         assert text.encode() in logged, text
+    shutil.rmtree(run.dir / "checkpoints" / "step_00000010")  # as if it had been stopped at step 5
     again = train(*keys, "checkpoint.every=5", f"run.dir={run.dir}")
     # offline-run-DATE_TIME-ID, and -1 behind it where both began in the same second
     assert {p.name.split("-")[3] for p in (again.dir / "wandb").glob("offline-run-*")} == {state["wandb_id"]}
     assert state["wandb_id"]
+    files = sorted((run.dir / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+    first, second = (wandb_curve(file) for file in files)
+    assert (list(first), list(second)) == ([5, 10], [10])
+    losses = {line["step"]: line["train_loss"] for line in again.metrics if "train_loss" in line}
+    assert {step: row["train_loss"] for step, row in (first | second).items()} == losses
+    assert second[10]["eval_fve"] == again.summary["fve"]
+
+
+def wandb_curve(file):
+    """{W&B's step: {metric: value}} of an offline file: a log in LevelDB's format, of protobuf records."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole, rows = file.read_bytes(), 7, b"", {}
+    while at < len(data):
+        if 32768 - at % 32768 < 7:  # no room for a chunk's head: the rest of the block is padding
+            at += 32768 - at % 32768
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # the last chunk of a record
+            history, whole = Record.FromString(whole).history, b""
+            if history.item:
+                items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in history.item}
+                rows[items["_step"]] = items
+    return rows
 
 
 def test_profile_fields(train):

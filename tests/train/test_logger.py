@@ -1,8 +1,12 @@
 """What a run's log leaves on the disk, after crashes too, and what it tells Weights & Biases."""
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +14,8 @@ import pytest
 from clt.config import load_config
 from clt.errors import UserError
 from clt.train.logger import Logger, read_metrics
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
@@ -36,6 +42,20 @@ def test_each_call_is_one_line_that_is_there_at_once(config, tmp_path, capfd):
     assert " 10/20 " in shown
     assert "train_loss=0.25" in shown
     assert "tokens_per_second=1234" in shown, "what was logged before stays"
+
+
+def test_lines_are_strict_json(config, tmp_path, capfd):
+    """A value that is None is null there, and leaves the bar as it was."""
+    with Logger(config, 0, 0, None) as logger:
+        logger.log(5, {"train_loss": 0.5})
+        logger.log(10, {"train_loss": None, "L0": 3.0})
+        logger.step(10)
+        with pytest.raises(ValueError, match="JSON"):
+            logger.log(15, {"train_loss": float("nan")})
+    assert lines(tmp_path / "metrics.jsonl")[1:] == [{"step": 10, "train_loss": None, "L0": 3.0}]
+    shown = capfd.readouterr().err.split("\r")[-1]
+    assert "train_loss=0.5" in shown
+    assert "L0=3" in shown
 
 
 def test_the_bar_of_a_resumed_run_begins_at_its_step(config, capfd):
@@ -118,14 +138,14 @@ def test_whether_the_step_was_evaluated(config, tmp_path, start, evaluated):
 @pytest.fixture
 def wandb(monkeypatch):
     """A package of that name that records what it is asked for; tests/train/test_fields.py uses the real one."""
-    logged, ended, defined = [], [], []
+    logged, ended = [], []
     run = SimpleNamespace(
         id="new",
-        define_metric=lambda name, step_metric: defined.append((name, step_metric)),
-        log=logged.append,
+        step=0,
+        log=lambda values, step: logged.append({"step": step, **values}),
         finish=lambda exit_code: ended.append(exit_code),
     )
-    fake = SimpleNamespace(logged=logged, ended=ended, defined=defined, asked=[], run=run)
+    fake = SimpleNamespace(logged=logged, ended=ended, asked=[], run=run)
 
     def init(**options):
         fake.asked.append(options)
@@ -144,18 +164,70 @@ def test_wandb_is_told_the_same_as_the_files(config, tmp_path, wandb, given, use
         assert logger.wandb_id == used
         logger.log(5, {"train_loss": 0.5})
         logger.log(5, {"tokens_per_second": 9.0}, "speed")
+        logger.log(10, {"train_loss": None, "L0": 2.0})
     assert wandb.asked == [
         {
             "project": "p", "entity": "e", "mode": "offline", "id": given, "resume": "allow", "dir": str(tmp_path),
             "name": tmp_path.name, "config": asdict(config),
         }
     ]  # fmt: skip
-    assert wandb.defined == [("*", "step")], "a resumed run logs some steps again"
-    assert wandb.logged == lines(tmp_path / "metrics.jsonl") + lines(tmp_path / "speed.jsonl")
+    first, last = lines(tmp_path / "metrics.jsonl")
+    assert last.pop("train_loss") is None, "W&B has no null"
+    assert wandb.logged == [first, *lines(tmp_path / "speed.jsonl"), last]
     assert wandb.ended == [0]
     with Logger(config, 1, 0, "old") as other:
         assert other.wandb_id == "old"
     assert len(wandb.asked) == 1
+
+
+def test_wandb_is_not_told_again_what_it_has(config, wandb):
+    """As of a run that was killed after step 15, and goes on from its checkpoint of step 10."""
+    config.log.wandb, wandb.run.step = True, 16
+    with Logger(config, 0, 10, "old") as logger:
+        for step in (12, 15, 16, 18):
+            logger.log(step, {"train_loss": 0.5})
+    assert [line["step"] for line in wandb.logged] == [16, 18]
+
+
+def test_wandb_that_fails_is_named(config, wandb):
+    def fail(values, step):
+        raise BrokenPipeError("its service is gone")
+
+    config.log.wandb, wandb.run.log = True, fail
+    with pytest.raises(UserError, match=r"W&B failed \(its service is gone\)\. .*log\.wandb=false"):  # noqa: SIM117
+        with Logger(config, 0, 0, None) as logger:
+            logger.log(5, {"train_loss": 0.5})
+
+
+ASK = """
+import sys
+from clt.cli import exit_on_user_error
+from clt.config import load_config
+from clt.train.logger import check_wandb
+exit_on_user_error(check_wandb, load_config(None, ["log.wandb=true", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
+@pytest.mark.parametrize(
+    ("option", "found"),
+    [
+        ("log.wandb_project=a/b", "Invalid project name 'a/b'"),
+        ("log.wandb_project=p", "wandb login"),
+        ("log.wandb_mode=offline", None),
+    ],
+)
+def test_wandb_is_asked_before_anything_is_done(tmp_path, option, found):
+    """The real package, of a user who has never logged in."""
+    home = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", ASK, option]
+    result = subprocess.run(command, env=home, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert result.returncode == (2 if found else 0), result.stderr
+    if found:
+        assert result.stderr.startswith("error: W&B failed (")
+        assert found in result.stderr
+        assert "or set log.wandb_mode=offline or log.wandb=false" in result.stderr
+        assert result.stderr.count("\n") == 1, result.stderr
 
 
 def test_wandb_hears_of_a_failure(config, wandb):

@@ -93,6 +93,8 @@ def test_a_loss_that_is_not_finite_shows():
     whole.add(losses(bad, slice(0, 5), slice(0, 6)), 5 / 9)
     whole.add(losses(bad, slice(5, 9), slice(0, 6)), 4 / 9)
     assert whole.values.isnan().tolist() == [True, False, False, False]
+    found = whole.read({"sparsity": 0.3, "pre_activation": 2.0})
+    assert {name for name, value in found.items() if value is None} == {"train_loss", "train_mse", "mse/layer_1"}
 
 
 def test_the_coefficient_of_sparsity_rises_over_its_ramp_and_the_others_stay():

@@ -85,8 +85,11 @@ def test_gradients_are_written_back_only_in_steps_that_scale_them(clip_norm, fp1
 def test_learned_thresholds_stay_at_or_above_the_floor(fp16):
     """Adam at this rate moves each by 0.1 a step: two would become negative, and one was (an older checkpoint's)."""
     threshold = torch.nn.Parameter(torch.tensor([0.03, 0.05, 0.5, -3.0]))
-    optimizer = torch.optim.Adam([threshold], 0.1, fused=True)
-    update = Update(optimizer, {"threshold": threshold}, None, lambda t: t, floor=0.01, fp16=fp16, stop=True)
+    b_dec = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.Adam([threshold, b_dec], 0.1, fused=True)
+    parameters = {"threshold": threshold, "b_dec": b_dec}
+    update = Update(optimizer, parameters, None, lambda t: t, floor=0.01, fp16=fp16, stop=True)
+    b_dec.grad = torch.zeros(1)
     threshold.grad = torch.tensor([1.0, -1.0, 1.0, 1.0]) * update.scale
     update(1, 0.1, torch.zeros(len(value_names())))
     torch.testing.assert_close(threshold.detach(), torch.tensor([0.01, 0.15, 0.4, 0.01]))
@@ -95,7 +98,7 @@ def test_learned_thresholds_stay_at_or_above_the_floor(fp16):
 def test_update_counts_every_shard_once():
     """Two shards with the same gradients: the sharded part doubles in square, the replicated part does not."""
     (ours, _), gradients = problem()
-    update = updater(ours, sum_shards=lambda square: 2 * square)
+    update = updater(ours, sum_shards=lambda sums: 2 * sums)
     for parameter, gradient in zip(ours, gradients):
         parameter.grad = gradient
     expected = (2 * gradients[0].square().sum() + gradients[1].square().sum()).sqrt()
@@ -122,6 +125,24 @@ def test_the_loss_scale_falls_at_an_overflow_and_rises_after_2000_good_steps():
     step(3, gradients)
     assert update.scale == 2.0**16
     assert update.good_steps == 0
+
+
+@pytest.mark.parametrize("where", ["data", "feature"])
+def test_a_loss_that_another_rank_lost_freezes_this_one(where):
+    """Under fp16. The other rank shares this one's gradient, or holds another shard, whose sums arrive as a whole."""
+    (ours, _), gradients = problem()
+    lost = torch.tensor([float("nan"), 1.0])  # of the other shard: its norm, and that its loss was lost
+    steps = iter([torch.zeros(2), lost if where == "feature" else torch.zeros(2), torch.zeros(2)])
+    update = updater(ours, fp16=True, sum_shards=lambda sums: sums + next(steps))
+    after = []
+    for step, factor in enumerate([1.0, float("nan") if where == "data" else 1.0, 1.0], 1):
+        for parameter, gradient in zip(ours, gradients):
+            parameter.grad = gradient * factor * update.scale
+        update(step, 0.1, torch.zeros(len(value_names())))
+        after.append([p.detach().clone() for p in ours])
+    assert dict(zip(update.names, update.failed_at.tolist()))["grad_norm"] == 2
+    assert update.skipped == 2
+    assert all(torch.equal(a, b) for a, b in zip(after[0], after[2]))
 
 
 @pytest.mark.parametrize("stop", [True, False])

@@ -1,11 +1,14 @@
 """The files of a report, the table of results, and what summary.json says."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from clt import cli
 from clt.config import config_hash, load_config
 from clt.train.distributed import World
 from clt.train.evaluation import Evaluation
@@ -82,22 +85,24 @@ def test_the_table_has_a_row_for_each_number_that_is_there():
         "fve": 0.51234567,
         "l0_total": 31.25,
         "tokens_per_second": 12345.6,
-        "kl": None,
+        "kl": None,  # has no value
         "seed": 3,
     }
     assert table(numbers).splitlines() == [
         "fraction of variance explained (held out)        0.5123",
         "L0, all layers                                    31.25",
         "L0 per layer                                    3.0 5.2",
+        "KL(original || replaced), nats                     none",
         "training tokens/s                                12,346",
     ]
 
 
 def test_the_end_of_a_run_is_numbers_plots_and_table(run_dir, capsys):
-    evaluation = Evaluation({"fve": 0.5, "l0_per_layer": [3.0, 5.0]}, TENSORS)
+    quality = {"fve": 0.5, "fve_per_layer": [0.25, 0.75], "l0_per_layer": [3.0, 5.0]}
+    evaluation = Evaluation(quality, TENSORS)
     conclude(run_dir, evaluation, "out/numbers.json", "out", wall_seconds=2.0)
     found = json.loads((run_dir / "out" / "numbers.json").read_text())
-    assert found == {"fve": 0.5, "l0_per_layer": [3.0, 5.0], "wall_seconds": 2.0}
+    assert found == quality | {"wall_seconds": 2.0}
     assert (run_dir / "out" / "layers.png").exists()
     shown = capsys.readouterr().out
     assert table(found) in shown
@@ -115,3 +120,51 @@ def test_the_summary_counts_tokens_of_all_ranks():
     }  # fmt: skip
     config.eval.dead_window = 1000
     assert summary(config, state, torch.float32, 5.0)["dead_window_tokens"] == 600, "a short run is all of the window"
+
+
+def test_what_has_no_value_is_not_drawn_and_is_named(run_dir, drawn, capsys):
+    with (run_dir / "metrics.jsonl").open("a") as log:  # a step that was skipped
+        log.write('{"step": 3, "train_loss": null, "train_mse": null, "L0": null}\n')
+    quality = {"fve": 0.25, "fve_per_layer": [0.25, None], "l0_per_layer": [3.0, 5.0], "kl": None}
+    tensors = TENSORS | {"fve": torch.tensor(0.25), "fve_per_layer": torch.tensor([0.25, torch.nan])}
+    conclude(run_dir, Evaluation(quality, tensors), "numbers.json", "plots")
+    loss, l0 = drawn["training.png"]
+    for line, last in zip((*loss.lines, *l0.lines), (0.7, 0.6, 8), strict=True):
+        assert line.get_xydata().tolist()[1:] == [[2, last], [3, pytest.approx(torch.nan, nan_ok=True)]]
+    assert heights(drawn["layers.png"][0]) == [0.25, pytest.approx(torch.nan, nan_ok=True)]
+    shown = capsys.readouterr().out
+    assert "Layer 1: the held-out targets never vary, so they have no FVE" in shown
+    assert "No value: kl. " in shown
+
+
+def strict(text):
+    """JSON as its specification has it."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_a_run_on_one_layer_that_never_varies_ends_with_a_summary(train, lm_path, tmp_path, capsys):
+    """Its MLP writes a constant. Nothing has an FVE, and mean ablation changes nothing."""
+    copy = shutil.copytree(lm_path, tmp_path / "lm")
+    weights = load_file(copy / "model.safetensors")
+    weights["transformer.h.1.mlp.c_proj.weight"].zero_()
+    weights["transformer.h.1.mlp.c_proj.bias"].fill_(0.5)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    options = [f"lm.model={copy}", "lm.layers=[1]", f"data.store={tmp_path / 'stores'}", "eval.every=5"]
+    run = train(*options)
+    texts = [(run.dir / "summary.json").read_text(), *(run.dir / "metrics.jsonl").read_text().splitlines()]
+    summary, *lines = (strict(text) for text in texts)
+    assert [summary[name] for name in ("fve", "nmse", "fve_per_layer", "ce_recovered")] == [None, None, [None], None]
+    assert summary["ce_replaced"] == pytest.approx(summary["ce_mean_ablated"], rel=0.1)
+    assert [(line["step"], line["eval_fve"], line["eval_fve/layer_0"]) for line in lines if "eval_fve" in line] == [
+        (5, None, None), (10, None, None),
+    ]  # fmt: skip
+    again = train(*options, f"run.dir={run.dir}")  # a finished run is reported again
+    assert again.summary["fve"] is None
+    cli.main(["eval", str(run.dir)])
+    found = strict((run.dir / "report_step_00000010" / "evaluation.json").read_text())
+    assert (found["fve"], found["l0_total"]) == (None, summary["l0_total"])
+    assert capsys.readouterr().out.count("Layer 0: the held-out targets never vary") == 3

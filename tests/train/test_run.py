@@ -1,10 +1,13 @@
 """A store, a model and a run directory that do not belong together are refused before anything is trained."""
 
 import dataclasses
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
+import train_ddp
 from clt.config import load_config
 from clt.data.extract import check_model
 from clt.data.index import read_index
@@ -54,6 +57,28 @@ def test_a_run_directory_is_claimed_and_recognised(base):
         check_run_dir(other)
     free = dataclasses.replace(base, log=dataclasses.replace(base.log, every=99))
     check_run_dir(free)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("file/run", "Not a directory"), ("loop/run", "Too many levels"), ("a" * 300, "File name too long")],
+)
+def test_a_run_directory_that_cannot_be_written_is_found_at_once(base, tmp_path, name, found):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    base.run.dir = str(tmp_path / name)
+    with pytest.raises(UserError, match=rf"run\.dir=.* cannot be written \({found}.*\): .*choose another run\.dir"):
+        train_ddp.main(base, prepare=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "loop"}
+
+
+def test_a_run_directory_on_a_read_only_file_system_is_found_at_once(base, small_disk):
+    base.run.dir = str(small_disk(1 << 20) / "run")
+    done = subprocess.run(["mount", "-o", "remount,ro", Path(base.run.dir).parent], capture_output=True)
+    if done.returncode:
+        pytest.skip("a file system cannot be made read-only here")
+    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"):
+        check_run_dir(base)
 
 
 def test_heldout_text_shorter_than_a_window(base, tmp_path):

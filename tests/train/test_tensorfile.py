@@ -166,12 +166,15 @@ def test_a_snapshot_of_a_gpu_goes_to_pinned_memory_and_waits_for_nothing():
 
 def test_what_cannot_be_read_is_named(tmp_path):
     path = tmp_path / "file"
-    with pytest.raises(UserError, match=rf"{path} is damaged .*; delete its checkpoint to go on from the one before"):
+    with pytest.raises(
+        UserError,
+        match=rf"{path} cannot be read \(No such file .*\): delete its checkpoint to go on",
+    ):
         tensorfile.read(path, wholes(TENSORS))
     save_file({"b": torch.zeros(2, 3)}, path)
-    with pytest.raises(UserError, match=rf"{path} has no a, c: it is of another run or another version"):
+    with pytest.raises(UserError, match=rf"{path} is damaged .it has no a, c: it is of another run or another version"):
         tensorfile.read(path, wholes({name: torch.zeros(2, 3) for name in "cba"}))
-    with pytest.raises(UserError, match=rf"b in {path} is \[2, 3\], wanted \[3, 2\]"):
+    with pytest.raises(UserError, match=r"b is \[2, 3\], wanted \[3, 2\]"):
         tensorfile.read(path, wholes({"b": torch.zeros(3, 2)}))
     with pytest.raises(UserError, match=r"is \[2, 3\], wanted \[2, 4\]"):
         tensorfile.read(path, {"b": Part(torch.zeros(2, 2), (2, 4), 1, 2)})
