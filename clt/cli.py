@@ -8,11 +8,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clt.config import DEFAULT_CONFIG, Config, load_config
 from clt.errors import UserError, printable, tell
 from clt.parsing import to_yaml
+
+if TYPE_CHECKING:
+    from clt.model.transcoder import CrossLayerTranscoder
+    from clt.train.evaluation import Evaluation, Replace
 
 
 def exit_on_user_error(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -69,6 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("run_dir", help="run directory")
     command.add_argument("--step", type=int, help="checkpoint to evaluate (default: the newest)")
     command.add_argument("--nnsight", action="store_true", help="replace the MLPs through nnsight, not forward hooks")
+
+    command = add("convert", _convert, "turn a topk or batchtopk run into a JumpReLU transcoder")
+    command.add_argument("run_dir", help="run directory")
+    command.add_argument("--step", type=int, help="checkpoint to convert (default: the newest)")
+    command.add_argument("--to", choices=["jumprelu"], required=True, help="the rule of the result")
+    command.add_argument("--rows", type=int, default=32_768, help="training rows to set thresholds on (%(default)s)")
 
     command = add("serve", _serve, "serve activations over HTTP")
     _add_config(command)
@@ -130,44 +140,79 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    run_dir = Path(arguments.run_dir)
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} has no config.yaml; wanted the run.dir of a training run")
-    config = load_config(run_dir / "config.yaml")
-    import torch
-
-    from clt.data.index import STATISTICS
-    from clt.data.statistics import Statistics
+    run = _Run(arguments)
     from clt.lm.replacement import nnsight_logits
-    from clt.train import checkpoint
-    from clt.train.distributed import World, accumulate_in_float32
-    from clt.train.evaluation import Evaluator
-    from clt.train.optim import autocast_dtype
     from clt.train.report import conclude
+
+    evaluation = run.evaluate(run.transcoder, run=nnsight_logits if arguments.nnsight else None)
+    report = f"report_step_{run.step:08d}"
+    conclude(run.directory, evaluation, f"{report}/evaluation.json", report)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    run = _Run(arguments)
+    from clt.export.convert import to_jumprelu
+    from clt.model.spec import BY_K
+    from clt.train.report import table
     from clt.train.run import open_store
 
-    steps = checkpoint.steps(run_dir / "checkpoints")
-    step = arguments.step if arguments.step is not None else (steps or [None])[-1]
-    if step not in steps:
-        raise UserError(f"{run_dir} has no checkpoint of step {step}; found {steps or 'none'}")
-    accumulate_in_float32()  # as in training
-    world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    path = run_dir / "checkpoints" / f"step_{step:08d}"
-    transcoder = checkpoint.load_transcoder(path).to(world.device)
-    heldout = open_store(config, "heldout")
-    found, wanted = (heldout.index.n_layers, heldout.index.d_acts), (transcoder.n_layers, transcoder.d_acts)
-    if found != wanted:
-        raise UserError(
-            f"{heldout.path} holds activations of (L, D) = {found}, the checkpoint was trained on {wanted}; "
-            "extract the stores from the run's language model again"
-        )
-    # Of the training set only its mean outputs are wanted; its shards may be gone.
-    mean_output = Statistics.load(Path(config.data.store) / "train" / STATISTICS).target_mean
-    evaluate = Evaluator(config, heldout, mean_output, world, autocast_dtype(config.train.precision, world.device))
-    last_fired = checkpoint.read_tensor(path, "last_fired").to(world.device)
-    evaluation = evaluate(transcoder, last_fired, step, run=nnsight_logits if arguments.nnsight else None)
-    report = f"report_step_{step:08d}"
-    conclude(run_dir, evaluation, f"{report}/evaluation.json", report)
+    if (rule := run.transcoder.spec.activation) not in BY_K:
+        raise UserError(f"{run.directory} is a {rule} run; wanted one of clt.activation={' or '.join(BY_K)}")
+    directory = run.directory / f"jumprelu_step_{run.step:08d}"
+    if directory.exists():
+        raise UserError(f"{directory} exists already; delete it to convert again")
+    store = open_store(run.config, "train")
+    rows = min(arguments.rows, len(store))
+    x = store[[len(store) * i // rows for i in range(rows)]][:, 0].to(run.transcoder.b_dec)
+    converted = to_jumprelu(run.transcoder, x)
+    for name, transcoder in ((rule, run.transcoder), ("jumprelu", converted)):
+        print(f"{name}:\n{table(run.evaluate(transcoder).numbers)}\n")
+    converted.save_pretrained(directory)
+    print(f"The transcoder is in {directory}; thresholds were set on {rows:,} training rows")
+
+
+class _Run:
+    """A checkpoint of a run, and what evaluates it. Raises UserError when something is missing or does not fit."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.directory = Path(arguments.run_dir)
+        if not (self.directory / "config.yaml").is_file():
+            raise UserError(f"{self.directory} has no config.yaml; wanted the run.dir of a training run")
+        self.config = load_config(self.directory / "config.yaml")
+        import torch
+
+        from clt.data.index import STATISTICS
+        from clt.data.statistics import Statistics
+        from clt.train import checkpoint
+        from clt.train.distributed import World, accumulate_in_float32
+        from clt.train.evaluation import Evaluator
+        from clt.train.optim import autocast_dtype
+        from clt.train.run import open_store
+
+        steps = checkpoint.steps(self.directory / "checkpoints")
+        self.step = arguments.step if arguments.step is not None else (steps or [None])[-1]
+        if self.step not in steps:
+            raise UserError(f"{self.directory} has no checkpoint of step {self.step}; found {steps or 'none'}")
+        accumulate_in_float32()  # as in training
+        world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        path = self.directory / "checkpoints" / f"step_{self.step:08d}"
+        self.transcoder = checkpoint.load_transcoder(path).to(world.device)
+        heldout = open_store(self.config, "heldout")
+        found = (heldout.index.n_layers, heldout.index.d_acts)
+        if found != (wanted := (self.transcoder.n_layers, self.transcoder.d_acts)):
+            raise UserError(
+                f"{heldout.path} holds activations of (L, D) = {found}, the checkpoint was trained on {wanted}; "
+                "extract the stores from the run's language model again"
+            )
+        # Of the training set only its mean outputs are wanted; its shards may be gone.
+        mean_output = Statistics.load(Path(self.config.data.store) / "train" / STATISTICS).target_mean
+        dtype = autocast_dtype(self.config.train.precision, world.device)
+        self._evaluate = Evaluator(self.config, heldout, mean_output, world, dtype)
+        self._last_fired = checkpoint.read_tensor(path, "last_fired").to(world.device)
+
+    def evaluate(self, transcoder: CrossLayerTranscoder, run: Replace | None = None) -> Evaluation:
+        """The figures of a transcoder of this run; run: as for `evaluate_replacement`."""
+        return self._evaluate(transcoder, self._last_fired, self.step, run=run)
 
 
 if __name__ == "__main__":

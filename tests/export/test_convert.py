@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from clt.cli import main
 from clt.export.convert import to_jumprelu
 from clt.model.spec import CLTConfig
 from clt.model.transcoder import CrossLayerTranscoder
@@ -38,3 +39,21 @@ def test_a_batchtopk_without_norms_keeps_its_features():
     clt.threshold.fill_(0.2)
     x = torch.randn(4000, 2, 8)
     torch.testing.assert_close(to_jumprelu(clt, x).encode(x), clt.encode(x))
+
+
+def test_the_command_converts_a_run_and_prints_its_figures_before_and_after(train, capsys):
+    run = train("clt.activation=batchtopk", "clt.k=6", "loss.sparsity=0.0", "eval.replacement_tokens=64")
+    capsys.readouterr()
+    main(["convert", str(run.dir), "--to", "jumprelu", "--rows", "100"])
+    out = capsys.readouterr().out
+    before, after = out.index("batchtopk:\n"), out.index("\njumprelu:\n")
+    for figure in ("fraction of variance explained", "L0, all layers", "share of that gap recovered"):
+        assert before < out.index(figure) < after < out.rindex(figure)
+    converted = CrossLayerTranscoder.from_pretrained(run.dir / "jumprelu_step_00000010")
+    assert converted.spec.activation == "jumprelu"
+    with pytest.raises(SystemExit):
+        main(["convert", str(run.dir), "--to", "jumprelu"])
+    assert "jumprelu_step_00000010 exists already; delete it to convert again" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["convert", str(train("eval.replacement_tokens=0").dir), "--to", "jumprelu"])
+    assert "is a jumprelu run; wanted one of clt.activation=topk or batchtopk" in capsys.readouterr().err
