@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import ranks as forked
 from clt.data.index import read_index
 from clt.data.shards import dataset_offsets
 from clt.errors import UserError
@@ -129,11 +130,8 @@ def test_ranks_agree_to_skip(train, poisoned, train_overrides, tmp_path):
     options = ["train.steps=17", "train.nonfinite=skip", "log.every=1", "train.accumulate=2", f"data.store={poisoned}"]
     options.append("eval.replacement_tokens=0")
     alone = train(*options)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "train_ddp.py"]
-    command += [*train_overrides, *options, "parallel.feature_shards=2", f"run.dir={tmp_path / 'ranks'}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    layout = ["parallel.feature_shards=2", f"run.dir={tmp_path / 'ranks'}"]
+    forked.train(*train_overrides, *options, *layout, processes=4)
     path = tmp_path / "ranks" / "checkpoints" / "step_00000017"
     for name, tensor in checkpoint.load_transcoder(path).state_dict().items():
         torch.testing.assert_close(tensor, alone.weights[name], rtol=1e-4, atol=1e-5)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_ddp
+from benchmarks import ranks
 from clt import cli
 from clt.config import load_config
 from clt.train import checkpoint
@@ -73,8 +74,7 @@ def test_a_sharded_run_is_evaluated_by_one_process(train, train_overrides, tmp_p
     Trained with compiled kernels, to the weights of one eager process.
     """
     options = ["parallel.feature_shards=2", "train.compile=true", f"run.dir={tmp_path}"]
-    result = launch(*train_overrides, *options, processes=2)
-    assert result.returncode == 0, result.stderr
+    ranks.train(*train_overrides, *options, processes=2)
     for name, tensor in train().weights.items():
         torch.testing.assert_close(weights(tmp_path)[name], tensor, rtol=1e-4, atol=1e-5)
     cli.main(["eval", str(tmp_path)])
@@ -120,11 +120,9 @@ def test_a_resumed_run_is_the_undisturbed_run_to_the_bit(train, tmp_path, option
 def test_ranks_resume_to_the_bit(train_overrides, tmp_path):
     """Three addends: their sum depends on the order, and DDP's order must be that of the undisturbed run."""
     options = [*train_overrides, *RESUME, "eval.replacement_tokens=0", "train.batch_tokens=61"]
-    result = launch(*options, f"run.dir={tmp_path / 'whole'}", processes=3)
-    assert result.returncode == 0, result.stderr
+    ranks.train(*options, f"run.dir={tmp_path / 'whole'}", processes=3)
     interrupt(tmp_path / "whole", tmp_path / "half", 10)
-    result = launch(*options, f"run.dir={tmp_path / 'half'}", processes=3)
-    assert result.returncode == 0, result.stderr
+    ranks.train(*options, f"run.dir={tmp_path / 'half'}", processes=3)
     assert_equal_to_the_bit(tmp_path / "half", tmp_path / "whole", 20)
 
 
