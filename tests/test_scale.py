@@ -130,8 +130,9 @@ def train_and_count(*arguments: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's counters of bytes written")
-def test_bytes_that_data_parallel_ranks_send(train_overrides, tmp_path):
+def test_bytes_that_data_parallel_ranks_send(train_overrides, tmp_path, monkeypatch):
     """What each process hands to its sockets in a step of the real loop, as the kernel counts it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     size = 3
     options = ["clt.d_features=512", "log.every=100", "eval.every=0", "eval.replacement_tokens=0"]
     ranks.run(train_and_count, *train_overrides, *options, f"run.dir={tmp_path}", processes=size)

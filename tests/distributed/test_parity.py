@@ -1,13 +1,15 @@
 """The benchmarks of exactness, at the lengths that a test run has time for."""
 
 import json
+import os
 import sys
+import time
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from benchmarks import chaos, parity
+from benchmarks import chaos, parity, ranks
 
 
 @pytest.fixture
@@ -44,3 +46,15 @@ def test_killed_ranks_do_not_change_the_result(run):
     assert report["kills"] == 2
     assert report["kills_during_checkpoint"] >= 1
     assert report["differences"] == report["unreadable_checkpoints"] == 0
+
+
+def fail_on_rank_one(status: int) -> None:
+    if os.environ["RANK"] == "0":
+        time.sleep(1000)
+    print("what rank 1 says", flush=True)
+    sys.exit(status)
+
+
+def test_a_rank_that_fails_ends_the_others_and_what_it_said_is_shown():
+    with pytest.raises(RuntimeError, match=r"the ranks ended with status \[-9, 3\]:\nwhat rank 1 says"):
+        ranks.run(fail_on_rank_one, 3, processes=2)
