@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks import ranks
 from benchmarks.job import environment, small_job, torchrun
 from benchmarks.machine import where
 
@@ -129,8 +130,7 @@ def main() -> None:
         restarts = (f"--max-restarts={arguments.kills}", "--monitor-interval=0.1")
         command = torchrun(*job, f"run.dir={disturbed}", processes=RANKS, options=restarts)
         report = disturb(command, disturbed, arguments.kills, arguments.seed)
-        command = torchrun(*job, f"run.dir={calm}", processes=RANKS)
-        subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        ranks.train(*job, f"run.dir={calm}", processes=RANKS)
         report["differences"] = differences(disturbed, calm)
     report |= {"wall_seconds": time.monotonic() - began, "steps": steps, **where()}
     arguments.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")

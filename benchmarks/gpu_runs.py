@@ -37,8 +37,12 @@ def resume(rehearsal: bool) -> Found:
 
 
 def layouts(rehearsal: bool, ranks: int) -> Found:
-    """Runs in the layouts (data x feature) of `ranks` ranks: as one rank's, resumed to the bit, one process a GPU."""
-    shapes = dict.fromkeys([(ranks, 1), (2, ranks // 2), (1, ranks)])  # two ranks have only two
+    """Runs in the layouts (data x feature) of `ranks` ranks: as one rank's, resumed to the bit, one process a GPU.
+
+    A rehearsal has the last layout alone.
+    """
+    shapes = list(dict.fromkeys([(ranks, 1), (2, ranks // 2), (1, ranks)]))  # two ranks have only two
+    shapes = shapes[-1:] if rehearsal else shapes
     rows, ok = {}, True
     with tempfile.TemporaryDirectory() as directory:
         base = Path(directory)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+
+from benchmarks import ranks
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,6 +30,5 @@ def small_job(directory: Path) -> list[str]:
         "train.steps=20", "train.batch_tokens=509", "eval.replacement_tokens=512", "eval.dead_window=1018",
         "log.every=1", "optim.lr=2e-3", "clt.threshold=1.0",
     ]  # fmt: skip
-    command = [sys.executable, str(ROOT / "train_ddp.py"), "--prepare", *job, f"run.dir={directory / 'unused'}"]
-    subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ranks.train("--prepare", *job, f"run.dir={directory / 'unused'}", processes=1)
     return job

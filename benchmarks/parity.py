@@ -4,11 +4,11 @@
     python benchmarks/parity.py --json benchmarks/results/parity-topk.json \
         --set clt.activation=topk clt.k=6 clt.by_norm=true loss.sparsity=0
 
-Every run is the real command under torchrun: 20 steps of fp32 on the embedded model's activations, with a global batch
-(127 tokens) that no number of ranks divides, and two micro-batches. Compared with one process: the loss and the clipped
-norm at every step, the gradients of the first step and the mean gradients of the run (Adam's first moment, which the
-checkpoints hold), the final weights, L0 per layer at every step and dead features at the end. The relative difference
-of two tensors is the norm of their difference over the norm of the reference.
+Every run is train_ddp.py in processes of its own: 20 steps of fp32 on the embedded model's activations, with a global
+batch (127 tokens) that no number of ranks divides, and two micro-batches. Compared with one process: the loss and the
+clipped norm at every step, the gradients of the first step and the mean gradients of the run (Adam's first moment,
+which the checkpoints hold), the final weights, L0 per layer at every step and dead features at the end. The relative
+difference of two tensors is the norm of their difference over the norm of the reference.
 
 What remains is float32 addition in another order, about 1e-7 a step. It has two amplifiers. Adam divides a gradient by
 its own size, so the few weights whose gradient is almost zero move by its rounding (`max_rel_weight_element`, over the
@@ -27,15 +27,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.job import environment, small_job, torchrun
+from benchmarks import ranks
+from benchmarks.job import ROOT, small_job
 from benchmarks.machine import where
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4)]
@@ -43,17 +46,10 @@ BAR = 1e-5
 TOKENS, FEATURES = 127, 64
 
 
-def run(job: list[str], directory: Path, data: int, feature: int, *overrides: str, netns: bool = False) -> str:
-    """Train in one layout into `directory`; returns stdout. With `netns` in a network namespace of its own."""
+def run(job: Sequence[str], directory: Path, data: int, feature: int, *overrides: str) -> None:
+    """Train in one layout into `directory`."""
     layout = [f"parallel.feature_shards={feature}", f"run.dir={directory}"]
-    command = torchrun(*job, *layout, *overrides, processes=data * feature)
-    if netns:
-        script = 'ip link set lo up && "$@" >/dev/null && sed -n "s/^ *lo: *//p" /proc/self/net/dev'
-        command = ["unshare", "--net", "bash", "-c", script, "-", *command]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    if result.returncode:
-        raise SystemExit(f"layout {data}x{feature} failed:\n{result.stdout}\n{result.stderr}")
-    return result.stdout
+    ranks.train(*job, *layout, *overrides, processes=data * feature)
 
 
 def outcome(directory: Path) -> dict[str, Any]:
@@ -137,16 +133,31 @@ def bytes_per_step(data: int, feature: int, tokens: int) -> int:
 
 
 def measured_bytes(job: list[str], directory: Path, data: int, feature: int) -> float | None:
-    """Bytes on the wire in a step: the difference between two lengths of the same run, without evaluation."""
+    """Bytes on the wire in a step: the difference between two lengths of the same run, without evaluation.
+
+    None where there is no network namespace to measure in.
+    """
     if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
         return None
-    sent = []
+    script = 'ip link set lo up && exec "$@"'
+    code = "import sys; from benchmarks.parity import print_bytes; print_bytes(*sys.argv[1:])"
+    command = ["unshare", "--net", "bash", "-c", script, "-", sys.executable, "-c", code]
+    command += [str(directory / "bytes"), str(data), str(feature), *job]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"the bytes of layout {data}x{feature} were not counted:\n{result.stderr}")
+    return float(result.stdout)
+
+
+def print_bytes(directory: str, data: str, feature: str, *job: str) -> None:
+    """The same in the network namespace of this process, by the counter of its loopback device."""
+    length = ["train.batch_tokens=512", "train.accumulate=1", "clt.d_features=256", "log.every=1000"]
+    counts = []
     for steps in (10, 40):
-        length = [f"train.steps={steps}", "train.batch_tokens=512", "train.accumulate=1", "clt.d_features=256"]
-        length += ["log.every=1000"]
-        out = run(job, directory / f"{data}x{feature}-{steps}", data, feature, *length, netns=True)
-        sent.append(int(out.split()[0]))
-    return (sent[1] - sent[0]) / 30
+        run(job, Path(f"{directory}-{steps}"), int(data), int(feature), *length, f"train.steps={steps}")
+        (line,) = re.findall(r"^ *lo: *(\d+)", Path("/proc/self/net/dev").read_text(), re.MULTILINE)
+        counts.append(int(line))
+    print((counts[1] - 2 * counts[0]) / 30)
 
 
 def main() -> None:

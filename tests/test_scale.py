@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -12,14 +10,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import scale
+import train_ddp
+from benchmarks import ranks, scale
 from benchmarks.scale import Job
+from clt.config import load_config
 from clt.model.loss import Objective
 from clt.model.spec import CLTConfig, LossConfig
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train.distributed import Axis, GradientMemory
+from clt.train.logger import Logger
 
-ROOT = Path(__file__).parent.parent
 SIZES = [Job(4, 16, 128, 1024), Job(4, 64, 128, 256), Job(6, 64, 256, 8)]  # most memory: features, errors, weights
 PRECISIONS = {4: torch.float32, 2: torch.bfloat16}
 
@@ -114,40 +114,29 @@ def test_a_mesh_divides_the_costs():
     assert scale.gradient_bytes(job) == scale.reconstruction_bytes(job) == 0
 
 
-PROBE = """
-import json, sys
-import train_ddp
-from clt.config import load_config
-from clt.train.logger import Logger
+def train_and_count(*arguments: str) -> None:
+    """A run; what this rank had written by the end of each step goes to a file in the run directory."""
+    written, step = [], Logger.step
 
-sent = []
-step = Logger.step
+    def probe(logger: Logger, finished: int) -> None:
+        step(logger, finished)
+        counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        written.append(int(counters["wchar"]))
 
-def probe(logger, finished):
-    step(logger, finished)
-    counters = dict(line.split(": ") for line in open("/proc/self/io"))
-    sent.append(int(counters["wchar"]))
-
-Logger.step = probe
-config = load_config(sys.argv[1], sys.argv[2:])
-train_ddp.main(config, prepare=False)
-import os
-open(f"{config.run.dir}/sent-{os.environ['RANK']}.json", "w").write(json.dumps(sent))
-"""
+    Logger.step = probe
+    config = load_config(arguments[0], arguments[1:])
+    train_ddp.main(config, prepare=False)
+    Path(config.run.dir, f"written-{os.environ['RANK']}.json").write_text(json.dumps(written))
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's counters of bytes written")
-def test_bytes_that_data_parallel_ranks_send(train_overrides, tmp_path):
+def test_bytes_that_data_parallel_ranks_send(train_overrides, tmp_path, monkeypatch):
     """What each process hands to its sockets in a step of the real loop, as the kernel counts it."""
-    ranks = 3
-    (tmp_path / "probe.py").write_text(PROBE)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    size = 3
     options = ["clt.d_features=512", "log.every=100", "eval.every=0", "eval.replacement_tokens=0"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += [str(tmp_path / "probe.py"), *train_overrides, *options, f"run.dir={tmp_path / 'run'}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
-    counts = [json.loads((tmp_path / "run" / f"sent-{rank}.json").read_text()) for rank in range(ranks)]
+    ranks.run(train_and_count, *train_overrides, *options, f"run.dir={tmp_path}", processes=size)
+    counts = [json.loads((tmp_path / f"written-{rank}.json").read_text()) for rank in range(size)]
     steps = [[after - before for before, after in pairwise(count)] for count in counts]
-    wanted = scale.gradient_bytes(Job(3, 16, 512, 60, data=ranks))
-    assert sum(map(median, steps)) / ranks == pytest.approx(wanted, rel=0.02)
+    wanted = scale.gradient_bytes(Job(3, 16, 512, 60, data=size))
+    assert sum(map(median, steps)) / size == pytest.approx(wanted, rel=0.02)

@@ -23,17 +23,38 @@ def command(environment: dict[str, str], *arguments: str) -> subprocess.Complete
     )
 
 
+# The longest, one that trains in processes of its own, and one that has a GPU alone.
+BY_THE_COMMAND = {"tests", "resume", "data"}
+IN_ONE_PROCESS = """
+import importlib, json, sys
+from benchmarks import gpu
+
+parts = {name: importlib.import_module(f"benchmarks.{gpu.PARTS[name].module}") for name in sys.argv[1:]}
+print("\\n" + json.dumps({name: getattr(module, name)(True) for name, module in parts.items()}))
+"""
+
+
 @pytest.mark.timeout(600)
 def test_every_part_runs_without_the_optional_packages(bare_environment: dict[str, str], tmp_path: Path) -> None:
+    """Three by the command, each in its own process, and the others in one, which imports torch once."""
     out = tmp_path / "results" / "gpu.json"
-    done = command(bare_environment, "--rehearse", "--json", str(out))
+    done = command(bare_environment, "--rehearse", "--only", *BY_THE_COMMAND, "--json", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
-    assert found["parts"].keys() == gpu.PARTS.keys()
+    assert found["parts"].keys() == BY_THE_COMMAND
     assert {"device", "versions", "commit"} <= found["machine"].keys()
     assert len(found["parts"]["resume"]["digests"]) == 3
-    assert found["parts"]["steps"]["rows"][0]["over_textbook"] > 0
     assert found["parts"]["data"]["reader"][0]["stall_share"] >= 0
+
+    others = [name for name in gpu.PARTS if name not in BY_THE_COMMAND]
+    run = [sys.executable, "-c", IN_ONE_PROCESS, *others]
+    env = bare_environment | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = json.loads(done.stdout.splitlines()[-1])
+    assert list(parts) == others
+    assert all(part["ok"] for part in parts.values()), parts
+    assert parts["steps"]["rows"][0]["over_textbook"] > 0
 
 
 @pytest.mark.timeout(600)
@@ -41,10 +62,10 @@ def test_the_layouts_of_two_ranks(bare_environment: dict[str, str], tmp_path: Pa
     out = tmp_path / "gpus.json"
     done = command(bare_environment, "--ranks", "2", "--rehearse", "--json", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads(out.read_text())["parts"]["layouts"]["layouts"]
-    assert rows.keys() == {"2x1", "1x2"}
-    assert all(0 < row["difference_from_one_rank"] < 1e-5 for row in rows.values())
-    assert all(len(row["digests"]) == 2 for row in rows.values())
+    ((layout, row),) = json.loads(out.read_text())["parts"]["layouts"]["layouts"].items()
+    assert layout == "1x2"
+    assert 0 < row["difference_from_one_rank"] < 1e-5
+    assert len(row["digests"]) == 2
 
 
 def test_without_a_gpu_every_part_says_so_and_the_file_is_written(tmp_path: Path) -> None:

@@ -1,78 +1,77 @@
 """What DDP does with the decoder's gradients, seen in two real ranks: summed early, and never copied."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent.parent
-RANK = """
-import json, sys
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from benchmarks import ranks
 from clt.model.loss import Objective
 from clt.model.spec import CLTConfig, LossConfig
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train.distributed import GradientMemory, sum_bucket
 
-dist.init_process_group("gloo")
-rank, (L, D, F, B) = dist.get_rank(), (6, 64, 256, 1024)
-spec = CLTConfig(d_features=F, skip=True)
-torch.manual_seed(0)
-alone, objective = (Objective(CrossLayerTranscoder(L, D, spec), LossConfig()) for _ in range(2))
-objective.load_state_dict(alone.state_dict())
-events, buckets, steps = [], [], []
+B, L, D, F = 1024, 6, 64, 256
 
-def noted(*arguments):
-    events.append("layer")
-    return alone.kernels.gate_gradients(*arguments)
 
-def summed(group, bucket):
-    buckets.append(bucket.buffer())
-    events.append("begun")
-    return sum_bucket(group, bucket).then(lambda done: (events.append("done"), done.value())[1])
+def measure(folder: Path) -> None:
+    """Six steps of this rank: what happened in each goes to a file of its own."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    spec = CLTConfig(d_features=F, skip=True)
+    alone, objective = (Objective(CrossLayerTranscoder(L, D, spec), LossConfig()) for _ in range(2))
+    objective.load_state_dict(alone.state_dict())
+    events, buckets, steps = [], [], []
 
-objective.kernels.gate_gradients = noted
-model = DDP(objective, bucket_cap_mb=0.001, gradient_as_bucket_view=True)
-model.register_comm_hook(dist.group.WORLD, summed)
-clt, terms, passed_on = objective.transcoder, {"sparsity": 0.1, "pre_activation": 0.0, "aux": 0.0}, []
-memory = objective.gradient_memory = GradientMemory(clt.parameters())
-for weight in (clt.W_enc, clt.W_skip, *clt.W_dec):
-    weight.register_hook(lambda grad: passed_on.append(grad is not None))
-for step in range(6):
-    events.clear(), buckets.clear(), passed_on.clear()
-    batch = torch.randn(2, B, 2, L, D)
-    (model(batch[rank], terms).total / 2).backward()
-    alone.zero_grad()
-    alone(batch.view(-1, 2, L, D), terms).total.backward()
-    pairs = zip(alone.parameters(), objective.parameters())
-    ends = [(b.data_ptr(), b.data_ptr() + b.nbytes) for b in buckets]
-    steps.append({
-        "events": list(events),
-        "error": max(((a.grad - b.grad).norm() / a.grad.norm()).item() for a, b in pairs if a.grad.any()),
-        "copied": sum(passed_on),  # what autograd is given, it copies or DDP does
-        "in_buckets": [any(a <= w.grad.data_ptr() < z for a, z in ends) for w in (clt.W_enc, clt.W_skip, *clt.W_dec)],
-    })
-    memory.clear() if step else clt.zero_grad()  # after the first step DDP makes its buckets anew
-json.dump(steps, open(f"{sys.argv[1]}/{rank}.json", "w"))
-dist.destroy_process_group()
-"""
+    def noted(*arguments):
+        events.append("layer")
+        return alone.kernels.gate_gradients(*arguments)
+
+    def summed(group, bucket):
+        buckets.append(bucket.buffer())
+        events.append("begun")
+        return sum_bucket(group, bucket).then(lambda done: (events.append("done"), done.value())[1])
+
+    objective.kernels.gate_gradients = noted
+    model = DDP(objective, bucket_cap_mb=0.001, gradient_as_bucket_view=True)
+    model.register_comm_hook(dist.group.WORLD, summed)
+    clt, terms, passed_on = objective.transcoder, {"sparsity": 0.1, "pre_activation": 0.0, "aux": 0.0}, []
+    memory = objective.gradient_memory = GradientMemory(clt.parameters())
+    written = (clt.W_enc, clt.W_skip, *clt.W_dec)
+    for weight in written:
+        weight.register_hook(lambda grad: passed_on.append(grad is not None))
+    for step in range(6):
+        events.clear(), buckets.clear(), passed_on.clear()
+        batch = torch.randn(2, B, 2, L, D)
+        (model(batch[rank], terms).total / 2).backward()
+        alone.zero_grad()
+        alone(batch.view(-1, 2, L, D), terms).total.backward()
+        pairs = zip(alone.parameters(), objective.parameters())
+        ends = [(b.data_ptr(), b.data_ptr() + b.nbytes) for b in buckets]
+        steps.append(
+            {
+                "events": list(events),
+                "error": max(((a.grad - b.grad).norm() / a.grad.norm()).item() for a, b in pairs if a.grad.any()),
+                "copied": sum(passed_on),  # what autograd is given, it copies or DDP does
+                "in_buckets": [
+                    any(a <= w.grad.data_ptr() < z for a, z in ends) for w in (clt.W_enc, clt.W_skip, *clt.W_dec)
+                ],
+            }
+        )
+        memory.clear() if step else clt.zero_grad()  # after the first step DDP makes its buckets anew
+    (folder / f"{rank}.json").write_text(json.dumps(steps))
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory) -> list[list[dict]]:
     """What each of two ranks saw in each of six steps."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "rank.py").write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run([*command, folder / "rank.py", folder], env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    ranks.run(measure, folder, processes=2)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

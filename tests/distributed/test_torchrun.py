@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_ddp
+from benchmarks import ranks
 from clt import cli
 from clt.config import load_config
 from clt.train import checkpoint
@@ -74,8 +75,7 @@ def test_a_sharded_run_is_evaluated_by_one_process(train, train_overrides, tmp_p
     """
     options = ["parallel.feature_shards=2", "train.compile=true", f"run.dir={tmp_path}"]
     model = ["clt.skip=true", "clt.window=2"]
-    result = launch(*train_overrides, *options, *model, processes=2)
-    assert result.returncode == 0, result.stderr
+    ranks.train(*train_overrides, *options, *model, processes=2)
     for name, tensor in train(*model).weights.items():
         torch.testing.assert_close(weights(tmp_path)[name], tensor, rtol=1e-4, atol=1e-5)
     cli.main(["eval", str(tmp_path)])
@@ -110,7 +110,15 @@ RESUME = ["train.steps=20", "checkpoint.every=10", "checkpoint.keep=9", "log.eve
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
-    "options", ["", "train.precision=fp16", "train.accumulate=3 clt.skip=true clt.window=2", "train.compile=true"]
+    "options",
+    [
+        "",
+        "train.precision=fp16",
+        "train.accumulate=3 clt.skip=true clt.window=2",
+        "train.compile=true",
+        "loss.target_l0=3 loss.pre_activation=0.1 loss.pre_activation_kind=dead loss.dead_window=120",
+        "clt.activation=batchtopk clt.k=6 clt.k_start=9 loss.sparsity=0 loss.aux=0.1 loss.aux_k=3 loss.dead_window=120",
+    ],
 )
 def test_a_resumed_run_is_the_undisturbed_run_to_the_bit(train, tmp_path, options):
     whole = train(*RESUME, *options.split())
@@ -123,11 +131,9 @@ def test_a_resumed_run_is_the_undisturbed_run_to_the_bit(train, tmp_path, option
 def test_ranks_resume_to_the_bit(train_overrides, tmp_path):
     """Three addends: their sum depends on the order, and DDP's order must be that of the undisturbed run."""
     options = [*train_overrides, *RESUME, "eval.replacement_tokens=0", "train.batch_tokens=61", "clt.skip=true"]
-    result = launch(*options, f"run.dir={tmp_path / 'whole'}", processes=3)
-    assert result.returncode == 0, result.stderr
+    ranks.train(*options, f"run.dir={tmp_path / 'whole'}", processes=3)
     interrupt(tmp_path / "whole", tmp_path / "half", 10)
-    result = launch(*options, f"run.dir={tmp_path / 'half'}", processes=3)
-    assert result.returncode == 0, result.stderr
+    ranks.train(*options, f"run.dir={tmp_path / 'half'}", processes=3)
     assert_equal_to_the_bit(tmp_path / "half", tmp_path / "whole", 20)
 
 
