@@ -146,12 +146,16 @@ def data_parallel(objective: nn.Module, data: Axis) -> nn.Module:
 
 
 def settle_buckets(
-    model: nn.Module, batch: Tensor, coefficients: Coefficients, autocast: AbstractContextManager[object]
+    model: nn.Module,
+    batch: Tensor,
+    coefficients: Coefficients,
+    autocast: AbstractContextManager[object],
+    dead: Tensor | None = None,
 ) -> None:
     """Run one backward pass, in which DDP fixes the order of its buckets, and clear the gradients."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         with autocast:
-            losses = model(batch, coefficients)
+            losses = model(batch, coefficients, dead=dead)
         losses.total.backward()
         model.zero_grad()
 
