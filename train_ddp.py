@@ -70,9 +70,8 @@ def main(config: Config, prepare: bool) -> int:
         if state.step < steps:
             # DDP fixes the order of its buckets in its first backward pass. It runs on zeros, so that a resumed run
             # sums in the same order as one that was not interrupted.
-            dist.settle_buckets(
-                model, source.zeros(max(source.micro_batches)), coefficients(0, steps, config.loss), autocast
-            )
+            zeros, terms = source.zeros(max(source.micro_batches)), coefficients(0, steps, config.loss)
+            dist.settle_buckets(model, zeros, terms, autocast, state.dead())
 
         checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every, world)
         logger = Logger(config, world.rank, state.step, state.wandb_id)
