@@ -34,7 +34,7 @@ def print_step(row: Row) -> None:
 def print_ratios(rows: list[Row]) -> None:
     """How many times as fast as the textbook step ours is."""
     for row in rows:
-        for key in ("over_textbook", "over_textbook_compiled"):
+        for key in ("over_textbook", "over_textbook_compiled", "over_ours_compiled"):
             if key in row:
                 print(f"{row['variant']} at F={row['F']} B={row['B']}: {row[key]:.2f} x {key.removeprefix('over_')}")
 

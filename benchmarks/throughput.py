@@ -21,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = ["ours", "ours_compiled", "textbook", "textbook_compiled"]
+RULES = ["topk_compiled", "batchtopk_compiled"]  # ours with k = 10 a layer; the other variants are of JumpReLU
 STEPS = 10  # timed, after the warm-up
 Case = dict[str, Any]
 
@@ -77,16 +78,19 @@ def _save(result: dict[str, Any], path: Path | None) -> None:
 
 
 def ratios(rows: list[dict[str, Any]]) -> None:
-    """Add `over_textbook` and `over_textbook_compiled` to our steps: how many times as fast as those of their shape.
+    """Add `over_textbook`, `over_textbook_compiled` and `over_ours_compiled` to our steps of the same shape.
+
+    They are how many times as fast ours is as the textbook's, and as a JumpReLU step for the other rules.
 
     Each beside the peak of its own minutes: a shared machine may have changed its speed from one to the other.
     """
     measured = [row for row in rows if "error" not in row]
     by_case = {(*(row[key] for key in "LDFB"), row["precision"], row["variant"]): row for row in measured}
     for row in measured:
-        for reference in ("textbook", "textbook_compiled"):
+        references = ("ours_compiled",) if row["variant"] in RULES else ("textbook", "textbook_compiled")
+        for reference in references:
             theirs = by_case.get((*(row[key] for key in "LDFB"), row["precision"], reference))
-            if "ours" in row["variant"] and theirs:
+            if "textbook" not in row["variant"] and theirs:
                 row[f"over_{reference}"] = row["share_of_peak"] / theirs["share_of_peak"]
 
 
@@ -100,7 +104,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
     parser.add_argument("--shapes", nargs="+", metavar="LxDxFxB", help="shapes of the step")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS + RULES, default=VARIANTS)
     parser.add_argument("--step-only", action="store_true", help="leave reader, extraction and stream out")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # one step in this process
     parser.add_argument("--copy-gb-per-s", type=float, help=argparse.SUPPRESS)
