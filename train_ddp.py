@@ -141,6 +141,7 @@ def main(config: Config, prepare: bool) -> int:
             if state.saved < state.step:
                 state.save(checkpoints, source, speed, identity)
             checkpoints.finish()
+            watch.saved = True
             results, more = None, {}
             if state.step == steps:
                 results = evaluate(transcoder, state.last_fired, state.step, watch.progress)

@@ -27,6 +27,7 @@ class Watch(threading.Thread):
     """While it is entered, SIGTERM and SIGUSR1 set `stopping` instead of ending the process.
 
     The signal reaches the thread even while the main thread waits inside a collective, so the grace time is kept.
+    What comes after the last checkpoint, with `saved` set, has no deadline.
     `progress(step)` must be called at least every `hang_seconds`, also within an evaluation; otherwise the process
     names the ranks that are behind (by heartbeats in torchrun's store) and exits, which ends the job.
     """
@@ -34,7 +35,7 @@ class Watch(threading.Thread):
     def __init__(self, world: World, hang_seconds: float, grace_seconds: float) -> None:
         super().__init__(name="clt-watch", daemon=True)
         self.world, self.hang_seconds, self.grace_seconds = world, hang_seconds, grace_seconds
-        self.stopping = False
+        self.stopping = self.saved = False
         self.step, self.since, self.ended = 0, time.monotonic(), threading.Event()
         self.deadline: float | None = None
         self.store = shared_store(world)
@@ -77,7 +78,7 @@ class Watch(threading.Thread):
             if any(number in received for number in SIGNALS) and not self.stopping:
                 self.stopping, self.deadline = True, time.monotonic() + self.grace_seconds
             now = time.monotonic()
-            if self.deadline is not None and now > self.deadline:
+            if self.deadline is not None and now > self.deadline and not self.saved:
                 self._exit(
                     TOO_SLOW,
                     f"no checkpoint could be written within checkpoint.grace_seconds={self.grace_seconds:g} of the "

@@ -16,6 +16,7 @@ from torch.distributed import TCPStore
 
 from clt.train import watch
 from clt.train.distributed import World
+from clt.train.evaluation import Evaluator
 from clt.train.watch import HUNG, TOO_SLOW, Watch
 
 pytestmark = [
@@ -102,6 +103,36 @@ def test_a_checkpoint_that_takes_longer_than_the_grace_time_is_given_up(start, t
     status, errors = exit_of(process, tmp_path)
     assert status == TOO_SLOW
     assert "error: no checkpoint could be written within checkpoint.grace_seconds=0.1 of the signal; the run" in errors
+
+
+def saved(it: Watch) -> bool:
+    it.saved = True
+    return it.deadline is not None and time.monotonic() > it.deadline + 2
+
+
+def test_after_the_last_checkpoint_there_is_no_grace_time(start, tmp_path):
+    process = start(grace_seconds=0.1, ends=saved)
+    os.kill(process.pid, signal.SIGTERM)
+    assert exit_of(process, tmp_path) == (0, "")
+
+
+def test_a_signal_in_a_long_last_evaluation_does_not_end_the_run(train, monkeypatch):
+    asked, evaluate = [], Evaluator.__call__
+
+    def long(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(2)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(Evaluator, "__call__", long)
+    monkeypatch.setattr(Watch, "_exit", lambda *reason: asked.append(reason))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        run = train("checkpoint.grace_seconds=0.1", "eval.replacement_tokens=0")
+    finally:
+        signal.signal(signal.SIGTERM, before)  # which a run that was told to stop leaves ignored
+    assert asked == []
+    assert run.summary["steps"] == 10
 
 
 def test_a_process_is_ended_when_it_makes_no_progress(start, tmp_path):
