@@ -108,7 +108,7 @@ def test_the_batch_script_starts_launch_sh_on_every_node_and_ends_as_it_does(bat
     """Also where the step has ended before the script waits for it: bash pauses before each of its commands."""
     (tmp_path / "slow").write_text(f"trap 'sleep {pause}' DEBUG\n")
     job = batch('echo "srun $*"; exit 3', BASH_ENV=str(tmp_path / "slow"))
-    assert job.communicate(timeout=240)[0] == "srun bash launch.sh c.yaml train.steps=3\n"
+    assert job.communicate(timeout=60)[0] == "srun bash launch.sh c.yaml train.steps=3\n"
     assert job.returncode == 3
 
 
@@ -120,7 +120,7 @@ def test_the_batch_script_queues_again_when_its_time_is_up(batch, status, then):
     )
     assert job.stdout.readline() == "ready\n"
     job.send_signal(signal.SIGUSR1)
-    assert job.communicate(timeout=240)[0] == "told\nsaved\n" + then
+    assert job.communicate(timeout=60)[0] == "told\nsaved\n" + then
     assert job.returncode == 0
 
 

@@ -38,7 +38,7 @@ class CLTConfig:
     """Initial threshold of jumprelu, in normalised pre-activation units; it never falls below 0.01, or below this."""
     bandwidth: Annotated[float, POSITIVE] = 1.0
     """Width of the rectangle of JumpReLU's straight-through gradient."""
-    straight_through_pre: bool = False
+    straight_through_pre: bool = True
     """Send the straight-through gradient to the pre-activation as well (Anthropic, January 2025)."""
     normalization: Literal["layer", "dim", "token", "none"] = "layer"
     """Statistics that inputs and targets are normalised by; `token` is by each input vector's own mean and sd."""

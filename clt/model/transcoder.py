@@ -201,7 +201,7 @@ class CrossLayerTranscoder(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         save_file({k: v.detach().contiguous() for k, v in self.state_dict().items()}, directory / "model.safetensors")
-        (directory / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        (directory / "config.json").write_text(json.dumps(self.config, indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> CrossLayerTranscoder:

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 
 from benchmarks.textbook import Textbook
@@ -14,10 +15,12 @@ def terms(sparsity: float) -> dict[str, float]:
     return {"sparsity": sparsity, "pre_activation": 0.0, "aux": 0.0}
 
 
-def test_our_step_is_the_textbook_step() -> None:
+@pytest.mark.parametrize("through_pre", [False, True])
+def test_our_step_is_the_textbook_step(through_pre: bool) -> None:
     torch.manual_seed(0)
     L, D, F, B = 4, 6, 10, 32
-    clt = CrossLayerTranscoder(L, D, CLTConfig(d_features=F, threshold=0.1, bandwidth=0.5)).double()
+    spec = CLTConfig(d_features=F, threshold=0.1, bandwidth=0.5, straight_through_pre=through_pre)
+    clt = CrossLayerTranscoder(L, D, spec).double()
     x, y = torch.randn(B, L, D).double() * 3 + 1, torch.randn(B, L, D).double() * 0.2
     clt.normalization.set(x.mean(0), x.std(0), y.mean(0), y.std(0))
     with torch.no_grad():

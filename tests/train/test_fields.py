@@ -37,7 +37,7 @@ WEIGHTS = {
     "clt.skip": True,
     "clt.threshold": 0.2,
     "clt.bandwidth": 0.1,
-    "clt.straight_through_pre": True,
+    "clt.straight_through_pre": False,
     "clt.normalization": "dim",
     "loss.sparsity": 0.5,
     "loss.sparsity_ramp": 0.0,
