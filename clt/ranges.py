@@ -59,6 +59,8 @@ def fit(name: str, hint: Any, value: Any) -> Any:
         unmet = [_describe(kind)]
     else:
         unmet = [mark.wanted for mark in marks if isinstance(mark, Range) and not mark.holds(fitted)]
+    if isinstance(fitted, str) and "\0" in fitted:
+        unmet.append("text without the character NUL, which no name of a file can have")
     if unmet:
         raise UserError(f"{name} is {shown(value)}; wanted {unmet[0]}{' or null' if null else ''}")
     return fitted

@@ -43,6 +43,7 @@ class Section:
     marked: Annotated[Literal["a", "b"], FREE] = "b"
     name: Annotated[str | None, NAME, FREE] = None
     layers: list[int] | None = None
+    path: str = "a"
 
 
 def test_free_fields_are_those_that_are_marked():
@@ -77,6 +78,7 @@ def test_a_value_takes_the_type_of_its_field(name, value, fitted):
         ("name", "a b", "letters, digits, dots and dashes or null"),
         ("name", 3, "str or null"),
         ("layers", [0, "x"], "list[int] or null"),
+        ("path", "a\0b", "text without the character NUL, which no name of a file can have"),
     ],
 )
 def test_a_value_outside_is_refused_with_what_was_wanted(name, value, wanted):

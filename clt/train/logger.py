@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from clt.config import Config
 from clt.data.index import write_whole
-from clt.errors import UserError
+from clt.errors import UserError, tell
 from clt.files import parse_object, reading
 
 
@@ -79,8 +79,13 @@ class Logger(AbstractContextManager["Logger"]):
             with _named(file):
                 file.close()
         if self.wandb is not None:
-            with _wandb_errors():
-                self.wandb.finish(exit_code=int(kind is not None))
+            try:
+                with _wandb_errors():
+                    self.wandb.finish(exit_code=int(kind is not None))
+            except UserError as error:
+                if kind is None:
+                    raise
+                tell(f"warning: {error}")  # the run's own error is the one to raise
 
 
 @contextmanager

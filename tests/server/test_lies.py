@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def statistics(**changes: torch.Tensor | None) -> bytes:
 
 
 @contextlib.contextmanager
-def liar(patience: float = 0.0, **answers: Send | Iterator[Send]) -> Iterator[ActivationClient]:
+def liar(patience: float = 0.0, timeout: float = 60.0, **answers: Send | Iterator[Send]) -> Iterator[ActivationClient]:
     """A client of a server that gives these answers, by the last word of their paths; an iterator's one by one."""
     good = {"index": answer(json.dumps(INDEX).encode()), "stats": answer(b'{"max_batch": 100}'),
             "statistics": answer(statistics())}  # fmt: skip
@@ -77,7 +78,7 @@ def liar(patience: float = 0.0, **answers: Send | Iterator[Send]) -> Iterator[Ac
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=serve, daemon=True).start()
-        yield ActivationClient(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.3, patience=patience)
+        yield ActivationClient(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=timeout, patience=patience)
         listener.shutdown(socket.SHUT_RDWR)
 
 
@@ -92,14 +93,16 @@ def test_the_honest_one_is_believed():
         assert [batch.row.tolist() for batch in it.heldout(2)] == [[0, 1], [2]]
 
 
-def test_what_breaks_off_is_asked_for_again_from_there_on():
+def test_what_breaks_off_is_asked_for_again_from_there_on(monkeypatch):
     """Patience counts from the first failure, not from the last batch, after which the caller may be busy for long."""
     stream = iter([answer(rows(2) + rows(2, sequence=1)[:-9]), answer(b"", "503 No"), answer(rows(2, first=2))])
     heldout = iter([answer(rows(2, segment=""), length=999, more=""), answer(rows(1, segment="", first=2), more="")])
-    with liar(patience=0.8, stream=stream, heldout=heldout) as it:
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=time.sleep)
+    monkeypatch.setattr(module, "time", clock)
+    with liar(patience=60, stream=stream, heldout=heldout) as it:
         batches = it.stream_activations(2, 2)
         assert next(batches).row.tolist() == [0, 1]
-        time.sleep(0.9)
+        clock.monotonic = lambda: time.monotonic() + 61
         assert next(batches).row.tolist() == [2, 3]
         assert [batch.row.tolist() for batch in it.heldout(2)] == [[0, 1], [2]]
 
@@ -201,7 +204,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
 def test_answers_that_trickle_or_have_no_end_or_are_no_http(send, monkeypatch):
     """`timeout` is for each read, so a byte now and then would hold a client for ever without a least rate."""
     monkeypatch.setattr(module, "LEAST_RATE", 1 << 26)
-    with liar(stats=send, stream=send) as it:
+    with liar(timeout=0.3, stats=send, stream=send) as it:
         for ask in (it.stats, lambda: next(it.stream_activations(2))):
             with pytest.raises(ServerError):
                 ask()

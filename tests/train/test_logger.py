@@ -237,6 +237,18 @@ def test_wandb_hears_of_a_failure(config, wandb):
     assert wandb.ended == [1]
 
 
+def test_wandb_that_fails_does_not_hide_the_error_of_the_run(config, wandb, capfd):
+    def fail(exit_code):
+        raise BrokenPipeError("its service is gone")
+
+    config.log.wandb, wandb.run.finish = True, fail
+    with pytest.raises(ZeroDivisionError), Logger(config, 0, 0, None):
+        raise ZeroDivisionError
+    assert "warning: W&B failed (its service is gone)" in capfd.readouterr().err
+    with pytest.raises(UserError, match="its service is gone"), Logger(config, 0, 0, None):
+        pass
+
+
 def test_wandb_that_is_missing_is_named(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     config.log.wandb = True
