@@ -133,6 +133,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     config = load_config(run_dir / "config.yaml")
     import torch
 
+    from clt.data.check import check_files
     from clt.data.index import STATISTICS
     from clt.data.statistics import Statistics
     from clt.lm.replacement import nnsight_logits
@@ -158,6 +159,8 @@ def _eval(arguments: argparse.Namespace) -> None:
             f"{heldout.path} holds activations of (L, D) = {found}, the checkpoint was trained on {wanted}; "
             "extract the stores from the run's language model again"
         )
+    if config.eval.replacement_tokens:
+        check_files(heldout.index, config)
     # Of the training set only its mean outputs are wanted; its shards may be gone.
     mean_output = Statistics.load(Path(config.data.store) / "train" / STATISTICS).target_mean
     evaluate = Evaluator(config, heldout, mean_output, world, autocast_dtype(config.train.precision, world.device))

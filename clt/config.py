@@ -61,6 +61,8 @@ class TextConfig:
     """`embedded`, a .txt/.jsonl file (also .gz) or a directory of them and of links, or a hub dataset id (streamed)."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
+    revision: Annotated[str | None, FREE] = None  # stores record the commit that was read
+    """Hub revision (branch, tag or commit) of a hub dataset; null takes the default branch."""
     split: str = "train"
     """Split of a hub dataset that training text is taken from."""
     field: str = "text"

@@ -57,6 +57,8 @@ class StoreIndex:
     lm_dtype: str = "float32"  # that the language model computed in
     lm_revision: str | None = None
     """The revision that the config asked for; `revision` is the commit that it named."""
+    fingerprints: dict[str, str] | None = None
+    """What the files of model and text were, as `clt.lm.fingerprint.fingerprints` says it."""
 
 
 def content_hash(index: StoreIndex) -> str:
@@ -119,7 +121,9 @@ def _is_of(value: Any, hint: Any) -> bool:
         hints = typing.get_type_hints(hint)
         return type(value) is dict and value.keys() == hints.keys() and all(_is_of(value[k], hints[k]) for k in hints)
     kind = typing.get_origin(hint) or hint
-    return type(value) is kind and (kind is not list or all(_is_of(item, typing.get_args(hint)[0]) for item in value))
+    if type(value) is not kind or kind not in (list, dict):
+        return hint is Any or type(value) is kind
+    return all(_is_of(item, typing.get_args(hint)[-1]) for item in (value.values() if kind is dict else value))
 
 
 def read_statistics(file: Path, framework: str) -> dict[str, Any]:

@@ -15,8 +15,9 @@ import torch
 from safetensors import safe_open
 
 from clt.config import Config
+from clt.data.check import check_store
 from clt.data.describe import verify
-from clt.data.extract import check_store, extract
+from clt.data.extract import extract
 from clt.data.index import read_index
 from clt.data.state import ExtractionState
 from clt.data.store import DiscBuffer
