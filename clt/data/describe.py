@@ -8,11 +8,12 @@ from pathlib import Path
 
 from clt.data.index import STATISTICS, ShardEntry, read_index, read_statistics
 from clt.data.shards import checksum, dataset_offsets
+from clt.data.survey import survey
 from clt.errors import UserError, size_text
 
 
 def describe(path: str | Path) -> str:
-    """A store's size, origin and scales, as lines of text. Raises UserError when it is unfinished or damaged."""
+    """A store's size, origin and scales and the warnings of `survey`, as text. Raises UserError when it is unfinished or damaged."""
     index, statistics = read_index(path), read_statistics(Path(path) / STATISTICS, "np")
     for shard in index.shards:
         dataset_offsets(Path(path) / shard["file"], shard["rows"], index.n_layers, index.d_acts, index.dtype)
@@ -32,7 +33,8 @@ def describe(path: str | Path) -> str:
         (statistics[f"{side}_mean"] ** 2 + statistics[f"{side}_sd"] ** 2).mean(1) ** 0.5 for side in ("input", "target")
     )
     rms = [f"{layer:5d}    {x:10.4g}  {y:10.4g}" for layer, x, y in zip(index.layers, inputs, targets)]
-    return "\n".join(lines + rms)
+    odd = [f"warning   {text}" for text in survey(Path(path), index, statistics)]
+    return "\n".join(lines + rms + odd)
 
 
 def verify(path: str | Path) -> None:

@@ -13,13 +13,14 @@ from tqdm import tqdm
 
 from clt.config import Config
 from clt.data.check import check_files, check_store, read_from
-from clt.data.index import INDEX, STATISTICS, StoreIndex, read_index, write_index
+from clt.data.index import INDEX, STATISTICS, StoreIndex, read_index, read_statistics, write_index
 from clt.data.lock import locked
 from clt.data.shards import is_full_disk, row_bytes
 from clt.data.state import STATE, ExtractionState, load_state
 from clt.data.statistics import Moments
+from clt.data.survey import survey
 from clt.data.writer import Placement, Writer
-from clt.errors import UserError, size_text
+from clt.errors import UserError, size_text, tell
 from clt.lm.fingerprint import fingerprints, pinned
 from clt.lm.forward import Rows, check_finite, forward_text
 from clt.memory import keep_freed_memory
@@ -96,6 +97,8 @@ def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress
             "resumes after the last complete shards, or set data.store to another disk"
         ) from error
     (path / STATE).unlink()
+    for text in survey(path, index, read_statistics(path / STATISTICS, "np")):
+        tell(f"warning: {path}: {text}")
     return index
 
 

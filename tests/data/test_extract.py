@@ -229,6 +229,19 @@ def test_values_that_cannot_be_stored_are_errors(
     assert list((Path(config().data.store) / "train").iterdir()) == []
 
 
+def test_extraction_tells_values_that_underflow(
+    config: MakeConfig, lm: LanguageModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = lm.model.get_submodule("transformer.h.1.mlp.c_proj")
+    layer.weight.mul_(1e-7 / 0.02)
+    layer.bias.zero_()
+    extract(config(), "train", lm, progress=False)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "train: targets of layer 1: " in line
+    extract(config("data.dtype=bfloat16", "data.heldout_tokens=150"), "heldout", lm, progress=False)
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_a_disk_that_fills_up(config: MakeConfig, lm: LanguageModel, small_disk: Callable[[int], Path]) -> None:
     # 16 KB more than the rows themselves: too little for the shards' headers.
     disk = small_disk(1000 * (2 * 3 * 16 * 2 + 16) + 16_000)
