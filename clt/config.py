@@ -95,9 +95,9 @@ class DataConfig:
     shard_rows: Annotated[int, POSITIVE] = 32_768
     """Rows in a shard file."""
     open_shards: Annotated[int, POSITIVE] = 8
-    """Shards filled at once: rows are shuffled over them, and an interrupted extraction repeats at most these."""
+    """Shards filled at once: rows are shuffled over these alone, and an interrupted extraction repeats at most these."""
     block_rows: Annotated[int, POSITIVE] = 64
-    """Contiguous rows read at once; a batch is made of blocks from random places of the store."""
+    """Contiguous rows read at once; a batch is made of blocks from random places, so its rows are not independent."""
     seed: Annotated[int, SEED] = 0
     """Seed of the shuffle that the store is written in."""
     prefetch: Annotated[int, POSITIVE, FREE] = 4

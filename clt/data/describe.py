@@ -13,12 +13,16 @@ from clt.errors import UserError, size_text
 
 
 def describe(path: str | Path) -> str:
-    """A store's size, origin and scales and the warnings of `survey`, as text. Raises UserError when it is unfinished or damaged."""
+    """A store's size, origin and scales, and the warnings of `survey`, as lines of text.
+
+    Raises UserError when it is unfinished or damaged.
+    """
     index, statistics = read_index(path), read_statistics(Path(path) / STATISTICS, "np")
     for shard in index.shards:
         dataset_offsets(Path(path) / shard["file"], shard["rows"], index.n_layers, index.d_acts, index.dtype)
     text = ", ".join(f"{key} {value}" for key, value in index.text.items() if value is not None)
     size = sum((Path(path) / shard["file"]).stat().st_size for shard in index.shards)
+    group = "" if index.group_rows is None else f" in groups of {index.group_rows} rows"
     lines = [
         f"store     {path} (format {index.format_version})",
         f"size      {size_text(size)}: {index.rows} rows in {len(index.shards)} shards",
@@ -26,7 +30,7 @@ def describe(path: str | Path) -> str:
         f"model     {index.model}, revision {index.revision}, tokenizer {index.tokenizer_hash}",
         f"sites     {index.input_sites[0]} -> {index.output_sites[0]} (first layer)",
         f"text      {text}",
-        f"windows   {index.context} tokens, shuffled with seed {index.seed}",
+        f"windows   {index.context} tokens, shuffled{group} with seed {index.seed}",
         "layer     input rms  target rms",
     ]
     inputs, targets = (

@@ -173,6 +173,7 @@ def _blank_index(config: Config, part: Part, lm: LanguageModel) -> StoreIndex:
         dtype=config.data.dtype,
         rows=getattr(config.data, f"{part}_tokens"),
         shards=[],
+        group_rows=config.data.shard_rows * config.data.open_shards,
         fingerprints=fingerprints(config, part, ask_hub=True),
         **read_from(lm),
     )

@@ -57,6 +57,8 @@ class StoreIndex:
     lm_dtype: str = "float32"  # that the language model computed in
     lm_revision: str | None = None
     """The revision that the config asked for; `revision` is the commit that it named."""
+    group_rows: int | None = None
+    """Rows that were shuffled among each other, in the order of the text; None if unknown."""
     fingerprints: dict[str, str] | None = None
     """What the files of model and text were, as `clt.lm.fingerprint.fingerprints` says it."""
 

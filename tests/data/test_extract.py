@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from clt.config import Config
 from clt.data.check import check_store
-from clt.data.describe import verify
+from clt.data.describe import describe, verify
 from clt.data.extract import extract
 from clt.data.index import read_index
 from clt.data.state import ExtractionState
@@ -91,6 +91,11 @@ def test_the_store_holds_the_rows_of_the_text_shuffled_in_groups(
     np.testing.assert_allclose(buffer.statistics.target_sd.numpy(), wide[:, 1].std(0, correction=0).numpy(), rtol=1e-9)
     names = {file.name for file in buffer.path.iterdir()}
     assert names == {"index.json", "stats.safetensors", *(shard["file"] for shard in index.shards)}
+
+
+def test_inspect_tells_the_size_of_a_group(config: MakeConfig, lm: LanguageModel) -> None:
+    extract(config(), "heldout", lm, progress=False)
+    assert f"shuffled in groups of {GROUP} rows with seed 0" in describe(Path(config().data.store) / "heldout")
 
 
 def test_the_seed_changes_only_the_order(config: MakeConfig, lm: LanguageModel, tmp_path: Path) -> None:
