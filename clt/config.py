@@ -95,7 +95,7 @@ class DataConfig:
     shard_rows: Annotated[int, POSITIVE] = 32_768
     """Rows in a shard file."""
     open_shards: Annotated[int, POSITIVE] = 8
-    """Shards filled at once: rows are shuffled over these alone, and an interrupted extraction repeats at most these."""
+    """Shards filled at once: rows are shuffled over these alone; an interrupted extraction repeats these at most."""
     block_rows: Annotated[int, POSITIVE] = 64
     """Contiguous rows read at once; a batch is made of blocks from random places, so its rows are not independent."""
     seed: Annotated[int, SEED] = 0

@@ -75,7 +75,8 @@ def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress
     placement = Placement(path, _blank_index(config, part, lm), config.data.shard_rows, config.data.open_shards)
     # What must be equal to resume. The number of rows may change: only the last group depends on it.
     identity = dataclasses.asdict(placement.index)
-    del identity["rows"], identity["shards"], identity["text"]["revision"]  # the commit is among the fingerprints
+    del identity["rows"], identity["shards"], identity["group_rows"]
+    del identity["text"]["revision"]  # the commit is among the fingerprints
     identity |= identity.pop("fingerprints")
     identity |= {"text_rules": _TEXT_RULES, "lm.dtype": config.lm.dtype, "lm.batch_windows": config.lm.batch_windows}
     identity |= {"data.shard_rows": placement.shard_rows, "data.open_shards": placement.open_shards}

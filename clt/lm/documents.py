@@ -29,11 +29,21 @@ def read_documents(config: TextConfig, part: Part) -> Iterator[str]:
     held-out text that is the training text.
     """
     place, split = locate_text(config, part)
-    documents = _documents(config, place, split)
+    pieces = _pieces(config, place, split)
     if config.heldout is not None or config.source == "embedded":
-        return documents
-    bounds = (0, config.heldout_documents) if part == "heldout" else (config.heldout_documents, None)
-    return itertools.islice(documents, *bounds)
+        return (text for _, text in pieces)
+    return _side(pieces, part, config.heldout_documents)
+
+
+def _side(pieces: Iterator[tuple[int, str]], part: Part, heldout: int) -> Iterator[str]:
+    """The pieces of the first `heldout` documents or of the others: never of one document on both sides."""
+    documents = 0
+    for number, text in pieces:
+        documents += number == 0
+        if part == ("heldout" if documents <= heldout else "train"):
+            yield text
+        elif part == "heldout":
+            return
 
 
 def locate_text(config: TextConfig, part: Part) -> tuple[list[Path] | str, str]:
@@ -78,7 +88,8 @@ def _apart(config: TextConfig, name: str) -> tuple[list[Path] | str, list[Path] 
     return train, heldout, split
 
 
-def _documents(config: TextConfig, place: list[Path] | str, split: str) -> Iterator[str]:
+def _pieces(config: TextConfig, place: list[Path] | str, split: str) -> Iterator[tuple[int, str]]:
+    """The documents of a place, as the numbered pieces of each."""
     if isinstance(place, str):
         return _hub_documents(config, place, split)
     return itertools.chain.from_iterable(
@@ -143,12 +154,12 @@ def _raise(error: OSError) -> NoReturn:
     raise error
 
 
-def _hub_documents(config: TextConfig, source: str, split: str) -> Iterator[str]:
-    """The texts of one split of a dataset, streamed; long ones are cut."""
+def _hub_documents(config: TextConfig, source: str, split: str) -> Iterator[tuple[int, str]]:
+    """The texts of one split of a dataset, streamed, as the numbered pieces of each."""
     where, number = f"{source!r} (subset {config.subset!r}, split {split!r})", 0
     with _reading_dataset(source, lambda: f"{where} could not be read beyond row {number}"):
         for number, row in enumerate(_builder(config, source).as_streaming_dataset(split)):
-            yield from cut(field_text(row, config.field, f"row {number} of {source} (split {split})"))
+            yield from enumerate(cut(field_text(row, config.field, f"row {number} of {source} (split {split})")))
 
 
 def dataset_commit(config: TextConfig, source: str) -> str:

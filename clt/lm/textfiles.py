@@ -21,14 +21,15 @@ def file_kind(path: Path) -> str | None:
     return suffix if suffix in (".txt", ".jsonl") else None
 
 
-def file_documents(path: Path, field: str) -> Iterator[str]:
+def file_documents(path: Path, field: str) -> Iterator[tuple[int, str]]:
     """The text of a .txt file as one document, or one document for each line of a .jsonl file; long ones are cut."""
     if file_kind(path) == ".txt":
-        rest = ""
+        rest, count = "", 0
         for number, piece in _read(path, _DOCUMENT):
             *whole, rest = cut(rest + (piece.removeprefix("\ufeff") if number == 1 else piece))
-            yield from whole
-        yield rest
+            yield from enumerate(whole, count)
+            count += len(whole)
+        yield count, rest
         return
     for number, line in _read(path, _LINE, by_line=True):
         line = line.removeprefix("\ufeff")  # the mark with which Windows programs begin a file
@@ -40,7 +41,7 @@ def file_documents(path: Path, field: str) -> Iterator[str]:
                 raise UserError(f"{where} is nested too deeply for JSON; mend or remove this line") from error
             except ValueError as error:  # of which a JSONDecodeError is one, an integer that is too long another
                 raise UserError(f"{where} is not valid JSON: {error}; mend or remove this line") from error
-            yield from cut(field_text(record, field, where))
+            yield from enumerate(cut(field_text(record, field, where)))
 
 
 def _read(path: Path, limit: int, by_line: bool = False) -> Iterator[tuple[int, str]]:
@@ -84,7 +85,7 @@ def _surrogate(text: str) -> int | None:
 
 
 def cut(text: str) -> Iterator[str]:
-    """A text as documents of at most _DOCUMENT characters, cut after a line, else after a word, else anywhere.
+    """A text as pieces of at most _DOCUMENT characters, cut after a line, else after a word, else anywhere.
 
     A cut depends on nothing behind it, so that a file may be cut while it is read.
     """

@@ -301,6 +301,26 @@ def test_long_documents_are_cut_alike_wherever_they_are_read(folder: Path, text:
     assert len(text) > most or one == [text]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "folder", "parquet"])
+def test_all_pieces_of_a_document_are_on_one_side(tmp_path: Path, name: str) -> None:
+    texts = ["one two three four", "five", "six seven eight nine", "ten eleven twelve"]
+    source = tmp_path / name
+    if name == "a.jsonl":
+        write_jsonl(source, texts)
+    else:
+        source.mkdir()
+    if name == "folder":
+        for number, text in enumerate(texts):
+            (source / f"{number}.txt").write_text(text)
+    if name == "parquet":
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(source / "train.parquet")
+    with patch.object(textfiles, "_DOCUMENT", 8):
+        for count in range(5):
+            train, heldout = both(TextConfig(source=str(source), heldout_documents=count))
+            assert ("".join(heldout), "".join(train)) == ("".join(texts[:count]), "".join(texts[count:]))
+            assert all(len(piece) <= 8 for piece in train + heldout)
+
+
 def test_a_long_document_is_cut_after_a_line_or_a_word(folder: Path) -> None:
     (folder / "b.txt").write_text("one two\nthree four five sixsevenight\n")
     write_jsonl(folder / "h.jsonl", ["h"])
