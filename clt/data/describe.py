@@ -17,7 +17,8 @@ def describe(path: str | Path) -> str:
 
     Raises UserError when it is unfinished or damaged.
     """
-    index, statistics = read_index(path), read_statistics(Path(path) / STATISTICS, "np")
+    index = read_index(path)
+    statistics = read_statistics(Path(path) / STATISTICS, "np", (index.n_layers, index.d_acts))
     for shard in index.shards:
         dataset_offsets(Path(path) / shard["file"], shard["rows"], index.n_layers, index.d_acts, index.dtype)
     text = ", ".join(f"{key} {value}" for key, value in index.text.items() if value is not None)

@@ -50,6 +50,15 @@ def test_a_damaged_index_says_what_is_wrong(store: Path, change: dict[str, int],
         read_index(store)
 
 
+@pytest.mark.parametrize("name", ["../x.h5", "/etc/passwd", "a/b.h5", "..", ".hidden", "", "a\0b", "a\n"])
+def test_a_shard_is_a_file_of_the_store(store: Path, name: str) -> None:
+    tree = json.loads((store / "index.json").read_text())
+    tree["shards"][1]["file"] = name
+    (store / "index.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"index.json is damaged \(shards=.* cannot be"):
+        read_index(store)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1', b"\xff\xfe"])
 def test_damaged_json(store: Path, content: bytes) -> None:
     (store / "index.json").write_bytes(content)
