@@ -11,7 +11,7 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, BinaryIO, TypedDict
 
 from clt.errors import UserError
 from clt.files import read_object, reading
@@ -175,11 +175,18 @@ def write_whole(file: Path, data: bytes) -> None:
     """Write a small file atomically: readers see the old file or the new one, even after a power cut."""
     partial = file.with_name(file.name + PARTIAL)
     try:
-        partial.write_bytes(data)
+        with new_file(partial) as opened:
+            opened.write(data)
         rename_synced(partial, file)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def new_file(path: Path) -> BinaryIO:
+    """A new file, open for writing, in the place of any other: a link is deleted, not followed."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
 
 
 def delete_unfinished(path: Path) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from clt.data.index import read_index, write_index
+from clt.data.index import read_index, write_index, write_json
+from clt.data.shards import create_shard
 from clt.errors import UserError
 
 
@@ -26,6 +27,19 @@ def test_optional_and_required_fields(store: Path) -> None:
     (store / "index.json").write_text(json.dumps({key: tree[key] for key in tree if key != "seed"}))
     with pytest.raises(UserError, match="missing or unknown fields seed"):
         read_index(store)
+
+
+def test_an_unfinished_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    for name, write in {
+        "index.json": lambda: write_json(tmp_path / "index.json", [1]),
+        "shard.h5": lambda: create_shard(tmp_path / "shard.h5.partial", 2, 1, 1, "float32"),
+    }.items():
+        (tmp_path / "theirs").write_text("kept")
+        (tmp_path / f"{name}.partial").symlink_to(tmp_path / "theirs")
+        write()
+        assert (tmp_path / "theirs").read_text() == "kept"
+    assert json.loads((tmp_path / "index.json").read_text()) == [1]
+    assert not (tmp_path / "shard.h5.partial").is_symlink()
 
 
 def test_missing_directory_and_missing_index(tmp_path: Path) -> None:

@@ -78,8 +78,6 @@ def test_statistics_that_no_rows_can_have(
     message = message.replace("torch.", "(torch.)?")  # which `describe` does without
     for read in (DiscBuffer, describe):
         with pytest.raises(UserError, match=rf"stats.safetensors is damaged \({message}"):
-            UserError, match=rf"stats.safetensors is damaged \({message.replace('torch.', '(torch.)?')}"
-        ):
             read(tmp_path)
 
 
