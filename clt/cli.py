@@ -181,6 +181,7 @@ class _Run:
         self.config = load_config(self.directory / "config.yaml")
         import torch
 
+        from clt.data.check import check_files
         from clt.data.index import STATISTICS
         from clt.data.statistics import Statistics
         from clt.train import checkpoint
@@ -190,9 +191,10 @@ class _Run:
         from clt.train.run import open_store
 
         steps = checkpoint.steps(self.directory / "checkpoints")
-        self.step = arguments.step if arguments.step is not None else (steps or [None])[-1]
-        if self.step not in steps:
-            raise UserError(f"{self.directory} has no checkpoint of step {self.step}; found {steps or 'none'}")
+        step = arguments.step if arguments.step is not None else max(steps, default=None)
+        if step is None or step not in steps:
+            raise UserError(f"{self.directory} has no checkpoint of step {step}; found {steps or 'none'}")
+        self.step: int = step
         accumulate_in_float32()  # as in training
         world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         path = self.directory / "checkpoints" / f"step_{self.step:08d}"
@@ -204,6 +206,8 @@ class _Run:
                 f"{heldout.path} holds activations of (L, D) = {found}, the checkpoint was trained on {wanted}; "
                 "extract the stores from the run's language model again"
             )
+        if self.config.eval.replacement_tokens:
+            check_files(heldout.index, self.config)
         # Of the training set only its mean outputs are wanted; its shards may be gone.
         mean_output = Statistics.load(Path(self.config.data.store) / "train" / STATISTICS).target_mean
         dtype = autocast_dtype(self.config.train.precision, world.device)

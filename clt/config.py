@@ -61,6 +61,8 @@ class TextConfig:
     """`embedded`, a .txt/.jsonl file (also .gz) or a directory of them and of links, or a hub dataset id (streamed)."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
+    revision: Annotated[str | None, FREE] = None  # stores record the commit that was read
+    """Hub revision (branch, tag or commit) of a hub dataset; null takes the default branch."""
     split: str = "train"
     """Split of a hub dataset that training text is taken from."""
     field: str = "text"
@@ -93,9 +95,9 @@ class DataConfig:
     shard_rows: Annotated[int, POSITIVE] = 32_768
     """Rows in a shard file."""
     open_shards: Annotated[int, POSITIVE] = 8
-    """Shards filled at once: rows are shuffled over them, and an interrupted extraction repeats at most these."""
+    """Shards filled at once: rows are shuffled over these alone; an interrupted extraction repeats these at most."""
     block_rows: Annotated[int, POSITIVE] = 64
-    """Contiguous rows read at once; a batch is made of blocks from random places of the store."""
+    """Contiguous rows read at once; a batch is made of blocks from random places, so its rows are not independent."""
     seed: Annotated[int, SEED] = 0
     """Seed of the shuffle that the store is written in."""
     prefetch: Annotated[int, POSITIVE, FREE] = 4

@@ -8,16 +8,22 @@ from pathlib import Path
 
 from clt.data.index import STATISTICS, ShardEntry, read_index, read_statistics
 from clt.data.shards import checksum, dataset_offsets
+from clt.data.survey import survey
 from clt.errors import UserError, size_text
 
 
 def describe(path: str | Path) -> str:
-    """A store's size, origin and scales, as lines of text. Raises UserError when it is unfinished or damaged."""
-    index, statistics = read_index(path), read_statistics(Path(path) / STATISTICS, "np")
+    """A store's size, origin and scales, and the warnings of `survey`, as lines of text.
+
+    Raises UserError when it is unfinished or damaged.
+    """
+    index = read_index(path)
+    statistics = read_statistics(Path(path) / STATISTICS, "np", (index.n_layers, index.d_acts))
     for shard in index.shards:
         dataset_offsets(Path(path) / shard["file"], shard["rows"], index.n_layers, index.d_acts, index.dtype)
     text = ", ".join(f"{key} {value}" for key, value in index.text.items() if value is not None)
     size = sum((Path(path) / shard["file"]).stat().st_size for shard in index.shards)
+    group = "" if index.group_rows is None else f" in groups of {index.group_rows} rows"
     lines = [
         f"store     {path} (format {index.format_version})",
         f"size      {size_text(size)}: {index.rows} rows in {len(index.shards)} shards",
@@ -25,14 +31,15 @@ def describe(path: str | Path) -> str:
         f"model     {index.model}, revision {index.revision}, tokenizer {index.tokenizer_hash}",
         f"sites     {index.input_sites[0]} -> {index.output_sites[0]} (first layer)",
         f"text      {text}",
-        f"windows   {index.context} tokens, shuffled with seed {index.seed}",
+        f"windows   {index.context} tokens, shuffled{group} with seed {index.seed}",
         "layer     input rms  target rms",
     ]
     inputs, targets = (
         (statistics[f"{side}_mean"] ** 2 + statistics[f"{side}_sd"] ** 2).mean(1) ** 0.5 for side in ("input", "target")
     )
     rms = [f"{layer:5d}    {x:10.4g}  {y:10.4g}" for layer, x, y in zip(index.layers, inputs, targets)]
-    return "\n".join(lines + rms)
+    odd = [f"warning   {text}" for text in survey(Path(path), index, statistics)]
+    return "\n".join(lines + rms + odd)
 
 
 def verify(path: str | Path) -> None:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Iterator
-from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 from clt.config import Config
-from clt.data.index import INDEX, STATISTICS, StoreIndex, read_index, write_index
+from clt.data.check import check_files, check_store, read_from
+from clt.data.index import INDEX, STATISTICS, StoreIndex, read_index, read_statistics, write_index
 from clt.data.lock import locked
 from clt.data.shards import is_full_disk, row_bytes
 from clt.data.state import STATE, ExtractionState, load_state
 from clt.data.statistics import Moments
+from clt.data.survey import survey
 from clt.data.writer import Placement, Writer
-from clt.errors import UserError, mismatches, size_text
+from clt.errors import UserError, size_text, tell
+from clt.lm.fingerprint import fingerprints, pinned
 from clt.lm.forward import Rows, check_finite, forward_text
 from clt.memory import keep_freed_memory
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from clt.lm.load import LanguageModel
     from clt.lm.text import Window
 
-_TEXT_RULES = 2
+_TEXT_RULES = 3
 """How a text becomes rows. Rules that differ in what is cut or left out must not meet in one store."""
 
 
@@ -56,6 +58,7 @@ def extract(config: Config, part: Part, lm: LanguageModel | None = None, progres
                 return _extract(path, config, part, lm, progress)
     index = read_index(path)
     check_store(index, config)
+    check_files(index, config)
     if (path / STATE).exists():  # the extraction was killed just before it deleted it
         (path / STATE).unlink()
     return index
@@ -72,7 +75,9 @@ def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress
     placement = Placement(path, _blank_index(config, part, lm), config.data.shard_rows, config.data.open_shards)
     # What must be equal to resume. The number of rows may change: only the last group depends on it.
     identity = dataclasses.asdict(placement.index)
-    del identity["rows"], identity["shards"]
+    del identity["rows"], identity["shards"], identity["group_rows"]
+    del identity["text"]["revision"]  # the commit is among the fingerprints
+    identity |= identity.pop("fingerprints")
     identity |= {"text_rules": _TEXT_RULES, "lm.dtype": config.lm.dtype, "lm.batch_windows": config.lm.batch_windows}
     identity |= {"data.shard_rows": placement.shard_rows, "data.open_shards": placement.open_shards}
     zero = Moments.zero(placement.index.n_layers, placement.index.d_acts)
@@ -80,7 +85,8 @@ def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress
     _check_room(placement, state)
     try:
         with Writer(placement, state, identity) as writer:
-            _write_rows(config, placement, lm, writer, progress)
+            _write_rows(pinned(config, part, placement.index.fingerprints or {}), placement, lm, writer, progress)
+        check_files(placement.index, config)  # they may have changed while they were read
         writer.state.moments.statistics().save(path / STATISTICS)
         index = dataclasses.replace(placement.index, shards=writer.state.shards)
         write_index(path, index)
@@ -92,6 +98,8 @@ def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress
             "resumes after the last complete shards, or set data.store to another disk"
         ) from error
     (path / STATE).unlink()
+    for text in survey(path, index, read_statistics(path / STATISTICS, "np")):
+        tell(f"warning: {path}: {text}")
     return index
 
 
@@ -152,62 +160,6 @@ def _passes(
     yield from waiting
 
 
-def check_store(index: StoreIndex, config: Config) -> None:
-    """Raise UserError, naming every field that differs, unless a store is the one that the config asks for."""
-    if odd := differences(index, config):
-        raise UserError(
-            f"the {index.text['part']} store in {config.data.store} is not the one that the config asks for: {odd}; "
-            "set data.store to another directory, or delete this store to extract it again, or change the config"
-        )
-
-
-def differences(index: StoreIndex, config: Config) -> str:
-    """The fields in which a store differs from the config: what was found and what was wanted; empty if none."""
-    lm = config.lm
-    found = {
-        "lm.model": index.model,
-        "lm.revision": index.revision if lm.revision == index.revision else index.lm_revision,
-        "lm.dtype": index.lm_dtype,
-        "lm.layers": index.layers,
-        "lm.context": index.context,
-        "lm.input_site": index.input_sites,
-        "lm.output_site": index.output_sites,
-        "data.dtype": index.dtype,
-        f"data.{index.text['part']}_tokens": index.rows,
-        "data.seed": index.seed,
-        **{f"text.{key}": index.text.get(key) for key in vars(config.text)},
-    }
-    wanted = {key: attrgetter(key)(config) for key in found}
-    if lm.layers is None:
-        wanted["lm.layers"] = list(range(index.lm_layers or index.n_layers))
-    for key in ("lm.input_site", "lm.output_site"):
-        template = wanted.pop(key)
-        if template is not None:
-            wanted[key] = [template.replace("{layer}", str(layer)) for layer in index.layers]
-    return mismatches(found, wanted)
-
-
-def check_model(index: StoreIndex, lm: LanguageModel) -> None:
-    """Raise UserError, naming what differs, unless a store holds activations of this language model."""
-    if odd := mismatches(dataclasses.asdict(index), _read_from(lm)):
-        raise UserError(
-            f"the store was not extracted from the model that {lm.name!r} is now: {odd}; "
-            "set lm.model or lm.revision to the one it was, or set data.store to another directory and extract again"
-        )
-
-
-def _read_from(lm: LanguageModel) -> dict[str, Any]:
-    """The fields of an index that say which activations of which language model were read."""
-    return {
-        "d_acts": lm.d_model,
-        "layers": list(lm.layers),
-        "input_sites": [site.input_path for site in lm.sites],
-        "output_sites": [site.output_path for site in lm.sites],
-        "revision": lm.revision,
-        "tokenizer_hash": lm.tokenizer_hash,
-    }
-
-
 def _blank_index(config: Config, part: Part, lm: LanguageModel) -> StoreIndex:
     """The index of the store that will be extracted, without its shards."""
     return StoreIndex(
@@ -222,7 +174,9 @@ def _blank_index(config: Config, part: Part, lm: LanguageModel) -> StoreIndex:
         dtype=config.data.dtype,
         rows=getattr(config.data, f"{part}_tokens"),
         shards=[],
-        **_read_from(lm),
+        group_rows=config.data.shard_rows * config.data.open_shards,
+        fingerprints=fingerprints(config, part, ask_hub=True),
+        **read_from(lm),
     )
 
 

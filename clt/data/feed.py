@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clt.config import Config
-from clt.data.extract import check_model, check_store, extract
+from clt.data.check import check_files, check_model, check_store
+from clt.data.extract import extract
 from clt.data.index import INDEX, STATISTICS, StoreIndex, read_index, write_index, write_json
 from clt.data.sampler import batch_rows
 from clt.data.statistics import Moments, Statistics
 from clt.data.store import DiscBuffer
 from clt.files import reading
+from clt.lm.fingerprint import fingerprints
 from clt.lm.forward import Rows, check_finite, forward_text
 
 if TYPE_CHECKING:
@@ -93,8 +95,10 @@ def describe_feed(
     if config.server.source == "store":
         index = read_index(directory)
         check_store(index, config)
+        check_files(index, config)
         return index
-    index = dataclasses.replace(found, text={**found.text, "part": "train"}, rows=0, shards=[])
+    files = fingerprints(config, "train", ask_hub=True)
+    index = dataclasses.replace(found, text={**found.text, "part": "train"}, rows=0, shards=[], fingerprints=files)
     if not _has_statistics(config, directory, index):
         lm = lm or load()
         check_model(found, lm)

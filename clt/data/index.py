@@ -6,11 +6,12 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, BinaryIO, TypedDict
 
 from clt.errors import UserError
 from clt.files import read_object, reading
@@ -19,6 +20,7 @@ FORMAT_VERSION = 1
 INDEX = "index.json"
 STATISTICS = "stats.safetensors"
 STATISTICS_TENSORS = ("input_mean", "input_sd", "target_mean", "target_sd", "rows")
+_SHARD = re.compile(r"[\w-][\w.-]*")
 PARTIAL = ".partial"  # suffix of an unfinished file
 
 
@@ -57,6 +59,10 @@ class StoreIndex:
     lm_dtype: str = "float32"  # that the language model computed in
     lm_revision: str | None = None
     """The revision that the config asked for; `revision` is the commit that it named."""
+    group_rows: int | None = None
+    """Rows that were shuffled among each other, in the order of the text; None if unknown."""
+    fingerprints: dict[str, str] | None = None
+    """What the files of model and text were, as `clt.lm.fingerprint.fingerprints` says it."""
 
 
 def content_hash(index: StoreIndex) -> str:
@@ -104,6 +110,8 @@ def parse_index(tree: Any) -> StoreIndex:
             "d_acts": 0 < tree["d_acts"] < 1 << 20,
             "dtype": tree["dtype"] in ("float16", "bfloat16", "float32"),
             "text": tree["text"].get("part") in ("train", "heldout"),
+            # Files of the store's directory, by names that reach nowhere else.
+            "shards": all(_SHARD.fullmatch(s["file"]) and s["rows"] > 0 for s in tree["shards"]),
         }
         odd = {name for name, holds in right.items() if not holds}
     if odd:
@@ -119,17 +127,38 @@ def _is_of(value: Any, hint: Any) -> bool:
         hints = typing.get_type_hints(hint)
         return type(value) is dict and value.keys() == hints.keys() and all(_is_of(value[k], hints[k]) for k in hints)
     kind = typing.get_origin(hint) or hint
-    return type(value) is kind and (kind is not list or all(_is_of(item, typing.get_args(hint)[0]) for item in value))
+    if type(value) is not kind or kind not in (list, dict):
+        return hint is Any or type(value) is kind
+    return all(_is_of(item, typing.get_args(hint)[-1]) for item in (value.values() if kind is dict else value))
 
 
-def read_statistics(file: Path, framework: str) -> dict[str, Any]:
-    """The tensors of a store's statistics, for `np` or `pt`. Raises UserError when the file is missing or damaged."""
+def read_statistics(file: Path, framework: str, shape: tuple[int, int] | None = None) -> dict[str, Any]:
+    """The tensors of a store's statistics, of `shape` (L, D) when that is known, for `np` or `pt`.
+
+    Raises UserError when the file is missing, damaged, or holds what cannot be the statistics of rows.
+    """
     from safetensors import safe_open
 
     if not file.is_file():
         raise UserError(f"statistics {file} are missing; copy or extract the store again")
     with reading(file, "copy or extract the store again"), safe_open(str(file), framework=framework) as tensors:
-        return {name: tensors.get_tensor(name) for name in STATISTICS_TENSORS}
+        found = {name: tensors.get_tensor(name) for name in STATISTICS_TENSORS}
+        _check_statistics(found, shape or tuple(found["input_mean"].shape))
+        return found
+
+
+def _check_statistics(found: dict[str, Any], shape: tuple[int, ...]) -> None:
+    """Raise ValueError, naming the tensor, for statistics that no rows can have."""
+    for name, tensor in found.items():
+        wanted, kind = ((), "int64") if name == "rows" else (shape, "float64")
+        is_kind = str(tensor.dtype).removeprefix("torch.") == kind
+        if not is_kind or tuple(tensor.shape) != wanted or len(shape) != 2:
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, wanted {kind} {wanted}")
+        if not bool((abs(tensor) < float("inf")).all()):  # which is false for nan, too
+            raise ValueError(f"{name} has values that are not finite")
+        least = {"rows": 1, "input_sd": 0, "target_sd": 0}.get(name)
+        if least is not None and bool((tensor < least).any()):
+            raise ValueError(f"{name} has values less than {least}")
 
 
 def write_index(path: str | Path, index: StoreIndex) -> None:
@@ -146,11 +175,18 @@ def write_whole(file: Path, data: bytes) -> None:
     """Write a small file atomically: readers see the old file or the new one, even after a power cut."""
     partial = file.with_name(file.name + PARTIAL)
     try:
-        partial.write_bytes(data)
+        with new_file(partial) as opened:
+            opened.write(data)
         rename_synced(partial, file)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def new_file(path: Path) -> BinaryIO:
+    """A new file, open for writing, in the place of any other: a link is deleted, not followed."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
 
 
 def delete_unfinished(path: Path) -> None:

@@ -20,6 +20,7 @@ import h5py  # noqa: TID251
 import numpy as np
 from h5py import h5d, h5l, h5o, h5p, h5s, h5t  # noqa: TID251  # pyright: ignore[reportAttributeAccessIssue] - compiled, without stubs
 
+from clt.data.index import new_file
 from clt.errors import UserError, mismatches
 
 TENSOR_DTYPES = {"float16": np.dtype("f2"), "bfloat16": np.dtype("u2"), "float32": np.dtype("f4")}
@@ -41,6 +42,7 @@ def create_shard(path: Path, rows: int, n_layers: int, d_acts: int, dtype: str) 
     """
     shapes = {"tensor": (rows, 2, n_layers, d_acts), **dict.fromkeys(COLUMN_DTYPES, (rows,))}
     dtypes, offsets = {"tensor": TENSOR_DTYPES[dtype], **COLUMN_DTYPES}, {}
+    new_file(path).close()
     try:
         with h5py.File(path, "w", libver="earliest", locking=False) as file:
             for name, shape in shapes.items():

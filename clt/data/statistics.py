@@ -30,9 +30,9 @@ class Statistics:
         write_whole(Path(file), save(tensors))
 
     @classmethod
-    def load(cls, file: str | Path) -> Statistics:
-        """Read statistics. Raises UserError when the file is missing, damaged, or not of statistics."""
-        tensors = read_statistics(Path(file), "pt")
+    def load(cls, file: str | Path, shape: tuple[int, int] | None = None) -> Statistics:
+        """Read statistics of (L, D) = `shape`, or any. Raises UserError as `read_statistics`."""
+        tensors = read_statistics(Path(file), "pt", shape)
         return cls(**{**tensors, "rows": int(tensors["rows"])})
 
 

@@ -39,7 +39,7 @@ class DiscBuffer(Dataset[Tensor]):
         self._offsets = [dataset_offsets(self.path / shard["file"], shard["rows"], *shape) for shard in shards]
         self._row_bytes = row_bytes(*shape)
         self._firsts = [0, *accumulate(shard["rows"] for shard in shards)]
-        self.statistics = Statistics.load(self.path / STATISTICS)
+        self.statistics = Statistics.load(self.path / STATISTICS, (self.index.n_layers, self.index.d_acts))
         _allow_descriptors(len(shards))
         files = contextlib.ExitStack()
         self.close = weakref.finalize(self, files.close)  # also called by the garbage collector

@@ -99,7 +99,10 @@ def windows(config: TextConfig, part: Part, lm: LanguageModel, context: int, ski
     first = next(packed, None)
     if first is None:
         split = part == "train" and config.heldout is None and config.source != "embedded"
-        after = f" after its first {config.heldout_documents} documents, which text.heldout_documents holds out"
+        after = (
+            f" after its first {config.heldout_documents} documents, which text.heldout_documents holds out (a .txt "
+            "file is one document: name another file as text.heldout)"
+        )
         raise UserError(
             f"the {part} part of text.source={config.source!r} has fewer tokens than one window of "
             f"lm.context={context}{after if split else ''}; give more text or a smaller context"

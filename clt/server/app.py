@@ -275,13 +275,18 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     token, buffer = read_token(config.server.token_file), open_buffer(config)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    index, heldout = read_index(folder(config)), DiscBuffer(Path(config.data.store) / "heldout")
+    # A client's copy of the held-out rows has this index.
+    served = dataclasses.asdict(index) | {"shards": [], "fingerprints": None}
+    if index.fingerprints is not None and heldout.index.fingerprints is not None:
+        served["fingerprints"] = heldout.index.fingerprints | index.fingerprints
     leading = asyncio.create_task(supervised(lead, config, buffer))
     try:
         yield {
             "server": config.server, "token": token, "buffer": buffer,
-            "index": json.dumps({**dataclasses.asdict(read_index(folder(config))), "shards": []}, allow_nan=False),
+            "index": json.dumps(served, allow_nan=False),
             "statistics": (folder(config) / STATISTICS).read_bytes(),
-            "heldout": DiscBuffer(Path(config.data.store) / "heldout"),
+            "heldout": heldout,
             "page": Path(__file__).with_name("page.html").read_text(),
         }  # fmt: skip
     finally:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from clt.config import Config
-from clt.data.extract import check_store, differences
+from clt.data.check import check_files, check_store, differences
 from clt.data.index import INDEX, STATISTICS, read_index
 from clt.data.lock import locked
 from clt.data.shards import COLUMN_DTYPES
@@ -108,4 +108,7 @@ def fetch_heldout(config: Config) -> None:
         if not (train := path.with_name("train") / STATISTICS).exists():  # `clt eval` wants them later
             train.parent.mkdir(exist_ok=True)
             store.statistics.save(train)
-    check_store(read_index(path), config)
+    index = read_index(path)
+    check_store(index, config)
+    if config.eval.replacement_tokens:  # which are read from this machine's files
+        check_files(index, config)

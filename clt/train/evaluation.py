@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from clt.config import Config
-from clt.data.extract import check_model
+from clt.data.check import check_model
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
 from clt.files import or_null
+from clt.lm.fingerprint import pinned
 from clt.lm.load import load_language_model
 from clt.lm.replacement import ablated_logits, replaced_logits
 from clt.lm.text import windows
@@ -62,7 +63,7 @@ class Evaluator:
         if config.eval.replacement_tokens:
             self.lm = load_language_model(config.lm)  # on the CPU: evaluation moves it to the device and back
             check_model(heldout.index, self.lm)
-            self.windows = heldout_windows(config, self.lm)
+            self.windows = heldout_windows(pinned(config, "heldout", heldout.index.fingerprints or {}), self.lm)
 
     def __call__(
         self,

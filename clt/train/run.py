@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clt.config import Config, config_hash, identity, load_config
-from clt.data.extract import check_store, extract_all
+from clt.data.check import changes, check_store
+from clt.data.extract import extract_all
 from clt.data.index import StoreIndex, content_hash, write_whole
 from clt.data.lock import locked
 from clt.data.statistics import Statistics
@@ -64,7 +65,7 @@ def open_source(config: Config, world: World) -> tuple[StoreSource, DiscBuffer]:
     heldout = open_store(config, "heldout")
     names = ("n_layers", "d_acts", "layers", "input_sites", "output_sites", "revision", "tokenizer_hash")
     found, wanted = ({name: getattr(index, name) for name in names} for index in (heldout.index, source.index))
-    if odd := mismatches(found, wanted):
+    if odd := mismatches(found, wanted) or changes(heldout.index.fingerprints, source.index.fingerprints):
         raise UserError(
             f"the stores {heldout.path} and {source.store.path} are not of one language model: {odd}; "
             "delete the wrong one to extract it again, or set data.store to another directory"

@@ -9,6 +9,7 @@ import torch
 from clt.data.describe import describe, verify
 from clt.data.index import read_index, write_index
 from clt.data.shards import checksum
+from clt.data.writer import write_store
 from clt.errors import UserError
 
 
@@ -21,6 +22,39 @@ def test_describe_says_what_is_there(store: Path, tensor: torch.Tensor) -> None:
     rms = tensor.double().square().mean((0, 3)).sqrt()  # (2, L)
     last = [float(word) for word in re.split(r"\s+", text.splitlines()[-1].strip())]
     np.testing.assert_allclose(last, [2, rms[0, 2], rms[1, 2]], rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_values_that_underflow_are_told(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = torch.randn(2000, 2, 3, 32, generator=torch.Generator().manual_seed(0))
+    tensor[:, 1, 2] *= 1e-7
+    zero = (tensor[:, 1, 2].to(dtype) == 0).double().mean().item()
+    assert (zero > 0.2) == (dtype == torch.float16)
+    write_store(tmp_path, tensor.to(dtype), 300)
+    found = [line for line in describe(tmp_path).splitlines() if line.startswith("warning")]
+    if dtype != torch.float16:
+        assert found == []
+        return
+    (line,) = found
+    share = re.search(r"targets of layer 2: ([\d.]+)% of the values are 0; .* extract again with data.dtype=bfl", line)
+    assert share is not None
+    assert float(share[1]) / 100 == pytest.approx(zero, abs=0.01)  # five times the sample's standard error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_huge_token_is_told(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = torch.randn(3000, 2, 2, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    write_store(tmp_path / "plain", tensor, 700)
+    assert "warning" not in describe(tmp_path / "plain")
+    tensor[1234, 0, 1, 3] = 1800
+    wide = tensor[:, 0, 1].double()
+    distances = (wide - wide.mean(0)).square().sum(1)
+    assert distances.max() > 0.98 * distances.sum()
+    write_store(tmp_path / "huge", tensor, 700)
+    (line,) = [line for line in describe(tmp_path / "huge").splitlines() if line.startswith("warning")]
+    share = re.search(r"inputs of layer 1: half of the rows are nearer to the mean than ([\d.]+)% of the var", line)
+    assert share is not None
+    assert float(share[1]) / 100 == pytest.approx((distances.median() / distances.mean()).item(), rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["xxh3_128", "sha256"])  # sha256: what stores had once

@@ -15,8 +15,9 @@ import torch
 from safetensors import safe_open
 
 from clt.config import Config
-from clt.data.describe import verify
-from clt.data.extract import check_store, extract
+from clt.data.check import check_store
+from clt.data.describe import describe, verify
+from clt.data.extract import extract
 from clt.data.index import read_index
 from clt.data.state import ExtractionState
 from clt.data.store import DiscBuffer
@@ -90,6 +91,11 @@ def test_the_store_holds_the_rows_of_the_text_shuffled_in_groups(
     np.testing.assert_allclose(buffer.statistics.target_sd.numpy(), wide[:, 1].std(0, correction=0).numpy(), rtol=1e-9)
     names = {file.name for file in buffer.path.iterdir()}
     assert names == {"index.json", "stats.safetensors", *(shard["file"] for shard in index.shards)}
+
+
+def test_inspect_tells_the_size_of_a_group(config: MakeConfig, lm: LanguageModel) -> None:
+    extract(config(), "heldout", lm, progress=False)
+    assert f"shuffled in groups of {GROUP} rows with seed 0" in describe(Path(config().data.store) / "heldout")
 
 
 def test_the_seed_changes_only_the_order(config: MakeConfig, lm: LanguageModel, tmp_path: Path) -> None:
@@ -226,6 +232,19 @@ def test_values_that_cannot_be_stored_are_errors(
     with pytest.raises(UserError, match=message):
         extract(config(f"data.dtype={dtype}"), "train", lm, progress=False)
     assert list((Path(config().data.store) / "train").iterdir()) == []
+
+
+def test_extraction_tells_values_that_underflow(
+    config: MakeConfig, lm: LanguageModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = lm.model.get_submodule("transformer.h.1.mlp.c_proj")
+    layer.weight.mul_(1e-7 / 0.02)
+    layer.bias.zero_()
+    extract(config(), "train", lm, progress=False)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "train: targets of layer 1: " in line
+    extract(config("data.dtype=bfloat16", "data.heldout_tokens=150"), "heldout", lm, progress=False)
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_a_disk_that_fills_up(config: MakeConfig, lm: LanguageModel, small_disk: Callable[[int], Path]) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from clt.data.index import read_index, write_index
+from clt.data.index import read_index, write_index, write_json
+from clt.data.shards import create_shard
 from clt.errors import UserError
 
 
@@ -28,6 +29,19 @@ def test_optional_and_required_fields(store: Path) -> None:
         read_index(store)
 
 
+def test_an_unfinished_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    for name, write in {
+        "index.json": lambda: write_json(tmp_path / "index.json", [1]),
+        "shard.h5": lambda: create_shard(tmp_path / "shard.h5.partial", 2, 1, 1, "float32"),
+    }.items():
+        (tmp_path / "theirs").write_text("kept")
+        (tmp_path / f"{name}.partial").symlink_to(tmp_path / "theirs")
+        write()
+        assert (tmp_path / "theirs").read_text() == "kept"
+    assert json.loads((tmp_path / "index.json").read_text()) == [1]
+    assert not (tmp_path / "shard.h5.partial").is_symlink()
+
+
 def test_missing_directory_and_missing_index(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist; run `clt extract CONFIG`"):
         read_index(tmp_path / "nowhere")
@@ -47,6 +61,15 @@ def test_a_damaged_index_says_what_is_wrong(store: Path, change: dict[str, int],
     file = store / "index.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(UserError, match=message):
+        read_index(store)
+
+
+@pytest.mark.parametrize("name", ["../x.h5", "/etc/passwd", "a/b.h5", "..", ".hidden", "", "a\0b", "a\n"])
+def test_a_shard_is_a_file_of_the_store(store: Path, name: str) -> None:
+    tree = json.loads((store / "index.json").read_text())
+    tree["shards"][1]["file"] = name
+    (store / "index.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"index.json is damaged \(shards=.* cannot be"):
         read_index(store)
 
 

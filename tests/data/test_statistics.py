@@ -1,13 +1,18 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
+from clt.data.describe import describe
 from clt.data.statistics import Moments, Statistics
 from clt.data.store import DiscBuffer
 from clt.data.writer import write_store
+from clt.errors import UserError
 
 
 def two_pass(tensor: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -50,6 +55,38 @@ def test_a_store_has_the_statistics_of_its_rows_as_stored(tmp_path: Path) -> Non
     np.testing.assert_allclose(found.input_mean.numpy(), mean[0], rtol=1e-12)
     np.testing.assert_allclose(found.target_sd.numpy(), sd[1], rtol=1e-12)
     assert found.rows == 70
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("input_mean", lambda t: t * float("nan"), "input_mean has values that are not finite"),
+        ("target_sd", lambda t: t - 1e9, "target_sd has values less than 0"),
+        ("target_sd", lambda t: t / 0, "target_sd has values that are not finite"),
+        ("rows", lambda t: t * 0, "rows has values less than 1"),
+        ("rows", lambda t: t.float(), "rows is torch.float32"),
+        ("target_mean", lambda t: t.float(), r"target_mean is torch.float32 \(3, 4\), wanted float64 \(3, 4\)"),
+        ("input_sd", lambda t: t[:1], r"input_sd is torch.float64 \(1, 4\), wanted float64 \(3, 4\)"),
+    ],
+)
+def test_statistics_that_no_rows_can_have(
+    tmp_path: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    write_store(tmp_path, torch.randn(70, 2, 3, 4), 30)
+    tensors = load_file(tmp_path / "stats.safetensors")
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, tmp_path / "stats.safetensors")
+    message = message.replace("torch.", "(torch.)?")  # which `describe` does without
+    for read in (DiscBuffer, describe):
+        with pytest.raises(UserError, match=rf"stats.safetensors is damaged \({message}"):
+            read(tmp_path)
+
+
+def test_statistics_of_another_store(tmp_path: Path) -> None:
+    write_store(tmp_path / "a", torch.randn(70, 2, 3, 4), 30)
+    write_store(tmp_path / "b", torch.randn(70, 2, 1, 4), 30)
+    (tmp_path / "b" / "stats.safetensors").replace(tmp_path / "a" / "stats.safetensors")
+    with pytest.raises(UserError, match=r"input_mean is torch.float64 \(1, 4\), wanted float64 \(3, 4\)"):
+        DiscBuffer(tmp_path / "a")
 
 
 def test_save_and_load(tmp_path: Path) -> None:

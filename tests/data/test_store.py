@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from clt.data.statistics import Statistics
 from clt.data.store import DiscBuffer
 from clt.data.writer import write_store
 from clt.errors import UserError
@@ -67,6 +68,8 @@ def test_the_bytes_are_those_that_h5py_reads(buffer: DiscBuffer, store: Path, co
 def test_bfloat16_keeps_every_bit(tmp_path: Path) -> None:
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).reshape(-1, 2, 4, 8)  # NaNs and infinities included
     write_store(tmp_path, bits.view(torch.bfloat16), 100)
+    zero = torch.zeros(4, 8, dtype=torch.float64)  # which are finite, as a store's must be
+    Statistics(zero, zero.clone(), zero.clone(), zero.clone(), len(bits)).save(tmp_path / "stats.safetensors")
     buffer = DiscBuffer(tmp_path)
     assert buffer[:].dtype == torch.bfloat16
     assert torch.equal(buffer[:].view(torch.int16), bits)

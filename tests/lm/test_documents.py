@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from clt.config import TextConfig
 from clt.errors import UserError
-from clt.lm import documents
+from clt.lm import documents, textfiles
 from clt.lm.documents import read_documents
 from tests.lm.conftest import write_jsonl
 
@@ -123,7 +123,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_a_line_that_is_no_text_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, line: bytes, message: str
 ) -> None:
-    monkeypatch.setattr(documents, "_LINE", 200_000)
+    monkeypatch.setattr(textfiles, "_LINE", 200_000)
     content = b'{"text": "a"}\n\n' + line + b'\n{"text": "b"}\n'
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     with pytest.raises(UserError, match=message):
@@ -134,7 +134,7 @@ def test_the_line_of_a_bad_byte_in_a_text_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("zwei Größen\r\n".encode() * 1000 + b"caf\xe9\n")
     (tmp_path / "h.txt").write_text("h")
     config = TextConfig(source=str(tmp_path / "a.txt"), heldout=str(tmp_path / "h.txt"))
-    with patch.object(documents, "_DOCUMENT", 100):
+    with patch.object(textfiles, "_DOCUMENT", 100):
         assert "line 1001 of" in error(config)
     assert "line 1001 of" in error(config)
 
@@ -292,19 +292,39 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_long_documents_are_cut_alike_wherever_they_are_read(folder: Path, text: str, most: int) -> None:
     (folder / "a.txt").write_text(text)
     write_jsonl(folder / "a.jsonl", [text])
-    with patch.object(documents, "_DOCUMENT", most):
+    with patch.object(textfiles, "_DOCUMENT", most):
         one, other = both(TextConfig(source=str(folder / "a.txt"), heldout=str(folder / "a.jsonl")))
-        rows = list(documents._cut(text))
+        rows = list(textfiles.cut(text))
     assert one == other == rows
     assert "".join(one) == text
     assert all(0 < len(piece) <= most for piece in one) or one == [""]
     assert len(text) > most or one == [text]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "folder", "parquet"])
+def test_all_pieces_of_a_document_are_on_one_side(tmp_path: Path, name: str) -> None:
+    texts = ["one two three four", "five", "six seven eight nine", "ten eleven twelve"]
+    source = tmp_path / name
+    if name == "a.jsonl":
+        write_jsonl(source, texts)
+    else:
+        source.mkdir()
+    if name == "folder":
+        for number, text in enumerate(texts):
+            (source / f"{number}.txt").write_text(text)
+    if name == "parquet":
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(source / "train.parquet")
+    with patch.object(textfiles, "_DOCUMENT", 8):
+        for count in range(5):
+            train, heldout = both(TextConfig(source=str(source), heldout_documents=count))
+            assert ("".join(heldout), "".join(train)) == ("".join(texts[:count]), "".join(texts[count:]))
+            assert all(len(piece) <= 8 for piece in train + heldout)
+
+
 def test_a_long_document_is_cut_after_a_line_or_a_word(folder: Path) -> None:
     (folder / "b.txt").write_text("one two\nthree four five sixsevenight\n")
     write_jsonl(folder / "h.jsonl", ["h"])
-    with patch.object(documents, "_DOCUMENT", 10):
+    with patch.object(textfiles, "_DOCUMENT", 10):
         train, _ = both(TextConfig(source=str(folder / "b.txt"), heldout=str(folder / "h.jsonl")))
     assert train == ["one two\n", "three ", "four five ", "sixsevenig", "ht\n"]
 

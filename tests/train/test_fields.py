@@ -90,6 +90,7 @@ ELSEWHERE = {
     "checkpoint.keep_every": "tests/train/test_checkpoint.py",
     "checkpoint.grace_seconds": "tests/train/test_watch.py",
     "text.subset": "tests/lm/test_documents.py",
+    "text.revision": "tests/lm/test_fingerprint.py",
     "text.split": "tests/lm/test_documents.py",
     **{f"data.{name}": "tests/server/test_remote.py" for name in ("source", "url", "token_file")},
     **{

@@ -9,7 +9,7 @@ import torch
 
 import train_ddp
 from clt.config import load_config
-from clt.data.extract import check_model
+from clt.data.check import check_model
 from clt.data.index import read_index
 from clt.errors import UserError
 from clt.lm.load import load_language_model
