@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,8 @@ _TEXT_RULES = 3
 def extract_all(config: Config, progress: bool = True) -> list[StoreIndex]:
     """`extract` the training and the held-out store, with one language model for both."""
     parts: tuple[Part, ...] = ("train", "heldout")
-    complete = all((Path(config.data.store) / part / INDEX).exists() for part in parts)
+    with _writing(Path(config.data.store)):
+        complete = all((Path(config.data.store) / part / INDEX).exists() for part in parts)
     lm = None if complete else _load(config)
     return [extract(config, part, lm, progress) for part in parts]
 
@@ -50,12 +52,13 @@ def extract(config: Config, part: Part, lm: LanguageModel | None = None, progres
     the storage dtype, and a full disk.
     """
     path = Path(config.data.store) / part
-    if not (path / INDEX).exists():
-        lm = lm or _load(config)
-        path.mkdir(parents=True, exist_ok=True)
-        with locked(path):
-            if not (path / INDEX).exists():  # else another process has just finished it
-                return _extract(path, config, part, lm, progress)
+    with _writing(path):
+        if not (path / INDEX).exists():
+            lm = lm or _load(config)
+            path.mkdir(parents=True, exist_ok=True)
+            with locked(path):
+                if not (path / INDEX).exists():  # else another process has just finished it
+                    return _extract(path, config, part, lm, progress)
     index = read_index(path)
     check_store(index, config)
     check_files(index, config)
@@ -83,24 +86,33 @@ def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress
     zero = Moments.zero(placement.index.n_layers, placement.index.d_acts)
     state = load_state(path, identity) or ExtractionState([], 0, 0, zero)
     _check_room(placement, state)
-    try:
-        with Writer(placement, state, identity) as writer:
-            _write_rows(pinned(config, part, placement.index.fingerprints or {}), placement, lm, writer, progress)
-        check_files(placement.index, config)  # they may have changed while they were read
-        writer.state.moments.statistics().save(path / STATISTICS)
-        index = dataclasses.replace(placement.index, shards=writer.state.shards)
-        write_index(path, index)
-    except OSError as error:
-        if not is_full_disk(error):
-            raise
-        raise UserError(
-            f"no more could be written to {path} ({error}); free space and run `clt extract CONFIG` again, which "
-            "resumes after the last complete shards, or set data.store to another disk"
-        ) from error
+    with Writer(placement, state, identity) as writer:
+        _write_rows(pinned(config, part, placement.index.fingerprints or {}), placement, lm, writer, progress)
+    check_files(placement.index, config)  # they may have changed while they were read
+    writer.state.moments.statistics().save(path / STATISTICS)
+    index = dataclasses.replace(placement.index, shards=writer.state.shards)
+    write_index(path, index)
     (path / STATE).unlink()
     for text in survey(path, index, read_statistics(path / STATISTICS, "np")):
         tell(f"warning: {path}: {text}")
     return index
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Raise UserError for a store that cannot be written. What is read meanwhile has messages of its own."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full_disk(error):
+            raise UserError(
+                f"the store {path} cannot be written ({error}): change the mode or the owner of its directory, or set "
+                "data.store to another one"
+            ) from error
+        raise UserError(
+            f"no more could be written to {path} ({error}); free space and run `clt extract CONFIG` again, which "
+            "resumes after the last complete shards, or set data.store to another disk"
+        ) from error
 
 
 def _write_rows(config: Config, placement: Placement, lm: LanguageModel, writer: Writer, progress: bool) -> None:

@@ -99,15 +99,15 @@ def _pieces(config: TextConfig, place: list[Path] | str, split: str) -> Iterator
 
 def _locate(source: str, key: str) -> list[Path] | str:
     """The sorted files of a local source; or what `datasets` loads, a hub id or the path of a folder of other files."""
-    path = Path(source).expanduser()
     try:
+        path = Path(source).expanduser()
         if path.is_dir():
             return _text_files(path, f"{key}={source!r}") or str(path.resolve())
         if path.is_file():
             if file_kind(path) is None:
                 raise UserError(f"{key}={source!r} is not a .txt or .jsonl file (nor one of them with .gz)")
             return [path]
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter for a ~user who is not known
         raise UserError(f"{key}={source!r} cannot be read: {error}") from error
     if file_kind(path) or source.startswith((".", "/", "~")):
         raise UserError(

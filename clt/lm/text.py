@@ -13,7 +13,7 @@ import numpy as np
 from clt.config import TextConfig
 from clt.errors import UserError
 from clt.lm.documents import Part, read_documents
-from clt.lm.load import LanguageModel, bos_token, check_ids, special_ids
+from clt.lm.load import LanguageModel, bos_token, check_ids, first_line, special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,8 +64,15 @@ def _tokenised(
     first = 0
     for texts in _batches(documents):
         # verbose=False: documents longer than the model's context are expected here.
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        tokens = [(number, np.array(prefix + ids)) for number, ids in enumerate(encoded, first) if ids]
+        try:
+            encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        except Exception as error:  # whatever the tokenizer's own code raises
+            last, problem = first + len(texts) - 1, f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path} failed on documents {first} to {last} of the text: {problem} "
+                "Mend these documents or the tokenizer's files"
+            ) from error
+        tokens = [(number, np.array(prefix + ids)) for number, ids in enumerate(encoded["input_ids"], first) if ids]
         yield [np.stack([ids, np.full_like(ids, number), np.arange(len(ids)) == 0]) for number, ids in tokens]
         first += len(texts)
 

@@ -247,6 +247,14 @@ def test_extraction_tells_values_that_underflow(
     assert "warning" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place", ["file", "file/inside", "/proc/1/none", "x" * 300])
+def test_a_store_that_cannot_be_written(config: MakeConfig, lm: LanguageModel, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    store = tmp_path / place
+    with pytest.raises(UserError, match=f"the store {store}/train cannot be written .*set data.store to another one"):
+        extract(config(f"data.store={store}"), "train", lm, progress=False)
+
+
 def test_a_disk_that_fills_up(config: MakeConfig, lm: LanguageModel, small_disk: Callable[[int], Path]) -> None:
     # 16 KB more than the rows themselves: too little for the shards' headers.
     disk = small_disk(1000 * (2 * 3 * 16 * 2 + 16) + 16_000)

@@ -151,6 +151,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
     source.symlink_to("/proc/self/mem")  # whose first page nobody can read, not even root
     assert f"line 1 of {source} cannot be read: [Errno 5]" in error(TextConfig(source=str(source)))
+    assert "text.source='~nobody-here/a.txt' cannot be read: " in error(TextConfig(source="~nobody-here/a.txt"))
     assert "cannot be read: [Errno 36] File name too long" in error(TextConfig(source="x" * 300 + ".txt"))
 
 

@@ -189,3 +189,9 @@ def test_long_documents_are_tokenised_a_few_at_a_time(most: int, lengths: list[i
     with patch.multiple(text, _DOCUMENTS=most, _CHARACTERS=100):
         list(pack(["a" * length for length in lengths], recording, 10))
     assert found == calls
+
+
+def test_a_tokenizer_that_fails_names_the_documents() -> None:
+    tokenizer = byte_tokenizer(unk_token="<unk>")
+    with pytest.raises(UserError, match=r"failed on documents 64 to 65 of the text: \w+: .* Mend these documents"):
+        list(pack(["a"] * 65 + ["\ud800"], tokenizer, 8))
