@@ -98,6 +98,4 @@ def _typed(kind: Any, value: Any) -> Any:
         value = int(value)
     if kind is int and type(value) is int and abs(value) > 2**63:  # 64 bits hold every count
         return None
-    if kind is str and isinstance(value, str) and "\0" in value:  # no file's name, and cut off where C reads it
-        return None
     return value if type(value) is kind else None

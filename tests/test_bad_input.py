@@ -330,7 +330,7 @@ def test_an_altered_heldout_shard_ends_its_evaluation_and_costs_no_step(
 def test_more_micro_batches_than_rows(script, train_overrides, tmp_path):
     found = script(*train_overrides, "train.batch_tokens=4", "train.accumulate=5", f"run.dir={tmp_path / 'run'}")
     assert found is not None
-    assert "train.accumulate=5 micro-batches cannot be made of a rank's share of train.batch_tokens=4, 4 rows" in found
+    assert "train.accumulate=5 micro-batches of train.batch_tokens=4 leave some of 1 ranks without a row" in found
 
 
 def test_characters_that_control_a_terminal_are_shown_escaped(lm_overrides, copied, clt, capfd, tmp_path):
