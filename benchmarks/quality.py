@@ -1,10 +1,10 @@
-"""The quickstart's quality over seeds and over lambda: train it again and again, and write what came out.
+"""The quickstart's quality over seeds and over L0: train it again and again, and write what came out.
 
-    python benchmarks/quality.py --json benchmarks/results/quality.json [--seeds 0 1 2] [--sparsity 3e-4 ..]
+    python benchmarks/quality.py --json benchmarks/results/quality.json [--seeds 0 1 2] [--target-l0 10 20 80]
 
 Every run is the real command (`torchrun --nproc_per_node=2 train_ddp.py configs/quickstart.yaml ..`) on the store that
-the quickstart extracted. Runs with the config's own lambda give the spread over seeds; seed 0 over the lambdas gives
-the curve of FVE against L0, drawn beside the JSON.
+the quickstart extracted. Runs with the config's own `loss.target_l0` give the spread over seeds; seed 0 over the targets
+gives the curve of FVE against L0, drawn beside the JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def train(overrides: list[str]) -> dict[str, Any]:
 
 
 def plot(curve: list[dict[str, Any]], path: Path) -> None:
-    """FVE and recovered cross-entropy against total L0, one point a lambda."""
+    """FVE and recovered cross-entropy against total L0, one point a target."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -44,7 +44,9 @@ def plot(curve: list[dict[str, Any]], path: Path) -> None:
     for key, label in (("fve", "fraction of variance explained"), ("ce_recovered", "cross-entropy gap recovered")):
         axes.plot([row["l0_total"] for row in curve], [row[key] for row in curve], "o-", label=label)
     for row in curve:
-        axes.annotate(f"λ={row['sparsity']:g}", (row["l0_total"], row["fve"]), (4, -12), textcoords="offset points")
+        axes.annotate(
+            f"target {row['target_l0']:g}", (row["l0_total"], row["fve"]), (4, -12), textcoords="offset points"
+        )
     axes.set(xlabel="L0, all layers", title="Quickstart, held-out text")
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
@@ -59,15 +61,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="where to write the figures")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--sparsity", type=float, nargs="*", default=[6e-4, 2.5e-3, 5e-3], help="further values of lambda, with seed 0"
+        "--target-l0", type=float, nargs="*", default=[10.0, 20.0, 80.0], help="further values of it, with seed 0"
     )
     arguments = parser.parse_args()
-    own = load_config(ROOT / "configs" / "quickstart.yaml").loss.sparsity
+    own = load_config(ROOT / "configs" / "quickstart.yaml").loss.target_l0
 
     rows = []
-    for seed, sparsity in [(seed, own) for seed in arguments.seeds] + [(0, value) for value in arguments.sparsity]:
-        summary = train([f"run.seed={seed}", f"loss.sparsity={sparsity}"])
-        rows.append({"seed": seed, "sparsity": sparsity, **{key: summary[key] for key in KEYS}})
+    for seed, target in [(seed, own) for seed in arguments.seeds] + [(0, value) for value in arguments.target_l0]:
+        summary = train([f"run.seed={seed}", f"loss.target_l0={target}"])
+        rows.append({"seed": seed, "target_l0": target, **{key: summary[key] for key in KEYS}})
         print(json.dumps(rows[-1], allow_nan=False), flush=True)
     result = {**where(), "runs": rows}
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
