@@ -3,8 +3,8 @@
     python benchmarks/quality.py --json benchmarks/results/quality.json [--seeds 0 1 2] [--target-l0 10 20 80]
 
 Every run is the real command (`torchrun --nproc_per_node=2 train_ddp.py configs/quickstart.yaml ..`) on the store that
-the quickstart extracted. Runs with the config's own `loss.target_l0` give the spread over seeds; seed 0 over the targets
-gives the curve of FVE against L0, drawn beside the JSON.
+the quickstart extracted. Runs with the config's own `loss.target_l0` give the spread over seeds; seed 0 over the
+targets gives the curve of FVE against L0, drawn beside the JSON.
 """
 
 from __future__ import annotations
