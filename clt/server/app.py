@@ -39,7 +39,7 @@ from clt.memory import keep_freed_memory
 from clt.server.client import read_token
 from clt.server.generator import end_with_parent, lead
 from clt.server.run import close_buffer, environment_config, folder, is_loopback, open_buffer
-from clt.server.wire import Shape, Slice, activations_of, as_bytes, body_of, columns_of, frame, frame_bytes
+from clt.server.wire import COLUMNS, Part, Shape, frame, frame_bytes, part_of, tensor_of
 
 log = logging.getLogger("uvicorn.error")
 QUERIES: dict[str, dict[str, tuple[int, int | None]]] = {
@@ -62,7 +62,7 @@ class Unavailable(HTTPException):
         super().__init__(503, reason, {"retry-after": str(retry_after)})
 
 
-async def draw(request: Request, n: int) -> list[Slice]:
+async def draw(request: Request, n: int) -> list[Part]:
     """n rows, at most a block. Raises Unavailable, with the generator's cause, when none come in `wait_seconds`."""
     buffer, seconds, pause = request.state.buffer, request.state.server.wait_seconds, 0.002
     end = time.monotonic() + seconds
@@ -76,32 +76,32 @@ async def draw(request: Request, n: int) -> list[Slice]:
     return parts
 
 
-def cut(n: int, most: int) -> list[int]:
+def frames(n: int, most: int) -> list[int]:
     """The rows of the frames of a batch of n."""
     return [min(most, n - at) for at in range(0, n, most)]
+
+
+class Ended(Exception):
+    """A stream has begun and cannot go on; `Guard` has the connection closed."""
 
 
 async def stream(request: Request) -> Response:
     """Frames of batches of `batch_size` rows, `max_batches` of them or without end.
 
-    Without rows for the first frame it is refused. Without rows for a later one the connection is closed.
+    Without rows for the first frame it is refused. Without rows for a later one the connection is closed; the client
+    asks again, and is told the cause.
     """
-    buffer, server = request.state.buffer, request.state.server
-    n, count = parameters(request, batch_size=server.max_batch, max_batches=10**9)
-    sizes, about = cut(n, buffer.block_rows), (buffer.shape, buffer.segment)
+    buffer = request.state.buffer
+    n, count = parameters(request, batch_size=request.state.server.max_batch, max_batches=10**9)
+    sizes, about = frames(n, buffer.block_rows), (buffer.shape, buffer.segment)
     first = await draw(request, sizes[0])
 
     async def pieces() -> AsyncIterator[bytes | memoryview]:
         for sequence in itertools.count() if count is None else range(count * len(sizes)):
-            size = sizes[sequence % len(sizes)]
             try:
-                rows = await draw(request, size) if sequence else first
-            except Unavailable as error:  # the client asks again, and is told the cause
-                log.warning("a stream was ended: %s", error.detail)
-                if hasattr(request.state, "close"):  # by `Protocol`; without it, uvicorn logs an error and closes
-                    request.state.close()
-                    await asyncio.sleep(server.idle_seconds)  # until this is cancelled
-                raise
+                rows = await draw(request, sizes[sequence % len(sizes)]) if sequence else first
+            except Unavailable as error:
+                raise Ended(error.detail) from error
             for piece in frame(rows, sequence, *about):
                 yield piece
             await asyncio.sleep(0)  # sending alone gives way to nobody, not even to the client's departure
@@ -112,20 +112,20 @@ async def stream(request: Request) -> Response:
     return StreamingResponse(pieces(), 200, headers, _BYTES)
 
 
-async def batch(request: Request, most: int) -> tuple[list[Slice], dict[str, Any]]:
+async def batch(request: Request, most: int) -> tuple[list[Part], dict[str, Any]]:
     """The rows of an answer that is made before it is sent, and what they are."""
     buffer = request.state.buffer
     (n,) = parameters(request, batch_size=min(request.state.server.max_batch, most))
-    parts = [part for size in cut(n, buffer.block_rows) for part in await draw(request, size)]
+    parts = [part for size in frames(n, buffer.block_rows) for part in await draw(request, size)]
     dims = [n, 2, buffer.shape.n_layers, buffer.shape.d_acts]
     return parts, {"shape": dims, "dtype": buffer.shape.dtype, "segment": buffer.segment}
 
 
 async def tensor(request: Request) -> Response:
     """One batch (n, 2, L, D) as raw little-endian bytes; x-tensor-shape, -dtype and -xxh3 in the headers."""
-    shape = request.state.buffer.shape
-    parts, about = await batch(request, max(request.state.buffer.block_rows, _TENSOR_BYTES // shape.row_bytes))
-    data = b"".join(as_bytes(activations_of(part, shape)) for part in parts)
+    buffer = request.state.buffer
+    parts, about = await batch(request, max(buffer.block_rows, _TENSOR_BYTES // buffer.shape.row_bytes))
+    data = b"".join(part["rows"].data for part in parts)
     headers = {"x-tensor-shape": ",".join(map(str, about["shape"])), "x-tensor-dtype": about["dtype"]}
     headers |= {"x-tensor-xxh3": xxh3_64_hexdigest(data), "x-clt-segment": about["segment"]}
     return Response(data, 200, headers, _BYTES)
@@ -135,30 +135,26 @@ async def activations(request: Request) -> Response:
     """A few rows as JSON: shape, dtype, segment, row, token, position, document, activations as nested lists."""
     shape = request.state.buffer.shape
     parts, about = await batch(request, max(1, min(64, _JSON_BYTES // shape.row_bytes)))
-    about |= {name: column.tolist() for name, column in columns_of(parts).items()}
-    rows = [row for part in parts for row in activations_of(part, shape).tolist()]
-    return JSONResponse({**about, "activations": rows})
+    columns = {name: [number for part in parts for number in part[name].tolist()] for name in COLUMNS}
+    rows = [row for part in parts for row in tensor_of(part, shape).tolist()]
+    return JSONResponse({**about, **columns, "activations": rows})
 
 
 async def heldout(request: Request) -> Response:
     """Frames: the held-out rows from number `start` on, in their order."""
     store: DiscBuffer = request.state.heldout
     shape = Shape(store.index.n_layers, store.index.d_acts, store.index.dtype)
-    most = max(1, _TENSOR_BYTES // shape.row_bytes)  # rows of a frame
     n, start = parameters(request, batch_size=request.state.server.max_batch, start=len(store))
-    batches = []
+    most, batches = max(1, _TENSOR_BYTES // shape.row_bytes), []  # rows of a frame at most
     for first in range(start, len(store), n):
-        end = min(first + n, len(store))
-        batches += [np.arange(at, min(at + most, end)) for at in range(first, end, most)]
+        rows = np.arange(first, min(first + n, len(store)))
+        batches += [rows[at : at + most] for at in range(0, len(rows), most)]
 
     def pieces() -> Iterator[bytes | memoryview]:  # starlette asks for each in a thread, as the disk is read
         for sequence, rows in enumerate(batches):
-            columns = {
-                "document": store.documents(rows),
-                "token": store.tokens(rows),
-                "position": store.positions(rows),
-            }
-            yield from frame([body_of(store.read(rows), {**columns, "row": rows})], sequence, shape, "")
+            columns = {"token": store.tokens(rows), "position": store.positions(rows), "row": rows}
+            part = part_of(store.read(rows), {**columns, "document": store.documents(rows)})
+            yield from frame([part], sequence, shape, "")
 
     size = sum(frame_bytes(len(rows), shape, "") for rows in batches)
     return StreamingResponse(pieces(), 200, {"content-length": str(size)}, _BYTES)
@@ -227,6 +223,8 @@ class Guard:
                 buffer.line["clients"] -= counts
         except HTTPException as error:
             await (await refused(Request(scope), error))(scope, receive, send)
+        except Ended as error:  # uvicorn closes the connection of an answer that is not complete
+            log.warning("a stream was ended: %s", error)
 
 
 def refuse(scope: Scope, headers: Headers) -> None:

@@ -23,17 +23,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from clt.data.index import STATISTICS_TENSORS, StoreIndex, parse_index
+from clt.data.index import StoreIndex, parse_index
 from clt.data.statistics import Statistics
 from clt.errors import UserError, mismatches, printable
-from clt.server.wire import COLUMNS, Batch, Shape, WireError, empty_batch, read_frame
+from clt.server.wire import COLUMNS, Batch, Shape, WireError, empty_part, read_frame, tensor_of
 
 T = TypeVar("T")
 log = logging.getLogger("clt")
@@ -86,22 +86,17 @@ class ActivationClient:
     """
 
     def __init__(self, url: str, token: str | None = None, timeout: float = 90.0, patience: float = 60.0) -> None:
-        shown = "with a user's name or password in it" if "@" in url else repr(url)
-        wrong = UserError(f"url {shown} is not of the form http://HOST:PORT or https://HOST:PORT")
-        try:
-            parts = urlsplit(url)
-            host, port = parts.hostname, parts.port
-        except ValueError as error:
-            raise wrong from error
-        if parts.scheme not in ("http", "https") or host is None or parts.username is not None:
-            raise wrong
+        parts = re.fullmatch(r"(https?)://([\w.-]+|\[[\w:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?", url)
+        if parts is None or int(parts[3] or 0) > 65535:
+            shown = "with a user's name or password in it" if "@" in url else repr(url)
+            raise UserError(f"url {shown} is not of the form http://HOST:PORT or https://HOST:PORT")
         if not re.fullmatch("[!-~]*", token or ""):
             raise UserError("the token has characters that a header cannot carry; wanted printable ASCII")
         self.url, self.timeout, self.patience = url.rstrip("/"), timeout, patience
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connect = lambda: kind(host, port, timeout=timeout)
-        self._prefix = parts.path.rstrip("/")
+        kind = http.client.HTTPSConnection if parts[1] == "https" else http.client.HTTPConnection
+        self._connect = lambda: kind(parts[2].strip("[]"), int(parts[3]) if parts[3] else None, timeout=timeout)
+        self._prefix = (parts[4] or "").rstrip("/")
 
     def get_activations(self, batch_size: int = 1) -> dict[str, Any]:
         """A few rows as plain lists: shape, dtype, segment, row, token, position, document, activations."""
@@ -222,13 +217,14 @@ class ActivationClient:
             raise WireError(f"found the segment {segment!r:.40}, wanted 1 to 16 letters and digits (held out: none)")
         sequence, got, fill = 0, 0, answer.response.readinto
         while got != most:
-            batch, done = empty_batch(n, shape, segment), 0
-            while done < n and (rows := read_frame(fill, answer.expect, shape, sequence, batch, done)):
-                done, sequence = done + rows, sequence + 1
+            rows, done = empty_part(n, shape), 0
+            while done < n and (k := read_frame(fill, answer.expect, sequence, shape, segment, rows, done)):
+                done, sequence = done + k, sequence + 1
             if done < n and (most or answer.response.length):
                 raise WireError(f"the stream ended after {got} batches of {n} and {done} rows")
             if done:
-                yield batch._replace(**{name: getattr(batch, name)[:done] for name in ("activations", *COLUMNS)})
+                columns = {name: rows[name][:done] for name in COLUMNS}
+                yield Batch(tensor_of(rows, shape)[:done], **columns, segment=segment)
             if done < n:
                 return
             got += 1
@@ -296,18 +292,17 @@ class _Answer(io.RawIOBase):
 
     def statistics(self, index: StoreIndex) -> Statistics:
         """All of it: statistics of rows of this index."""
-        dims, right = (index.n_layers, index.d_acts), True
+        dims = (index.n_layers, index.d_acts)
         try:
             tensors = safetensors.torch.load(self.whole(32 * index.n_layers * index.d_acts + (1 << 16)))
-            rows = int(tensors.pop("rows"))
-        except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            found = Statistics(rows=int(tensors.pop("rows")), **tensors)
+        except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError, TypeError) as error:
             raise ServerError(f"found no statistics: {error}") from error
-        for name, tensor in tensors.items():
-            right &= tensor.shape == dims and tensor.dtype == torch.float64 and bool(tensor.isfinite().all())
-            right &= "sd" not in name or bool((tensor >= 0).all())
-        if not right or rows < 1 or {*tensors, "rows"} != {*STATISTICS_TENSORS}:
-            raise ServerError(f"found other statistics than finite {STATISTICS_TENSORS} {dims} of 1 row or more")
-        return Statistics(**tensors, rows=rows)
+        right = all(each.shape == dims and each.dtype == torch.float64 for each in tensors.values())
+        right = right and all(bool(each.isfinite().all()) for each in tensors.values())
+        if not right or found.rows < 1 or min(found.input_sd.min(), found.target_sd.min()) < 0:
+            raise ServerError(f"found other statistics than finite ones {dims} of 1 row or more")
+        return found
 
     def reason(self) -> str:
         """What it says for itself, of a refusal."""

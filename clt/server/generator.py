@@ -40,7 +40,7 @@ def run(config: Config) -> None:
         time.sleep(_TICK)
     torch.set_num_threads(max(torch.get_num_threads() - 1, 1))  # one core is the servers'
     keep_freed_memory()
-    epoch, position, skip = buffer.header["mark"].tolist()  # skip: rows that are in the buffer already
+    epoch, position, skip = buffer.progress["mark"].tolist()  # skip: rows that are in the buffer already
     try:
         store = config.server.source == "store"
         batches = from_store(config, epoch, position) if store else from_model(config, load(config), epoch, position)

@@ -43,7 +43,6 @@ class Protocol(HttpToolsProtocol):
             return self.transport.abort()  # pipelined: uvicorn would not tell the first answer of a client that leaves
         self.head = 0
         self.wait(self.flow.write_paused)
-        self.scope.get("state", {})["close"] = self.transport.close  # when all that was sent has left
         super().on_headers_complete()
 
     def pause_writing(self) -> None:

@@ -151,7 +151,7 @@ def record(config: Config, buffer: Buffer) -> None:
     A disk that is full or gone is no reason to stop serving.
     """
     try:
-        place = {"rows": buffer.tag[:64], "mark": buffer.header["mark"].tolist()}
+        place = {"rows": buffer.tag[:64], "mark": buffer.progress["mark"].tolist()}
         write_json(own_folder(config) / "position.json", place)
     except OSError as error:
         tell(f"the place in the text was not recorded: {error}")

@@ -26,7 +26,7 @@ from clt import cli
 from clt.config import load_config
 from clt.data.store import DiscBuffer
 from clt.server.client import ActivationClient
-from clt.server.wire import Shape, body_of, frame, frame_bytes
+from clt.server.wire import Shape, frame, frame_bytes, part_of
 from clt.train import checkpoint
 from clt.train.watch import PREEMPTED
 from tests.server.conftest import Server, eventually, pause_generator
@@ -218,7 +218,7 @@ class Replay(http.server.BaseHTTPRequestHandler):
                 for sequence in itertools.count():
                     rows = np.arange(n) + sequence % (len(store) // 60) * 60 + own * n
                     columns = {"document": rows, "row": rows, "token": rows, "position": rows}
-                    self.wfile.write(b"".join(frame([body_of(store.read(rows), columns)], sequence, shape, "replay")))
+                    self.wfile.write(b"".join(frame([part_of(store.read(rows), columns)], sequence, shape, "replay")))
             return
         answers = {
             "/index": json.dumps({**dataclasses.asdict(store.index), "rows": 0, "shards": []}).encode(),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from clt.errors import UserError
 from clt.lm.forward import Rows
 from clt.server.buffer import FREE, FULL, OPEN, Buffer
-from clt.server.wire import Shape, Slice, activations_of, columns_of
+from clt.server.wire import Part, Shape, tensor_of
 from tests.server.conftest import eventually
 
 BLOCKS, BLOCK_ROWS, OPEN_BLOCKS = 8, 8, 3
@@ -54,13 +54,12 @@ def fill(buffer: Buffer, first: int = 0, rows: int = 10**9) -> int:
     return first
 
 
-def check(parts: list[Slice]) -> list[int]:
+def check(parts: list[Part]) -> list[int]:
     """Each value of a row is its document's number; returns the rows."""
-    columns = columns_of(parts)
-    values = np.concatenate([activations_of(part, SHAPE).flatten(1).numpy() for part in parts])
-    assert (values == (columns["document"] % 1024)[:, None]).all()
-    assert np.array_equal(columns["token"], columns["document"] * 3)
-    return columns["row"].tolist()
+    for part in parts:
+        assert (tensor_of(part, SHAPE).flatten(1).numpy() == (part["document"] % 1024)[:, None]).all()
+        assert np.array_equal(part["token"], part["document"] * 3)
+    return [row for part in parts for row in part["row"].tolist()]
 
 
 def drain(buffer: Buffer, n: int = BLOCK_ROWS) -> list[int]:
@@ -104,14 +103,14 @@ def test_blocks_do_not_fill_at_the_same_time(name: str) -> None:
     buffer = Buffer.create(name, 64, 64, 32, SHAPE)
     while not (buffer.state == FULL).any():
         buffer.put(known_rows(64), (0, 0, 0))
-    levels = buffer.filled[buffer.state == OPEN]
+    levels = buffer.progress["filled"][buffer.state == OPEN]
     assert levels.min() < 40
     assert np.ptp(levels) > 20, "of 64; random alone would make it about 10"
 
 
 def test_another_generator_goes_on_with_the_open_blocks(buffer: Buffer, name: str) -> None:
     end, other = fill(buffer, rows=5), Buffer(name)
-    assert other.header["mark"].tolist() == [0, 0, 5]
+    assert other.progress["mark"].tolist() == [0, 0, 5]
     rows: list[int] = []
     for _ in range(50):  # until the first blocks have had their turn
         end = fill(other, end)
@@ -134,7 +133,7 @@ def test_a_drained_buffer_is_all_room(name: str, open_blocks: int) -> None:
 def test_a_block_that_was_filled_but_not_closed_when_the_generator_died_is_closed(buffer: Buffer, name: str) -> None:
     end = fill(buffer, rows=BLOCK_ROWS)
     block = int(np.flatnonzero(buffer.state == OPEN)[0])
-    buffer.filled[block] = BLOCK_ROWS  # and killed before its state was set
+    buffer.progress["filled"][block] = BLOCK_ROWS  # and killed before its state was set
     fill(Buffer(name), end)
     assert buffer.state[block] == FULL
 

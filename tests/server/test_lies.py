@@ -18,7 +18,7 @@ from clt.errors import UserError
 from clt.server import client as module
 from clt.server.client import ActivationClient, ServerError
 from clt.server.remote import ServerStore
-from clt.server.wire import COLUMNS, Shape, body_of, frame
+from clt.server.wire import COLUMNS, Shape, frame, part_of
 
 SHAPE = Shape(3, 4, "float16")
 INDEX = {"format_version": 1, "model": "m", "revision": None, "tokenizer_hash": "t", "layers": [0, 1, 2],
@@ -30,7 +30,7 @@ Send = Callable[[socket.socket], None]
 
 def rows(n: int, shape: Shape = SHAPE, sequence: int = 0, segment: str = "abc", first: int = 0) -> bytes:
     tensor = torch.zeros(n, 2, shape.n_layers, shape.d_acts, dtype=getattr(torch, shape.dtype))
-    body = body_of(tensor, {name: np.arange(first, first + n) for name in COLUMNS})
+    body = part_of(tensor, {name: np.arange(first, first + n) for name in COLUMNS})
     return b"".join(frame([body], sequence, shape, segment))
 
 

@@ -80,7 +80,7 @@ def test_a_buffer_is_shared_kept_after_a_crash_and_removed_by_the_last(own_confi
     other = dataclasses.replace(own_config, server=dataclasses.replace(own_config.server, rows=600))
     with pytest.raises(UserError, match="a server with other settings runs on /dev/shm/clt-"):
         open_buffer(other)
-    first.header["mark"] = (0, 0, 210)
+    first.progress["mark"] = (0, 0, 210)
     close_buffer(own_config, first)
     assert second.path.exists()
     second.leave()  # and then everything was killed
@@ -89,7 +89,7 @@ def test_a_buffer_is_shared_kept_after_a_crash_and_removed_by_the_last(own_confi
     close_buffer(own_config, again)
     assert not again.path.exists()
     later = open_buffer(other)
-    assert later.header["mark"].tolist() == [0, 0, 210], "it goes on in the text, in a buffer of another size"
+    assert later.progress["mark"].tolist() == [0, 0, 210], "it goes on in the text, in a buffer of another size"
     close_buffer(other, later)
 
 
