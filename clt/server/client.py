@@ -28,7 +28,6 @@ from urllib.parse import urlencode
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from clt.data.index import StoreIndex, parse_index
 from clt.data.statistics import Statistics
@@ -42,7 +41,7 @@ LEAST_RATE = 1 << 16
 _DELAYS = (0.1, 10.0)  # seconds before the first and before the slowest new try
 _PASSING = (408, 429, 502, 503, 504)  # statuses of a server that may answer later
 _WAKE = 1 << 20  # bytes that are worth waking up for
-_ROUND = 1 << 20  # batches asked for at once: an answer of known length costs the server a copy less
+_ENDLESS = 10**9  # batches, the most that a server takes: an answer of known length costs it a copy less
 
 
 class ServerError(UserError):
@@ -98,32 +97,18 @@ class ActivationClient:
         self._connect = lambda: kind(parts[2].strip("[]"), int(parts[3]) if parts[3] else None, timeout=timeout)
         self._prefix = (parts[4] or "").rstrip("/")
 
-    def get_activations(self, batch_size: int = 1) -> dict[str, Any]:
-        """A few rows as plain lists: shape, dtype, segment, row, token, position, document, activations."""
-        batch = next(self.stream_activations(batch_size, 1))
-        rows = batch.activations
-        about = {"shape": list(rows.shape), "dtype": str(rows.dtype).removeprefix("torch."), "segment": batch.segment}
-        return {**about, **{name: getattr(batch, name).tolist() for name in COLUMNS}, "activations": rows.tolist()}
-
-    def get_activations_tensor(self, batch_size: int = 256) -> Tensor:
-        """One batch (n, 2, L, D) in the server's dtype."""
-        return next(self.stream_activations(batch_size, 1)).activations
-
     def stream_activations(
-        self, batch_size: int = 256, max_batches: int | None = None, index: StoreIndex | None = None
+        self, batch_size: int = 256, max_batches: int = _ENDLESS, index: StoreIndex | None = None
     ) -> Iterator[Batch]:
-        """Batches without end, or `max_batches` of them, each in memory of its own.
+        """`max_batches` batches, each in memory of its own.
 
         Goes on by itself over broken connections and restarts of the server. No row comes twice: the server gives
         each away once, and one that was lost on the way is lost. With an `index`, rows of another one are an error.
         """
-        query = {"batch_size": batch_size, "max_batches": _ROUND if max_batches is None else max_batches}
-        while query["max_batches"] > 0:
-            for batch in self._ask("/activations/stream", lambda answer: self._batches(answer, query, index), query):
-                query["max_batches"] -= 1
-                yield batch
-            if max_batches is None:
-                query["max_batches"] = _ROUND
+        query = {"batch_size": batch_size, "max_batches": max_batches}
+        for batch in self._ask("/activations/stream", lambda answer: self._batches(answer, query, index), query):
+            query["max_batches"] -= 1
+            yield batch
 
     def heldout(self, batch_size: int = 64) -> Iterator[Batch]:
         """The held-out rows in their order, from the first to the last; `row` counts them from 0."""
@@ -145,7 +130,7 @@ class ActivationClient:
     def statistics(self) -> Statistics:
         """Mean and sd of the training rows."""
         index = self.index()
-        return self._get("/statistics", lambda answer: answer.statistics(index))
+        return self._get("/statistics", lambda answer: answer.statistics((index.n_layers, index.d_acts)))
 
     def refresh(self) -> int:
         """Have the server drop its rows and make others; returns how many it dropped."""
@@ -207,9 +192,8 @@ class ActivationClient:
         """
         with self._open("/index", {}) as other:
             index = other.index()
-        if wanted and (
-            odd := mismatches(dataclasses.asdict(index) | {"rows": wanted.rows}, dataclasses.asdict(wanted))
-        ):
+        tree = dataclasses.asdict(wanted or index)
+        if odd := mismatches(dataclasses.asdict(index) | {"rows": tree["rows"]}, tree):
             raise ServerError(f"the server now serves other rows ({odd}): start it as it was, or begin a new run")
         shape, n, most = Shape(index.n_layers, index.d_acts, index.dtype), query["batch_size"], query.get("max_batches")
         segment = answer.response.headers.get("x-clt-segment", "")
@@ -290,11 +274,10 @@ class _Answer(io.RawIOBase):
         except ValueError as error:
             raise ServerError(f"the index is not of this version's activation server: {error!s:.500}") from error
 
-    def statistics(self, index: StoreIndex) -> Statistics:
-        """All of it: statistics of rows of this index."""
-        dims = (index.n_layers, index.d_acts)
+    def statistics(self, dims: tuple[int, int]) -> Statistics:
+        """All of it: statistics (L, D)."""
         try:
-            tensors = safetensors.torch.load(self.whole(32 * index.n_layers * index.d_acts + (1 << 16)))
+            tensors = safetensors.torch.load(self.whole(32 * dims[0] * dims[1] + (1 << 16)))
             found = Statistics(rows=int(tensors.pop("rows")), **tensors)
         except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError, TypeError) as error:
             raise ServerError(f"found no statistics: {error}") from error
