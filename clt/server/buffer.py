@@ -34,6 +34,7 @@ GENERATOR, LEADER, _LINES = ((1 << 40) + i for i in range(3))
 FOLDER = Path("/dev/shm")
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux
 _MAGIC, _WORKERS = b"cltblk03", 128
+_COLUMNS = np.dtype(list(COLUMNS.items()))  # of a row, together: to write to four places takes the generator longer
 _LINE = np.dtype([(name, "i8") for name in ("clients", "held", "drawn", "dropped")])  # of a serving process
 _HEADER = np.dtype([
     ("magic", "S8"), ("tag", "S128"), ("segment", "S16"), ("dtype", "S16"), ("sizes", "i8", 5),
@@ -68,6 +69,8 @@ class Buffer:
         self._blocks = np.ndarray(self.blocks, block, memory, first)["body"]
         # Of the places in a block; the same for every generator, as they go on with each other's open blocks.
         self._order, self.random = np.random.default_rng(0).permutation(self.block_rows), np.random.default_rng()
+        # Of the open blocks. If all were equally likely, all would be full at the same time, again and again.
+        self._weights = np.linspace(1, 2, self.open_blocks) / np.linspace(1, 2, self.open_blocks).sum()
         self.line, self._own = np.zeros((), _LINE), _WORKERS  # this process's, once it has joined
         # Of a block that was not used up.
         self._rest, self._refreshes = empty_part(0, self.shape), int(self.header["refreshes"])
@@ -135,20 +138,19 @@ class Buffer:
         if len(opened := self._opened()) == 0:
             return 0
         filled = self.progress["filled"][opened]
-        # If all were equally likely, all would be full at the same time, again and again.
-        weights = np.linspace(1, 2, len(opened))
-        wanted = self.random.multinomial(min(len(rows), 2 * len(opened)), weights / weights.sum())
+        wanted = self.random.multinomial(min(len(rows), 2 * len(opened)), self._weights)
         counts = np.minimum(wanted, self.block_rows - filled)
         n = int(counts.sum())
         mix, before = self.random.permutation(n), np.cumsum(counts) - counts
         block = np.repeat(opened, counts)[mix]
         place = self._order[(np.repeat(filled - before, counts) + np.arange(n))[mix]]
-        places, part = self._blocks["rows"], rows[:n]
+        places, part, columns = self._blocks["rows"], rows[:n], np.empty(n, _COLUMNS)
         part.copy_into([places[at].data for at in zip(block.tolist(), place.tolist())])
         for name in ("token", "position", "document"):
-            self._blocks[name][block, place] = getattr(part, name)
+            columns[name] = getattr(part, name)
+        columns["row"] = self.progress["generated"] + np.arange(n)
+        self._blocks["columns"][block, place] = columns
         with self._change() as new:
-            self._blocks["row"][block, place] = np.arange(n) + new["generated"]
             new["mark"], new["generated"] = (mark[0], mark[1], mark[2] + n), new["generated"] + n
             new["filled"][opened] += counts
         if new["refreshed"] == self.header["refreshes"]:  # else the next call drops them
@@ -214,8 +216,8 @@ class Buffer:
         start = -memory.__array_interface__["data"][0] % 64
         copy = memory[start : start + source.nbytes]
         np.copyto(copy, source.view("u1"))
-        whole = copy.view(source.dtype)
-        return {name: whole[name][0] for name in (*COLUMNS, "rows")}
+        (columns, rows) = copy.view(source.dtype)[0]
+        return {**{name: columns[name] for name in COLUMNS}, "rows": rows}
 
     def _claim(self) -> int | None:
         """A random full block, locked; those that others have locked are left to them."""
@@ -303,8 +305,7 @@ def _layout(blocks: int, block_rows: int, shape: Shape) -> tuple[np.dtype, np.dt
         ("filled", "i8", blocks),
     ]
     tables = np.dtype([("header", _HEADER), ("progress", progress, 2), ("state", "i4", blocks)])
-    columns = [(name, kind, block_rows) for name, kind in COLUMNS.items()]  # one after the other, as on the wire
-    body = np.dtype([*columns, ("rows", "u1", (block_rows, shape.row_bytes))])
+    body = np.dtype([("columns", _COLUMNS, block_rows), ("rows", "u1", (block_rows, shape.row_bytes))])
     first, size = (-(-dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE for dtype in (tables, body))
     block = np.dtype({"names": ["body"], "formats": [body], "itemsize": size})
     return tables, block, first, first + blocks * size
