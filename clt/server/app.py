@@ -1,8 +1,7 @@
 """The activation server: `clt serve`, or `uvicorn clt.server.app:app` configured by the environment.
 
-CLT_CONFIG            YAML file or preset (default: configs/quickstart.yaml with preset `test`)
-CLT_SERVER_<FIELD>    any field of the config's server section, e.g. CLT_SERVER_ROWS=8192
-CLT_SERVER_TOKEN      the bearer token that clients must send
+CLT_CONFIG is a YAML file or preset (default: `test` over configs/quickstart.yaml), CLT_SERVER_<FIELD> any field of the
+config's server section, and CLT_SERVER_TOKEN the bearer token that clients must send.
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ import asyncio
 import contextlib
 import dataclasses
 import hmac
-import itertools
 import json
 import logging
 import re
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +40,10 @@ from clt.server.run import close_buffer, environment_config, folder, is_loopback
 from clt.server.wire import COLUMNS, Part, Shape, frame, frame_bytes, part_of, tensor_of
 
 log = logging.getLogger("uvicorn.error")
-QUERIES: dict[str, dict[str, tuple[int, int | None]]] = {
+QUERIES = {
     "/activations": {"batch_size": (1, 1)},
     "/activations/tensor": {"batch_size": (1, 256)},
-    "/activations/stream": {"batch_size": (1, 256), "max_batches": (1, None)},
+    "/activations/stream": {"batch_size": (1, 256), "max_batches": (1, 10**9)},
     "/heldout": {"batch_size": (1, 64), "start": (0, 0)},
 }
 """Of the paths that give rows, whose clients count among `server.max_streams`: (least, default) of each parameter."""
@@ -82,22 +80,18 @@ def frames(n: int, most: int) -> list[int]:
 
 
 class Ended(Exception):
-    """A stream has begun and cannot go on; `Guard` has the connection closed."""
+    """A stream has begun and cannot go on: its connection is closed. Its client asks again, and is told the cause."""
 
 
 async def stream(request: Request) -> Response:
-    """Frames of batches of `batch_size` rows, `max_batches` of them or without end.
-
-    Without rows for the first frame it is refused. Without rows for a later one the connection is closed; the client
-    asks again, and is told the cause.
-    """
+    """Frames of `max_batches` batches of `batch_size` rows. Raises Unavailable where there are none for the first."""
     buffer = request.state.buffer
     n, count = parameters(request, batch_size=request.state.server.max_batch, max_batches=10**9)
     sizes, about = frames(n, buffer.block_rows), (buffer.shape, buffer.segment)
     first = await draw(request, sizes[0])
 
     async def pieces() -> AsyncIterator[bytes | memoryview]:
-        for sequence in itertools.count() if count is None else range(count * len(sizes)):
+        for sequence in range(count * len(sizes)):
             try:
                 rows = await draw(request, sizes[sequence % len(sizes)]) if sequence else first
             except Unavailable as error:
@@ -106,9 +100,9 @@ async def stream(request: Request) -> Response:
                 yield piece
             await asyncio.sleep(0)  # sending alone gives way to nobody, not even to the client's departure
 
-    headers = {"x-clt-segment": buffer.segment}
-    if count is not None:  # of a known length, the pieces are passed on as they are; in chunks each would be copied
-        headers["content-length"] = str(count * sum(frame_bytes(size, *about) for size in sizes))
+    # Of a known length, the pieces are passed on as they are; in chunks each would be copied.
+    size = count * sum(frame_bytes(size, *about) for size in sizes)
+    headers = {"x-clt-segment": buffer.segment, "content-length": str(size)}
     return StreamingResponse(pieces(), 200, headers, _BYTES)
 
 
@@ -177,23 +171,20 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "ok", "generator": state})
 
 
-def kept(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint that gives what `lifespan` has read."""
-
-    async def answer(request: Request) -> Response:
-        return Response(getattr(request.state, name), media_type=kind)
-
-    return answer
+async def kept(request: Request) -> Response:
+    """What `lifespan` has read."""
+    content, kind = request.state.kept[request.url.path]
+    return Response(content, media_type=kind)
 
 
-def parameters(request: Request, **most: int) -> list[Any]:
+def parameters(request: Request, **most: int) -> list[int]:
     """The query's whole numbers, in the order of `most`, the largest of each; HTTPException for what is no such."""
-    known = QUERIES[request.url.path]
-    values = {name: default and min(default, most[name]) for name, (_, default) in known.items()}
-    for name, text in request.query_params.multi_items():
+    known, given = QUERIES[request.url.path], request.query_params
+    values = {name: min(default, most[name]) for name, (_, default) in known.items()}
+    for name, text in given.items():
         if name not in known:
             raise HTTPException(400, f"unknown parameter {name[:40]!r}; known: {', '.join(known)}")
-        if len(request.query_params.getlist(name)) > 1 or not re.fullmatch("-?[0-9]{1,100}", text):
+        if len(given.getlist(name)) > 1 or not re.fullmatch("-?[0-9]{1,100}", text):
             raise HTTPException(400, f"parameter {name} is {text[:40]!r}; wanted one whole number")
         if not known[name][0] <= int(text) <= most[name]:
             raise HTTPException(422, f"parameter {name} is {text[:40]}; wanted {known[name][0]} to {most[name]}")
@@ -253,16 +244,6 @@ async def refused(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 
-async def supervised(work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-    """Run background work for as long as the server: when it fails, that is logged, and it is started again."""
-    while True:
-        try:
-            await work(*arguments)
-        except Exception:
-            log.exception("%s failed and is started again", work.__name__)
-        await asyncio.sleep(1)
-
-
 @contextlib.asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     """From the first to the last request of one worker."""
@@ -270,17 +251,18 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     end_with_parent(signal.SIGTERM)  # uvicorn takes signals for later, but what is prepared may take hours
     config = environment_config()
     keep_freed_memory(1 << 28)
-    token, buffer = read_token(config.server.token_file), open_buffer(config)
+    token, buffer, path = read_token(config.server.token_file), open_buffer(config), folder(config)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    leading = asyncio.create_task(supervised(lead, config, buffer))
+    index = json.dumps({**dataclasses.asdict(read_index(path)), "shards": []})
+    page = Path(__file__).with_name("page.html").read_text()
+    leading = asyncio.create_task(lead(config, buffer))
     try:
         yield {
             "server": config.server, "token": token, "buffer": buffer,
-            "index": json.dumps({**dataclasses.asdict(read_index(folder(config))), "shards": []}),
-            "statistics": (folder(config) / STATISTICS).read_bytes(),
             "heldout": DiscBuffer(Path(config.data.store) / "heldout"),
-            "page": Path(__file__).with_name("page.html").read_text(),
+            "kept": {"/": (page, "text/html"), "/index": (index, "application/json"),
+                     "/statistics": ((path / STATISTICS).read_bytes(), _BYTES)},
         }  # fmt: skip
     finally:
         leading.cancel()
@@ -288,8 +270,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
         close_buffer(config, buffer)
 
 
-_GET = {"/": kept("page", "text/html"), "/index": kept("index", "application/json"),
-        "/statistics": kept("statistics", _BYTES), "/healthz": health, "/stats": stats, "/heldout": heldout,
+_GET = {"/": kept, "/index": kept, "/statistics": kept, "/healthz": health, "/stats": stats, "/heldout": heldout,
         "/activations": activations, "/activations/tensor": tensor, "/activations/stream": stream}  # fmt: skip
 ROUTES = [*(Route(path, answer) for path, answer in _GET.items()), Route("/refresh", refresh, methods=["POST"])]
 app = Starlette(False, ROUTES, [Middleware(Guard)], {HTTPException: refused}, lifespan=lifespan)

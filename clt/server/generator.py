@@ -70,16 +70,19 @@ async def lead(config: Config, buffer: Buffer) -> None:
     while not buffer.hold(LEADER):
         await asyncio.sleep(_TICK)
     while True:
-        child = spawn.Process(target=run, args=(config,), name="clt-generator", daemon=True)
+        child, began = spawn.Process(target=run, args=(config,), name="clt-generator", daemon=True), time.monotonic()
         buffer.say("starting")
-        child.start()
-        began = time.monotonic()
         try:
+            child.start()
             while child.is_alive():
                 await asyncio.sleep(_TICK)
+        except Exception as error:  # e.g. too many open files
+            log.exception("the generator was not started")
+            buffer.say("failed", f"it was not started: {error}")
         finally:
-            child.kill()
-            child.join()
+            if child.pid is not None:
+                child.kill()
+                child.join()
         if (status := child.exitcode or 0) < 0:
             hint = "; was there too little memory?" if -status == signal.SIGKILL else ""
             buffer.say("failed", f"it was killed by {signal.Signals(-status).name}{hint}")
