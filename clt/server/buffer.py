@@ -33,7 +33,8 @@ GENERATOR, LEADER, _LINES = ((1 << 40) + i for i in range(3))
 """Locks beside those of the blocks; serving process i holds _LINES + i while it lives."""
 FOLDER = Path("/dev/shm")
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux
-_MAGIC, _WORKERS = b"cltblk03", 128
+_MAGIC, _WORKERS = "cltblk03", 128
+Mark = tuple[int, int, int]
 _COLUMNS = np.dtype(list(COLUMNS.items()))  # of a row, together: to write to four places takes the generator longer
 _LINE = np.dtype([(name, "i8") for name in ("clients", "held", "drawn", "dropped")])  # of a serving process
 _HEADER = np.dtype([
@@ -58,9 +59,8 @@ class Buffer:
         self.header = np.ndarray((), _HEADER, memory)
         texts = (self.header[name].item().decode("latin-1") for name in ("magic", "tag", "segment", "dtype"))
         (magic, self.tag, self.segment, dtype), sizes = texts, self.header["sizes"].tolist()
-        self.blocks, self.block_rows, self.open_blocks = sizes[:3]
-        self.shape = Shape(sizes[3], sizes[4], dtype)
-        known = magic == _MAGIC.decode() and dtype in ITEM_BYTES
+        self.blocks, self.block_rows, self.open_blocks, self.shape = *sizes[:3], Shape(sizes[3], sizes[4], dtype)
+        known = magic == _MAGIC and dtype in ITEM_BYTES
         if not known or size != (layout := _layout(self.blocks, self.block_rows, self.shape))[-1]:
             raise UserError(f"{self.path} is not a shuffle buffer of this version: remove it, or set server.name")
         tables, block, first, _ = layout
@@ -69,24 +69,25 @@ class Buffer:
         self._blocks = np.ndarray(self.blocks, block, memory, first)["body"]
         # Of the places in a block; the same for every generator, as they go on with each other's open blocks.
         self._order, self.random = np.random.default_rng(0).permutation(self.block_rows), np.random.default_rng()
-        # Of the open blocks. If all were equally likely, all would be full at the same time, again and again.
-        self._weights = np.linspace(1, 2, self.open_blocks) / np.linspace(1, 2, self.open_blocks).sum()
         self.line, self._own = np.zeros((), _LINE), _WORKERS  # this process's, once it has joined
         # Of a block that was not used up.
         self._rest, self._refreshes = empty_part(0, self.shape), int(self.header["refreshes"])
 
     @classmethod
     def create(
-        cls, name: str, blocks: int, block_rows: int, open_blocks: int, shape: Shape, tag: str = "",
-        mark: tuple[int, int, int] = (0, 0, 0),
-    ) -> Buffer:  # fmt: skip
-        """An empty buffer, in the place of any other of that name. Raises UserError when the memory is not there."""
-        assert 0 < open_blocks <= blocks < 1 << 31, (open_blocks, blocks)
-        header = np.zeros((), _HEADER)
-        header["magic"], header["tag"], header["state"], header["dtype"] = _MAGIC, tag, "starting", shape.dtype
-        header["segment"] = secrets.token_hex(8)
-        header["sizes"] = (blocks, block_rows, open_blocks, shape.n_layers, shape.d_acts)
-        partial, size = FOLDER / f"clt-{name}.partial", _layout(blocks, block_rows, shape)[-1]
+        cls, name: str, sizes: tuple[int, int, int], shape: Shape, tag: str = "", mark: Mark = (0, 0, 0)
+    ) -> Buffer:
+        """An empty buffer of (blocks, rows of a block, open blocks), in the place of any other of that name.
+
+        Raises UserError when the memory is not there.
+        """
+        assert 0 < sizes[2] <= sizes[0] < 1 << 31, sizes
+        tables, _, _, size = _layout(sizes[0], sizes[1], shape)
+        begin, partial = np.zeros((), tables), FOLDER / f"clt-{name}.partial"
+        for key, value in {"magic": _MAGIC, "tag": tag, "segment": secrets.token_hex(8), "dtype": shape.dtype,
+                           "sizes": (*sizes, *shape[:2]), "state": "starting"}.items():  # fmt: skip
+            begin["header"][key] = value
+        begin["progress"]["mark"] = mark
         check_memory(size, FOLDER)
         descriptor = _open(partial, os.O_CREAT)
         try:
@@ -95,12 +96,10 @@ class Buffer:
         except OSError as error:
             partial.unlink()
             raise UserError(too_large(size, f"it cannot be allocated ({error.strerror})")) from error
-        os.pwrite(descriptor, header.tobytes(), 0)
+        os.pwrite(descriptor, begin.tobytes(), 0)
         os.close(descriptor)
         os.rename(partial, FOLDER / f"clt-{name}")
-        buffer = cls(name)
-        buffer.progress["mark"] = mark
-        return buffer
+        return cls(name)
 
     def hold(self, at: int) -> bool:
         """Lock a byte; False when another process (or another Buffer) has locked it."""
@@ -129,7 +128,7 @@ class Buffer:
         yield new
         self.header["changes"] += 1
 
-    def put(self, rows: Any, mark: tuple[int, int, int]) -> int:
+    def put(self, rows: Any, mark: Mark) -> int:
         """Put the first of the rows (a slice-able with columns and `copy_into`), each into an open block at random.
 
         Returns how many; 0 where the buffer is full. `mark`, with that many added to its last number, is recorded
@@ -138,7 +137,9 @@ class Buffer:
         if len(opened := self._opened()) == 0:
             return 0
         filled = self.progress["filled"][opened]
-        wanted = self.random.multinomial(min(len(rows), 2 * len(opened)), self._weights)
+        # If all were equally likely, all would be full at the same time, again and again.
+        weights = np.linspace(1, 2, self.open_blocks)
+        wanted = self.random.multinomial(min(len(rows), 2 * self.open_blocks), weights / weights.sum())
         counts = np.minimum(wanted, self.block_rows - filled)
         n = int(counts.sum())
         mix, before = self.random.permutation(n), np.cumsum(counts) - counts
@@ -275,18 +276,20 @@ class Buffer:
             changes, done = int(self.header["changes"]), self.progress.copy()
             if changes == self.header["changes"]:  # else it may be half of one change and half of another
                 break
-        full, opened = int((self.state == FULL).sum()), int(done["filled"][self.state == OPEN].sum())
-        lines, living, generated = self.lines.copy(), self.living(), int(done["generated"])
-        drawn, dropped = int(lines["drawn"].sum()), int(lines["dropped"].sum() + done["dropped"])
-        valid, flight, history = full * self.block_rows, int(living["held"].sum()), self.header["history"].copy()
-        gone = drawn + dropped + flight
+        full, lines, living = int((self.state == FULL).sum()), self.lines.copy(), self.living()
+        drawn, history = int(lines["drawn"].sum()), self.header["history"]
+        rows = {
+            "valid": full * self.block_rows, "open": int(done["filled"][self.state == OPEN].sum()),
+            "in_flight": int(living["held"].sum()), "rows_drawn": drawn,
+            "rows_dropped": int(lines["dropped"].sum() + done["dropped"]),
+        }  # fmt: skip
+        generated = int(done["generated"])
         return {
-            "segment": self.segment, "rows": self.blocks * self.block_rows, "block_rows": self.block_rows,
-            "fill": min(1.0, full / (self.blocks - self.open_blocks + 1)), "valid": valid, "open": opened,
-            "in_flight": flight, "rows_generated": generated, "rows_drawn": drawn, "rows_dropped": dropped,
-            "rows_lost": max(0, generated - valid - opened - gone), "bytes_drawn": drawn * self.shape.row_bytes,
-            "clients": int(living["clients"].sum()), "workers": len(living), "generator": self.generator(),
-            "history": history[history[:, 0] > 0].tolist(),
+            **rows, "rows_generated": generated, "rows_lost": max(0, generated - sum(rows.values())),
+            "bytes_drawn": drawn * self.shape.row_bytes, "rows": self.blocks * self.block_rows,
+            "block_rows": self.block_rows, "fill": min(1.0, full / (self.blocks - self.open_blocks + 1)),
+            "segment": self.segment, "clients": int(living["clients"].sum()), "workers": len(living),
+            "generator": self.generator(), "history": history[history[:, 0] > 0].tolist(),
         }  # fmt: skip
 
     def generator(self) -> dict[str, Any]:
@@ -297,13 +300,8 @@ class Buffer:
 
 def _layout(blocks: int, block_rows: int, shape: Shape) -> tuple[np.dtype, np.dtype, int, int]:
     """What lies before the blocks, and a block, each on pages of its own; where blocks begin, and bytes of the file."""
-    progress = [
-        ("mark", "i8", 3),
-        ("generated", "i8"),
-        ("dropped", "i8"),
-        ("refreshed", "i8"),
-        ("filled", "i8", blocks),
-    ]
+    numbers = [(name, "i8") for name in ("generated", "dropped", "refreshed")]
+    progress = [("mark", "i8", 3), *numbers, ("filled", "i8", blocks)]
     tables = np.dtype([("header", _HEADER), ("progress", progress, 2), ("state", "i4", blocks)])
     body = np.dtype([("columns", _COLUMNS, block_rows), ("rows", "u1", (block_rows, shape.row_bytes))])
     first, size = (-(-dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE for dtype in (tables, body))

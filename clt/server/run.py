@@ -127,7 +127,7 @@ def _create(config: Config) -> Buffer:
     tell(
         f"shared buffer: {blocks} blocks of {block_rows} rows {shape}, {size}; clients take three blocks each beside it"
     )
-    return Buffer.create(buffer_name(config), blocks, block_rows, open_blocks, shape, tag(config), mark)
+    return Buffer.create(buffer_name(config), (blocks, block_rows, open_blocks), shape, tag(config), mark)
 
 
 def load(config: Config) -> Any:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import os
 import resource
 import signal
@@ -15,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from clt.server.app import supervised
 from clt.server.buffer import LEADER, Buffer
 from clt.server.client import ActivationClient
-from clt.server.run import buffer_name
+from clt.server.generator import lead
+from clt.server.run import buffer_name, close_buffer, open_buffer
 from tests.server.conftest import Server, eventually
 from tests.server.test_app import identities, stored
 from tests.server.test_buffer import adds_up
@@ -172,22 +171,25 @@ def test_many_slow_readers_cost_bounded_memory(shared: Server) -> None:
     eventually(lambda: client.stats()["clients"] == 0)
 
 
-def test_background_work_that_fails_is_logged_and_started_again(caplog: pytest.LogCaptureFixture) -> None:
-    runs = []
+def test_a_generator_that_cannot_be_started_is_told_and_started_later(own_config) -> None:
+    buffer, (soft, hard) = open_buffer(own_config), resource.getrlimit(resource.RLIMIT_NOFILE)
 
-    async def lead() -> None:
-        runs.append(len(runs))
-        if len(runs) > 1:
-            await asyncio.sleep(3600)
-        raise OSError("too many open files")
+    async def until(state: str) -> None:
+        while buffer.generator()["state"] != state:
+            await asyncio.sleep(0.01)
 
     async def main() -> None:
-        task = asyncio.create_task(supervised(lead))
-        while len(runs) < 2:
-            await asyncio.sleep(0.01)
-        task.cancel()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4, hard))
+        leading = asyncio.create_task(lead(own_config, buffer))
+        await until("failed")
+        assert "it was not started: [Errno 24] Too many open files" in buffer.generator()["cause"]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        await until("running")
+        leading.cancel()
+        await asyncio.wait([leading])
 
-    with caplog.at_level(logging.ERROR):
+    try:
         asyncio.run(main())
-    assert "lead failed and is started again" in caplog.text
-    assert "too many open files" in caplog.text
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        close_buffer(own_config, buffer)
