@@ -158,10 +158,10 @@ class Buffer:
             self.state[opened[filled + counts == self.block_rows]] = FULL
         return n
 
-    def room(self) -> float:
-        """The share that is free of the blocks that are not open; 0 while `put` lacks blocks to open."""
+    def room(self) -> int:
+        """How many blocks are free; 0 while `put` lacks blocks to open."""
         missing, free = self.open_blocks - int((self.state == OPEN).sum()), int((self.state == FREE).sum())
-        return free / (self.blocks - self.open_blocks + missing) if free >= missing else 0.0
+        return free if free >= missing else 0
 
     def _opened(self) -> np.ndarray:
         """The open blocks, always as many as the header says: with fewer, neighbours in the text would lie together."""

@@ -22,7 +22,7 @@ from clt.server.run import buffer_name, load, record
 
 log = logging.getLogger("uvicorn.error")
 _TICK, _FULL = 0.1, 0.005  # seconds between two looks at a lock or the generator, and at a full buffer
-_WORTH = 1 / 8  # the share of the buffer that is filled again in one go: each look costs those who read beside it
+_WORTH = 8  # an eighth of the buffer is filled again in one go: each look costs those who read beside it
 _STEADY = 60.0  # seconds before a restart at most; one that ran for longer is restarted at once
 _NOTE = 2.0  # seconds between two notes of the place in the text and of the counters
 
@@ -50,7 +50,7 @@ def run(config: Config) -> None:
             while done < len(rows):
                 n = buffer.put(rows[done:], (epoch, position, done))
                 done += n
-                while n == 0 and buffer.room() < _WORTH:
+                while n == 0 and buffer.room() < max(1, (buffer.blocks - buffer.open_blocks) // _WORTH):
                     time.sleep(_FULL)
                 if time.monotonic() > noted + _NOTE:
                     record(config, buffer)

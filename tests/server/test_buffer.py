@@ -94,13 +94,13 @@ def test_it_waits_for_as_many_open_blocks_as_asked_for_and_a_drained_buffer_is_a
     """However many are open, there must be some room at the end, which the generator waits for."""
     buffer = Buffer.create(name, (BLOCKS, BLOCK_ROWS, open_blocks), SHAPE)
     end = fill(buffer)
-    assert buffer.room() < 1 / 8
+    assert buffer.room() == 0
     assert buffer.put(known_rows(1), (0, 0, 0)) == 0, "though some blocks may have room"
     while buffer.put(known_rows(1, end), (0, 0, 0)) == 0:
         assert buffer.draw(BLOCK_ROWS) is not None
     assert (buffer.state == OPEN).sum() >= open_blocks - 1, "one may be full by now"
     drain(buffer)
-    assert buffer.room() == 1
+    assert buffer.room() >= BLOCKS - open_blocks
 
 
 def test_blocks_do_not_fill_at_the_same_time(name: str) -> None:

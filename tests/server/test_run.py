@@ -35,26 +35,15 @@ def test_what_is_missing_or_of_another_config_is_said(config: MakeConfig, stores
             load(config("server.device=gpu"))
 
 
-def test_presets_and_their_mistakes(tmp_path: Path) -> None:
+def test_presets_lie_between_the_file_and_the_command_line(tmp_path: Path) -> None:
     sizes = [load_config(None, [], preset).server.rows for preset in PRESETS]
-    assert list(PRESETS) == ["test", "production", "large-scale"]
     assert sizes == sorted(sizes)
     (tmp_path / "mine.yaml").write_text("server: {rows: 77}\nlm: {context: 99}\n")
     (tmp_path / "base.yaml").write_text("server: {rows: 1, workers: 3}\n")
     made = load_config(tmp_path / "base.yaml", ["lm.context=98"], tmp_path / "mine.yaml")
     assert (made.server.rows, made.server.workers, made.lm.context) == (77, 3, 98)
-    with pytest.raises(
-        UserError, match=r"larg does not exist; the shipped ones are .* presets test, production, large-scale"
-    ):
+    with pytest.raises(UserError, match=r"larg does not exist; .* presets test, production, large-scale"):
         load_config(None, [], "larg")
-    for text, message in {
-        "open_share=1.5": "wanted a share between 0 and 1",
-        "name=a/b": "wanted letters, digits, dots and dashes",
-        "port=0": "wanted a port number",
-        "device=tpu": "wanted one of auto, cpu, gpu",
-    }.items():
-        with pytest.raises(UserError, match=message):
-            load_config(None, [f"server.{text}"])
 
 
 def test_settings_that_do_not_change_the_rows_may_differ(config: MakeConfig, tmp_path: Path) -> None:
