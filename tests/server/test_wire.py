@@ -10,19 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from clt.server.wire import (
-    COLUMNS,
-    Part,
-    Shape,
-    WireError,
-    cut,
-    empty_part,
-    frame,
-    frame_bytes,
-    part_of,
-    read_frame,
-    tensor_of,
-)
+from clt.server import wire
+from clt.server.wire import COLUMNS, Part, Shape, WireError
 
 SMALL = Shape(1, 3, "float16")
 HEAD = 32  # bytes before the safetensors payload
@@ -33,17 +22,17 @@ def make(n: int, shape: Shape = SMALL, sequence: int = 0, parts: int = 1) -> tup
     random = np.random.default_rng(n)
     data = torch.from_numpy(np.frombuffer(random.bytes(n * shape.row_bytes), np.uint8).copy())
     rows = data.view(getattr(torch, shape.dtype)).view(n, 2, shape.n_layers, shape.d_acts)
-    part = part_of(rows, {name: random.integers(0, 2**31, n).astype(kind) for name, kind in COLUMNS.items()})
+    part = wire.part_of(rows, {name: random.integers(0, 2**31, n).astype(kind) for name, kind in COLUMNS.items()})
     cuts = np.linspace(0, n, parts + 1).astype(int).tolist()
-    whole = bytearray(b"".join(frame([cut(part, a, b) for a, b in pairwise(cuts)], sequence, shape, "5e9")))
-    assert len(whole) == frame_bytes(n, shape, "5e9")
+    whole = bytearray(b"".join(wire.frame([wire.cut(part, a, b) for a, b in pairwise(cuts)], sequence, shape, "5e9")))
+    assert len(whole) == wire.frame_bytes(n, shape, "5e9")
     return part, whole
 
 
 def read(data: bytes, shape: Shape = SMALL, most: int = 9, sequence: int = 0, segment: str = "5e9") -> tuple[int, Part]:
     """The frame's number of rows, and them behind one other row."""
-    out = empty_part(1 + most, shape)
-    return read_frame(io.BytesIO(data).readinto, lambda size: None, sequence, shape, segment, out, 1), out
+    out = wire.empty_part(1 + most, shape)
+    return wire.read_frame(io.BytesIO(data).readinto, lambda size: None, sequence, shape, segment, out, 1), out
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -58,7 +47,7 @@ def test_what_is_sent_arrives_and_is_plain_safetensors(dtype, n, n_layers, d, pa
     rows = independent.pop("activations").flatten(1).view(torch.uint8).numpy()
     assert np.array_equal(rows, sent["rows"])
     assert np.array_equal(rows, out["rows"][1 : 1 + n])
-    assert tensor_of(out, shape).shape == (10, 2, n_layers, d)
+    assert wire.tensor_of(out, shape).shape == (10, 2, n_layers, d)
     assert independent.keys() == COLUMNS.keys()
     for name, column in independent.items():
         assert np.array_equal(sent[name], column.numpy())
