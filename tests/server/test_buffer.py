@@ -3,9 +3,7 @@
 import multiprocessing
 import os
 import secrets
-import time
-from collections.abc import Callable, Iterator
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +14,8 @@ from hypothesis import strategies as st
 
 from clt.errors import UserError
 from clt.lm.forward import Rows
-from clt.server.buffer import FREE, FULL, OPEN, Buffer
+from clt.server.buffer import FULL, OPEN, Buffer
 from clt.server.wire import Part, Shape, tensor_of
-from tests.server.conftest import eventually
 
 BLOCKS, BLOCK_ROWS, OPEN_BLOCKS = 8, 8, 3
 SHAPE = Shape(2, 3, "float16")
@@ -75,20 +72,6 @@ def adds_up(found: dict) -> bool:
     return found["rows_generated"] == sum(found[name] for name in names)
 
 
-def test_rows_come_whole_and_once_and_are_scattered(buffer: Buffer) -> None:
-    end, rows = 0, []
-    for _ in range(20):
-        end = fill(buffer, end)
-        assert buffer.stats()["fill"] == 1
-        assert (buffer.state == FREE).sum() < OPEN_BLOCKS
-        rows += drain(buffer)
-    assert len(rows) == len(set(rows)) > 500
-    assert max(rows) < end
-    assert adds_up(buffer.stats())
-    spans = [max(rows[i : i + BLOCK_ROWS]) - min(rows[i : i + BLOCK_ROWS]) for i in range(0, len(rows), BLOCK_ROWS)]
-    assert np.mean(spans) > 1.5 * BLOCK_ROWS, "a block is a sample of several blocks' rows"
-
-
 @pytest.mark.parametrize("open_blocks", [1, 3, 7])
 def test_it_waits_for_as_many_open_blocks_as_asked_for_and_a_drained_buffer_is_all_room(name, open_blocks: int) -> None:
     """However many are open, there must be some room at the end, which the generator waits for."""
@@ -113,13 +96,17 @@ def test_blocks_do_not_fill_at_the_same_time(name: str) -> None:
     assert np.ptp(levels) > 20, "of 64; random alone would make it about 10"
 
 
-def test_generators_that_are_killed_at_any_time_lose_no_row_and_repeat_none(buffer, name, spawn) -> None:
+def test_generators_that_are_killed_at_any_time_lose_no_row_and_repeat_none(buffer: Buffer, name: str) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["clt.server.buffer", "tests.server.test_buffer"])
     rows: list[int] = []
     for _ in range(6):
-        child, wanted = spawn(_generate, name), len(rows) + 2000
+        child, wanted = context.Process(target=generate, args=(name,)), len(rows) + 2000
+        child.start()
         while len(rows) < wanted:
             rows += drain(buffer)
-        kill(child)
+        child.kill()
+        child.join()
     for _ in range(50):  # until the first blocks have had their turn
         fill(buffer, int(buffer.progress["mark"][2]))
         rows += drain(buffer)
@@ -128,66 +115,23 @@ def test_generators_that_are_killed_at_any_time_lose_no_row_and_repeat_none(buff
     assert buffer.stats()["rows_lost"] == 0
 
 
-def _generate(name: str) -> None:
+def generate(name: str) -> None:
     """In the order of the text: the number of a row is its document's, from where the last generator stopped."""
     buffer = Buffer(name)
     while True:
         fill(buffer, int(buffer.progress["mark"][2]))
 
 
-def test_a_buffer_of_another_server_is_not_taken_for_this_one(buffer: Buffer, name: str) -> None:
+def test_a_removed_buffer_is_not_taken_for_another_and_keeps_no_memory(name: str) -> None:
+    buffer, before = Buffer.create(name, (BLOCKS, BLOCK_ROWS, OPEN_BLOCKS), SHAPE), len(os.listdir("/proc/self/fd"))
     assert buffer.is_current()
     buffer.path.unlink()
     assert not buffer.is_current()
-    Buffer.create(name, (BLOCKS, BLOCK_ROWS, OPEN_BLOCKS), SHAPE)
+    other = Buffer.create(name, (BLOCKS, BLOCK_ROWS, OPEN_BLOCKS), SHAPE)
     assert not buffer.is_current()
-
-
-def test_a_removed_buffer_keeps_no_memory(name: str) -> None:
-    buffer, before = Buffer.create(name, (BLOCKS, BLOCK_ROWS, OPEN_BLOCKS), SHAPE), len(os.listdir("/proc/self/fd"))
-    buffer.path.unlink()
     del buffer
-    assert len(os.listdir("/proc/self/fd")) == before - 2  # its own, and that of its mmap
-
-
-def test_a_block_that_another_process_copies_is_left_to_it_and_still_full_if_that_dies(
-    buffer: Buffer, name: str, spawn: Callable[..., BaseProcess]
-) -> None:
-    end, full = fill(buffer), np.flatnonzero(buffer.state == FULL)
-    children = [spawn(_claim, name) for _ in full[1:]]
-    eventually(lambda: sum(buffer.hold(block) and not buffer.drop(block) for block in full.tolist()) == 1)
-    assert len(drain(buffer)) == BLOCK_ROWS, "and nobody waits"
-    kill(children[0])
-    assert len(drain(buffer)) == BLOCK_ROWS
-    assert (buffer.stats()["rows_lost"], buffer.stats()["rows_generated"]) == (0, end)
-
-
-def _claim(name: str) -> None:
-    buffer = Buffer(name)  # which keeps its locks for as long as it is there
-    buffer._claim()
-    time.sleep(600)
-
-
-@pytest.fixture
-def spawn() -> Iterator[Callable[..., BaseProcess]]:
-    """spawn(function, *arguments): a started process of its own, from a server that has imported torch; ended after."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["clt.server.buffer", "tests.server.test_buffer"])
-    children: list[BaseProcess] = []
-
-    def start(function: Callable[..., object], *arguments: object) -> BaseProcess:
-        children.append(context.Process(target=function, args=arguments))
-        children[-1].start()
-        return children[-1]
-
-    yield start
-    for child in children:
-        kill(child)
-
-
-def kill(child: BaseProcess) -> None:
-    child.kill()
-    child.join()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert other.is_current()
 
 
 @given(st.lists(st.tuples(st.sampled_from(["put", "draw", "refresh"]), st.integers(1, BLOCK_ROWS)), max_size=60))

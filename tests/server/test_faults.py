@@ -107,9 +107,10 @@ def test_all_of_it_is_killed_and_started_again_and_goes_on_in_the_text(serve) ->
     assert Counter(epoch) <= stored(server.store), "no row of the first epoch comes twice"
 
 
-def test_a_process_that_is_frozen_with_a_block_stops_nobody(shared: Server, own_config) -> None:
-    own_config.data.store = str(shared.store)
-    name = buffer_name(own_config)
+def test_a_process_that_is_frozen_with_a_block_stops_nobody_and_loses_nothing_when_it_dies(serve, own_config) -> None:
+    server = serve()
+    own_config.data.store = str(server.store)
+    name, client = buffer_name(own_config), ActivationClient(server.url)
     code = (
         "import sys, time; from clt.server.buffer import *; b = Buffer(sys.argv[1])\n"
         "while b._claim() is None: pass\nprint('held', flush=True); time.sleep(600)"
@@ -119,9 +120,12 @@ def test_a_process_that_is_frozen_with_a_block_stops_nobody(shared: Server, own_
         assert frozen.stdout is not None
         frozen.stdout.readline()
         frozen.send_signal(signal.SIGSTOP)
-        assert len(list(ActivationClient(shared.url).stream_activations(64, 40))) == 40
-        assert shared.ask("/stats")[0] == shared.ask("/refresh", "POST")[0] == 200
+        assert len(list(client.stream_activations(64, 40))) == 40
+        assert server.ask("/stats")[0] == server.ask("/refresh", "POST")[0] == 200
         frozen.kill()
+    assert client.refresh() > 0
+    eventually(lambda: client.stats()["fill"] == 1)
+    assert client.stats()["rows_lost"] == 0
 
 
 def test_a_flood_of_idle_connections_leaves_the_server_as_it_was(serve) -> None:
