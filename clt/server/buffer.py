@@ -120,6 +120,13 @@ class Buffer:
         """What the generator has done: mark, rows generated, dropped, filled (in each open block), the last refresh."""
         return self._progress[int(self.header["changes"]) % 2, ...]
 
+    def snapshot(self) -> np.ndarray:
+        """A copy of the progress."""
+        while True:
+            changes, copy = int(self.header["changes"]), self.progress.copy()
+            if changes == self.header["changes"]:  # else it may be half of one change and half of another
+                return copy
+
     @contextlib.contextmanager
     def _change(self) -> Iterator[np.ndarray]:
         """A copy of the progress that takes its place at one stroke, whenever this process may be killed."""
@@ -272,10 +279,7 @@ class Buffer:
 
     def stats(self) -> dict[str, Any]:
         """What is worth knowing. rows_generated = valid + open + in_flight + rows_drawn + rows_dropped + rows_lost."""
-        while True:  # read first: rows that move on meanwhile are counted twice at worst, and none as lost
-            changes, done = int(self.header["changes"]), self.progress.copy()
-            if changes == self.header["changes"]:  # else it may be half of one change and half of another
-                break
+        done = self.snapshot()  # first: rows that move on meanwhile are counted twice at worst, and none as lost
         full, lines, living = int((self.state == FULL).sum()), self.lines.copy(), self.living()
         drawn, history = int(lines["drawn"].sum()), self.header["history"]
         rows = {

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 
 import torch
@@ -34,10 +35,11 @@ def run(config: Config) -> None:
     recorded in the buffer and ends the process.
     """
     end_with_parent(signal.SIGKILL)
-    buffer, noted = Buffer(buffer_name(config)), 0.0
+    buffer = Buffer(buffer_name(config))
     buffer.say("starting", pid=os.getpid())
     while not buffer.hold(GENERATOR):  # the last leader's, which the kernel is ending
         time.sleep(_TICK)
+    threading.Thread(target=note, args=(config, buffer), daemon=True).start()
     torch.set_num_threads(max(torch.get_num_threads() - 1, 1))  # one core is the servers'
     keep_freed_memory()
     epoch, position, skip = buffer.progress["mark"].tolist()  # skip: rows that are in the buffer already
@@ -52,16 +54,20 @@ def run(config: Config) -> None:
                 done += n
                 while n == 0 and buffer.room() < max(1, (buffer.blocks - buffer.open_blocks) // _WORTH):
                     time.sleep(_FULL)
-                if time.monotonic() > noted + _NOTE:
-                    record(config, buffer)
-                    buffer.note()
-                    noted = time.monotonic()
     except UserError as error:
         buffer.say("failed", printable(str(error)), os.getpid())
         sys.exit(2)
     except Exception as error:
         buffer.say("failed", printable(f"{type(error).__name__}: {error}"), os.getpid())
         raise
+
+
+def note(config: Config, buffer: Buffer) -> None:
+    """Record the place in the text and the counters, in a thread: a busy disk may take longer than the buffer lasts."""
+    while True:
+        record(config, buffer)
+        buffer.note()
+        time.sleep(_NOTE)
 
 
 async def lead(config: Config, buffer: Buffer) -> None:

@@ -25,8 +25,6 @@ class Protocol(HttpToolsProtocol):
             # There is no bottleneck to be found out: bbr, where it is the default, costs a tenth (measured).
             with contextlib.suppress(OSError):
                 transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
-        if transport.get_extra_info("sslcontext") is None:  # with TLS, asyncio gives up what is unsent by itself
-            transport.set_write_buffer_limits(0)  # pause_writing when anything waits, also behind a whole answer
         self.wait(_HEAD_SECONDS)
         if len(self.connections) > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
             transport.abort()
@@ -43,6 +41,15 @@ class Protocol(HttpToolsProtocol):
         if not self.flow.write_paused:
             self.resume_writing()
         super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        # What then waits may be too little for pause_writing, and a connection is not closed before it has left.
+        self.loop.call_later(self.app_state["server"].idle_seconds, self.abort_unread, self.cycle)
+        super().on_response_complete()
+
+    def abort_unread(self, cycle: object) -> None:
+        if self.cycle is cycle and self.transport.get_write_buffer_size() > 0:
+            self.transport.abort()
 
     def pause_writing(self) -> None:
         self.wait(self.app_state["server"].idle_seconds)

@@ -146,7 +146,7 @@ def load(config: Config) -> Any:
 def record(config: Config, buffer: Buffer) -> None:
     """Save the place in the text, for a server that starts when the buffer has gone."""
     try:
-        place = {"rows": buffer.tag[:64], "mark": buffer.progress["mark"].tolist()}
+        place = {"rows": buffer.tag[:64], "mark": buffer.snapshot()["mark"].tolist()}
         write_json(own_folder(config) / "position.json", place)
     except OSError as error:  # a disk that is full or gone is no reason to stop serving
         tell(f"the place in the text was not recorded: {error}")
