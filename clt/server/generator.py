@@ -91,7 +91,8 @@ async def lead(config: Config, buffer: Buffer) -> None:
                 child.join()
         if (status := child.exitcode or 0) < 0:
             hint = "; was there too little memory?" if -status == signal.SIGKILL else ""
-            buffer.say("failed", f"it was killed by {signal.Signals(-status).name}{hint}")
+            names = {each.value: each.name for each in signal.Signals}  # real-time signals have none
+            buffer.say("failed", f"it was killed by {names.get(-status, f'signal {-status}')}{hint}")
         elif buffer.generator()["state"] != "failed":  # else it has said why itself
             buffer.say("failed", f"it ended with status {status}")
         log.error("the generator ended: %s", buffer.generator()["cause"])
