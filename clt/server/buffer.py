@@ -218,10 +218,10 @@ class Buffer:
         self.line[what] += n
 
     def _copy(self, block: int) -> Part:
-        """Into memory that starts a cache line, as a block does: to other places a copy may take five times as long."""
+        """Into memory that starts a page, as a block does: to other places a copy may take five times as long."""
         source = self._blocks[block : block + 1]
-        memory = np.empty(source.nbytes + 64, "u1")
-        start = -memory.__array_interface__["data"][0] % 64
+        memory = np.empty(source.nbytes + mmap.PAGESIZE, "u1")
+        start = -memory.__array_interface__["data"][0] % mmap.PAGESIZE
         copy = memory[start : start + source.nbytes]
         np.copyto(copy, source.view("u1"))
         (columns, rows) = copy.view(source.dtype)[0]
@@ -307,8 +307,10 @@ def _layout(blocks: int, block_rows: int, shape: Shape) -> tuple[np.dtype, np.dt
     numbers = [(name, "i8") for name in ("generated", "dropped", "refreshed")]
     progress = [("mark", "i8", 3), *numbers, ("filled", "i8", blocks)]
     tables = np.dtype([("header", _HEADER), ("progress", progress, 2), ("state", "i4", blocks)])
-    body = np.dtype([("columns", _COLUMNS, block_rows), ("rows", "u1", (block_rows, shape.row_bytes))])
-    first, size = (-(-dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE for dtype in (tables, body))
+    formats = [np.dtype((_COLUMNS, block_rows)), np.dtype(("u1", (block_rows, shape.row_bytes)))]
+    first, at = (-(-dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE for dtype in (tables, formats[0]))
+    body = np.dtype({"names": ["columns", "rows"], "formats": formats, "offsets": [0, at]})
+    size = -(-body.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
     block = np.dtype({"names": ["body"], "formats": [body], "itemsize": size})
     return tables, block, first, first + blocks * size
 
