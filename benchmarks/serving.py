@@ -294,7 +294,7 @@ def faults(server: Server, seconds: float, directory: Path) -> dict[str, float]:
 def bad(server: Server, count: int) -> dict[str, float]:
     """`count` generated bad requests, and whether the server still serves."""
     verdicts = send_all(server.port, count)
-    server.client.get_activations_tensor(10)
+    next(server.client.stream_activations(10))
     total, closed, hangs = verdicts.total(), verdicts["closed"], verdicts["hang"]
     errors = total - closed - hangs - verdicts["fine"]
     if errors:

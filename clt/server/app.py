@@ -1,8 +1,7 @@
 """The activation server: `clt serve`, or `uvicorn clt.server.app:app` configured by the environment.
 
-CLT_CONFIG            YAML file or preset (default: configs/quickstart.yaml with preset `test`)
-CLT_SERVER_<FIELD>    any field of the config's server section, e.g. CLT_SERVER_ROWS=8192
-CLT_SERVER_TOKEN      the bearer token that clients must send
+CLT_CONFIG is a YAML file or preset (default: `test` over configs/quickstart.yaml), CLT_SERVER_<FIELD> any field of the
+config's server section, and CLT_SERVER_TOKEN the bearer token that clients must send.
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ import asyncio
 import contextlib
 import dataclasses
 import hmac
-import itertools
 import json
 import logging
 import re
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +37,13 @@ from clt.memory import keep_freed_memory
 from clt.server.client import read_token
 from clt.server.generator import end_with_parent, lead
 from clt.server.run import close_buffer, environment_config, folder, is_loopback, open_buffer
-from clt.server.wire import Shape, Slice, activations_of, as_bytes, body_of, columns_of, frame, frame_bytes
+from clt.server.wire import COLUMNS, Part, Shape, frame, frame_bytes, part_of, tensor_of
 
 log = logging.getLogger("uvicorn.error")
-QUERIES: dict[str, dict[str, tuple[int, int | None]]] = {
+QUERIES = {
     "/activations": {"batch_size": (1, 1)},
     "/activations/tensor": {"batch_size": (1, 256)},
-    "/activations/stream": {"batch_size": (1, 256), "max_batches": (1, None)},
+    "/activations/stream": {"batch_size": (1, 256), "max_batches": (1, 10**9)},
     "/heldout": {"batch_size": (1, 64), "start": (0, 0)},
 }
 """Of the paths that give rows, whose clients count among `server.max_streams`: (least, default) of each parameter."""
@@ -62,7 +60,7 @@ class Unavailable(HTTPException):
         super().__init__(503, reason, {"retry-after": str(retry_after)})
 
 
-async def draw(request: Request, n: int) -> list[Slice]:
+async def draw(request: Request, n: int) -> list[Part]:
     """n rows, at most a block. Raises Unavailable, with the generator's cause, when none come in `wait_seconds`."""
     buffer, seconds, pause = request.state.buffer, request.state.server.wait_seconds, 0.002
     end = time.monotonic() + seconds
@@ -76,56 +74,52 @@ async def draw(request: Request, n: int) -> list[Slice]:
     return parts
 
 
-def cut(n: int, most: int) -> list[int]:
+def frames(n: int, most: int) -> list[int]:
     """The rows of the frames of a batch of n."""
     return [min(most, n - at) for at in range(0, n, most)]
 
 
-async def stream(request: Request) -> Response:
-    """Frames of batches of `batch_size` rows, `max_batches` of them or without end.
+class Ended(Exception):
+    """A stream has begun and cannot go on: its connection is closed. Its client asks again, and is told the cause."""
 
-    Without rows for the first frame it is refused. Without rows for a later one the connection is closed.
-    """
-    buffer, server = request.state.buffer, request.state.server
-    n, count = parameters(request, batch_size=server.max_batch, max_batches=10**9)
-    sizes, about = cut(n, buffer.block_rows), (buffer.shape, buffer.segment)
+
+async def stream(request: Request) -> Response:
+    """Frames of `max_batches` batches of `batch_size` rows. Raises Unavailable where there are none for the first."""
+    buffer = request.state.buffer
+    n, count = parameters(request, batch_size=request.state.server.max_batch, max_batches=10**9)
+    sizes, about = frames(n, buffer.block_rows), (buffer.shape, buffer.segment)
     first = await draw(request, sizes[0])
 
     async def pieces() -> AsyncIterator[bytes | memoryview]:
-        for sequence in itertools.count() if count is None else range(count * len(sizes)):
-            size = sizes[sequence % len(sizes)]
+        for sequence in range(count * len(sizes)):
             try:
-                rows = await draw(request, size) if sequence else first
-            except Unavailable as error:  # the client asks again, and is told the cause
-                log.warning("a stream was ended: %s", error.detail)
-                if hasattr(request.state, "close"):  # by `Protocol`; without it, uvicorn logs an error and closes
-                    request.state.close()
-                    await asyncio.sleep(server.idle_seconds)  # until this is cancelled
-                raise
+                rows = await draw(request, sizes[sequence % len(sizes)]) if sequence else first
+            except Unavailable as error:
+                raise Ended(error.detail) from error
             for piece in frame(rows, sequence, *about):
                 yield piece
             await asyncio.sleep(0)  # sending alone gives way to nobody, not even to the client's departure
 
-    headers = {"x-clt-segment": buffer.segment}
-    if count is not None:  # of a known length, the pieces are passed on as they are; in chunks each would be copied
-        headers["content-length"] = str(count * sum(frame_bytes(size, *about) for size in sizes))
+    # Of a known length, the pieces are passed on as they are; in chunks each would be copied.
+    size = count * sum(frame_bytes(size, *about) for size in sizes)
+    headers = {"x-clt-segment": buffer.segment, "content-length": str(size)}
     return StreamingResponse(pieces(), 200, headers, _BYTES)
 
 
-async def batch(request: Request, most: int) -> tuple[list[Slice], dict[str, Any]]:
+async def batch(request: Request, most: int) -> tuple[list[Part], dict[str, Any]]:
     """The rows of an answer that is made before it is sent, and what they are."""
     buffer = request.state.buffer
     (n,) = parameters(request, batch_size=min(request.state.server.max_batch, most))
-    parts = [part for size in cut(n, buffer.block_rows) for part in await draw(request, size)]
+    parts = [part for size in frames(n, buffer.block_rows) for part in await draw(request, size)]
     dims = [n, 2, buffer.shape.n_layers, buffer.shape.d_acts]
     return parts, {"shape": dims, "dtype": buffer.shape.dtype, "segment": buffer.segment}
 
 
 async def tensor(request: Request) -> Response:
     """One batch (n, 2, L, D) as raw little-endian bytes; x-tensor-shape, -dtype and -xxh3 in the headers."""
-    shape = request.state.buffer.shape
-    parts, about = await batch(request, max(request.state.buffer.block_rows, _TENSOR_BYTES // shape.row_bytes))
-    data = b"".join(as_bytes(activations_of(part, shape)) for part in parts)
+    buffer = request.state.buffer
+    parts, about = await batch(request, max(buffer.block_rows, _TENSOR_BYTES // buffer.shape.row_bytes))
+    data = b"".join(part["rows"].data for part in parts)
     headers = {"x-tensor-shape": ",".join(map(str, about["shape"])), "x-tensor-dtype": about["dtype"]}
     headers |= {"x-tensor-xxh3": xxh3_64_hexdigest(data), "x-clt-segment": about["segment"]}
     return Response(data, 200, headers, _BYTES)
@@ -135,30 +129,26 @@ async def activations(request: Request) -> Response:
     """A few rows as JSON: shape, dtype, segment, row, token, position, document, activations as nested lists."""
     shape = request.state.buffer.shape
     parts, about = await batch(request, max(1, min(64, _JSON_BYTES // shape.row_bytes)))
-    about |= {name: column.tolist() for name, column in columns_of(parts).items()}
-    rows = [row for part in parts for row in activations_of(part, shape).tolist()]
-    return JSONResponse({**about, "activations": rows})
+    columns = {name: [number for part in parts for number in part[name].tolist()] for name in COLUMNS}
+    rows = [row for part in parts for row in tensor_of(part, shape).tolist()]
+    return JSONResponse({**about, **columns, "activations": rows})
 
 
 async def heldout(request: Request) -> Response:
     """Frames: the held-out rows from number `start` on, in their order."""
     store: DiscBuffer = request.state.heldout
     shape = Shape(store.index.n_layers, store.index.d_acts, store.index.dtype)
-    most = max(1, _TENSOR_BYTES // shape.row_bytes)  # rows of a frame
     n, start = parameters(request, batch_size=request.state.server.max_batch, start=len(store))
-    batches = []
+    most, batches = max(1, _TENSOR_BYTES // shape.row_bytes), []  # rows of a frame at most
     for first in range(start, len(store), n):
-        end = min(first + n, len(store))
-        batches += [np.arange(at, min(at + most, end)) for at in range(first, end, most)]
+        rows = np.arange(first, min(first + n, len(store)))
+        batches += [rows[at : at + most] for at in range(0, len(rows), most)]
 
     def pieces() -> Iterator[bytes | memoryview]:  # starlette asks for each in a thread, as the disk is read
         for sequence, rows in enumerate(batches):
-            columns = {
-                "document": store.documents(rows),
-                "token": store.tokens(rows),
-                "position": store.positions(rows),
-            }
-            yield from frame([body_of(store.read(rows), {**columns, "row": rows})], sequence, shape, "")
+            columns = {"token": store.tokens(rows), "position": store.positions(rows), "row": rows}
+            part = part_of(store.read(rows), {**columns, "document": store.documents(rows)})
+            yield from frame([part], sequence, shape, "")
 
     size = sum(frame_bytes(len(rows), shape, "") for rows in batches)
     return StreamingResponse(pieces(), 200, {"content-length": str(size)}, _BYTES)
@@ -181,23 +171,20 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "ok", "generator": state})
 
 
-def kept(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint that gives what `lifespan` has read."""
-
-    async def answer(request: Request) -> Response:
-        return Response(getattr(request.state, name), media_type=kind)
-
-    return answer
+async def kept(request: Request) -> Response:
+    """What `lifespan` has read."""
+    content, kind = request.state.kept[request.url.path]
+    return Response(content, media_type=kind)
 
 
-def parameters(request: Request, **most: int) -> list[Any]:
+def parameters(request: Request, **most: int) -> list[int]:
     """The query's whole numbers, in the order of `most`, the largest of each; HTTPException for what is no such."""
-    known = QUERIES[request.url.path]
-    values = {name: default and min(default, most[name]) for name, (_, default) in known.items()}
-    for name, text in request.query_params.multi_items():
+    known, given = QUERIES[request.url.path], request.query_params
+    values = {name: min(default, most[name]) for name, (_, default) in known.items()}
+    for name, text in given.items():
         if name not in known:
             raise HTTPException(400, f"unknown parameter {name[:40]!r}; known: {', '.join(known)}")
-        if len(request.query_params.getlist(name)) > 1 or not re.fullmatch("-?[0-9]{1,100}", text):
+        if len(given.getlist(name)) > 1 or not re.fullmatch("-?[0-9]{1,100}", text):
             raise HTTPException(400, f"parameter {name} is {text[:40]!r}; wanted one whole number")
         if not known[name][0] <= int(text) <= most[name]:
             raise HTTPException(422, f"parameter {name} is {text[:40]}; wanted {known[name][0]} to {most[name]}")
@@ -227,6 +214,8 @@ class Guard:
                 buffer.line["clients"] -= counts
         except HTTPException as error:
             await (await refused(Request(scope), error))(scope, receive, send)
+        except Ended as error:  # uvicorn closes the connection of an answer that is not complete
+            log.warning("a stream was ended: %s", error)
 
 
 def refuse(scope: Scope, headers: Headers) -> None:
@@ -255,16 +244,6 @@ async def refused(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 
-async def supervised(work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-    """Run background work for as long as the server: when it fails, that is logged, and it is started again."""
-    while True:
-        try:
-            await work(*arguments)
-        except Exception:
-            log.exception("%s failed and is started again", work.__name__)
-        await asyncio.sleep(1)
-
-
 @contextlib.asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     """From the first to the last request of one worker."""
@@ -272,22 +251,21 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     end_with_parent(signal.SIGTERM)  # uvicorn takes signals for later, but what is prepared may take hours
     config = environment_config()
     keep_freed_memory(1 << 28)
-    token, buffer = read_token(config.server.token_file), open_buffer(config)
+    token, buffer, path = read_token(config.server.token_file), open_buffer(config), folder(config)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    index, heldout = read_index(folder(config)), DiscBuffer(Path(config.data.store) / "heldout")
+    index, heldout = read_index(path), DiscBuffer(Path(config.data.store) / "heldout")
     # A client's copy of the held-out rows has this index.
     served = dataclasses.asdict(index) | {"shards": [], "fingerprints": None}
     if index.fingerprints is not None and heldout.index.fingerprints is not None:
         served["fingerprints"] = heldout.index.fingerprints | index.fingerprints
-    leading = asyncio.create_task(supervised(lead, config, buffer))
+    page = Path(__file__).with_name("page.html").read_text()
+    leading = asyncio.create_task(lead(config, buffer))
     try:
         yield {
-            "server": config.server, "token": token, "buffer": buffer,
-            "index": json.dumps(served, allow_nan=False),
-            "statistics": (folder(config) / STATISTICS).read_bytes(),
-            "heldout": heldout,
-            "page": Path(__file__).with_name("page.html").read_text(),
+            "server": config.server, "token": token, "buffer": buffer, "heldout": heldout,
+            "kept": {"/": (page, "text/html"), "/index": (json.dumps(served, allow_nan=False), "application/json"),
+                     "/statistics": ((path / STATISTICS).read_bytes(), _BYTES)},
         }  # fmt: skip
     finally:
         leading.cancel()
@@ -295,8 +273,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
         close_buffer(config, buffer)
 
 
-_GET = {"/": kept("page", "text/html"), "/index": kept("index", "application/json"),
-        "/statistics": kept("statistics", _BYTES), "/healthz": health, "/stats": stats, "/heldout": heldout,
+_GET = {"/": kept, "/index": kept, "/statistics": kept, "/healthz": health, "/stats": stats, "/heldout": heldout,
         "/activations": activations, "/activations/tensor": tensor, "/activations/stream": stream}  # fmt: skip
 ROUTES = [*(Route(path, answer) for path, answer in _GET.items()), Route("/refresh", refresh, methods=["POST"])]
 app = Starlette(False, ROUTES, [Middleware(Guard)], {HTTPException: refused}, lifespan=lifespan)

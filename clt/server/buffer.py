@@ -18,6 +18,7 @@ import stat
 import struct
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,22 @@ import numpy as np
 
 from clt.errors import UserError
 from clt.memory import check_memory, too_large
-from clt.server.wire import COLUMNS, ITEM_BYTES, Shape, Slice, count_of
+from clt.server.wire import COLUMNS, ITEM_BYTES, Part, Shape, cut, empty_part
 
 FREE, OPEN, FULL = range(3)
 GENERATOR, LEADER, _LINES = ((1 << 40) + i for i in range(3))
 """Locks beside those of the blocks; serving process i holds _LINES + i while it lives."""
 FOLDER = Path("/dev/shm")
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux
-_MAGIC, _WORKERS, _LINES_AT, _STATES_AT = b"cltblk02", 128, 12_288, 16_384
+_MAGIC, _WORKERS = "cltblk03", 128
+Mark = tuple[int, int, int]
+_COLUMNS = np.dtype(list(COLUMNS.items()))  # of a row, together: to write to four places takes the generator longer
+_LINE = np.dtype([(name, "i8") for name in ("clients", "held", "drawn", "dropped")])  # of a serving process
 _HEADER = np.dtype([
-    ("magic", "S8"), ("tag", "S128"), ("segment", "S16"), ("dtype", "S16"), ("sizes", "i8", 5), ("mark", "i8", 3),
-    ("state", "S16"), ("cause", "S1024"), ("pid", "i8"), ("restarts", "i8"), ("generated", "i8"), ("dropped", "i8"),
-    ("refreshes", "i8"), ("refreshed", "i8"), ("history", "f8", (300, 3)),
+    ("magic", "S8"), ("tag", "S128"), ("segment", "S16"), ("dtype", "S16"), ("sizes", "i8", 5),
+    ("state", "S16"), ("cause", "S1024"), ("pid", "i8"), ("restarts", "i8"), ("refreshes", "i8"), ("changes", "i8"),
+    ("history", "f8", (300, 3)), ("lines", _LINE, _WORKERS),
 ])  # fmt: skip
-_LINE = np.dtype([(name, "i8") for name in ("clients", "held", "drawn", "dropped")])
-_STATE = np.dtype([("state", "i4"), ("filled", "i4")])
-_NOTHING = Slice(np.empty(0, "u1"), 0, 0, 0)
 
 
 class Buffer:
@@ -54,36 +55,39 @@ class Buffer:
         self._fd = _open(self.path)
         weakref.finalize(self, os.close, self._fd)  # else a buffer that was removed keeps its memory
         size = os.fstat(self._fd).st_size
-        memory = mmap.mmap(self._fd, 0) if size > _STATES_AT else bytes(_STATES_AT)
+        memory = mmap.mmap(self._fd, 0) if size > _HEADER.itemsize else bytes(_HEADER.itemsize)
         self.header = np.ndarray((), _HEADER, memory)
         texts = (self.header[name].item().decode("latin-1") for name in ("magic", "tag", "segment", "dtype"))
         (magic, self.tag, self.segment, dtype), sizes = texts, self.header["sizes"].tolist()
-        self.blocks, self.block_rows, self.open_blocks = sizes[:3]
-        self.shape = Shape(sizes[3], sizes[4], dtype)
-        known = magic == _MAGIC.decode() and dtype in ITEM_BYTES
-        if not known or size != _layout(self.blocks, self.block_rows, self.shape)[-1]:
+        self.blocks, self.block_rows, self.open_blocks, self.shape = *sizes[:3], Shape(sizes[3], sizes[4], dtype)
+        known = magic == _MAGIC and dtype in ITEM_BYTES
+        if not known or size != (layout := _layout(self.blocks, self.block_rows, self.shape))[-1]:
             raise UserError(f"{self.path} is not a shuffle buffer of this version: remove it, or set server.name")
-        self.lines = np.ndarray(_WORKERS, _LINE, memory, _LINES_AT)
-        states = np.ndarray(self.blocks, _STATE, memory, _STATES_AT)
-        self.state, self.filled = states["state"], states["filled"]
-        block, first, _ = _layout(self.blocks, self.block_rows, self.shape)
+        tables, block, first, _ = layout
+        found = np.ndarray((), tables, memory)
+        self.state, self._progress, self.lines = found["state"], found["progress"], self.header["lines"]
         self._blocks = np.ndarray(self.blocks, block, memory, first)["body"]
         # Of the places in a block; the same for every generator, as they go on with each other's open blocks.
         self._order, self.random = np.random.default_rng(0).permutation(self.block_rows), np.random.default_rng()
         self.line, self._own = np.zeros((), _LINE), _WORKERS  # this process's, once it has joined
-        self._rest, self._refreshes = _NOTHING, int(self.header["refreshes"])  # of a block that was not used up
+        # Of a block that was not used up.
+        self._rest, self._refreshes = empty_part(0, self.shape), int(self.header["refreshes"])
 
     @classmethod
     def create(
-        cls, name: str, blocks: int, block_rows: int, open_blocks: int, shape: Shape, tag: str = "",
-        mark: tuple[int, int, int] = (0, 0, 0),
-    ) -> Buffer:  # fmt: skip
-        """An empty buffer, in the place of any other of that name. Raises UserError when the memory is not there."""
-        assert 0 < open_blocks <= blocks < 1 << 31, (open_blocks, blocks)
-        texts = (_MAGIC, tag.encode(), secrets.token_hex(8).encode(), shape.dtype.encode())
-        sizes = (blocks, block_rows, open_blocks, shape.n_layers, shape.d_acts)
-        header = np.array((*texts, sizes, mark, b"starting", b"", 0, 0, 0, 0, 0, 0, 0), _HEADER)
-        partial, size = FOLDER / f"clt-{name}.partial", _layout(blocks, block_rows, shape)[-1]
+        cls, name: str, sizes: tuple[int, int, int], shape: Shape, tag: str = "", mark: Mark = (0, 0, 0)
+    ) -> Buffer:
+        """An empty buffer of (blocks, rows of a block, open blocks), in the place of any other of that name.
+
+        Raises UserError when the memory is not there.
+        """
+        assert 0 < sizes[2] <= sizes[0] < 1 << 31, sizes
+        tables, _, _, size = _layout(sizes[0], sizes[1], shape)
+        begin, partial = np.zeros((), tables), FOLDER / f"clt-{name}.partial"
+        for key, value in {"magic": _MAGIC, "tag": tag, "segment": secrets.token_hex(8), "dtype": shape.dtype,
+                           "sizes": (*sizes, *shape[:2]), "state": "starting"}.items():  # fmt: skip
+            begin["header"][key] = value
+        begin["progress"]["mark"] = mark
         check_memory(size, FOLDER)
         descriptor = _open(partial, os.O_CREAT)
         try:
@@ -92,7 +96,7 @@ class Buffer:
         except OSError as error:
             partial.unlink()
             raise UserError(too_large(size, f"it cannot be allocated ({error.strerror})")) from error
-        os.pwrite(descriptor, header.tobytes(), 0)
+        os.pwrite(descriptor, begin.tobytes(), 0)
         os.close(descriptor)
         os.rename(partial, FOLDER / f"clt-{name}")
         return cls(name)
@@ -111,48 +115,76 @@ class Buffer:
     def _lock(self, command: int, kind: int, at: int) -> int:
         return _FLOCK.unpack(fcntl.fcntl(self._fd, command, _FLOCK.pack(kind, os.SEEK_SET, at, 1, 0)))[0]
 
-    def put(self, rows: Any, mark: tuple[int, int, int]) -> int:
-        """Put the first of the rows (a slice-able with columns and `copy_into`), each into another open block.
+    @property
+    def progress(self) -> np.ndarray:
+        """What the generator has done: mark, rows generated, dropped, filled (in each open block), the last refresh."""
+        return self._progress[int(self.header["changes"]) % 2, ...]
+
+    def snapshot(self) -> np.ndarray:
+        """A copy of the progress."""
+        while True:
+            changes, copy = int(self.header["changes"]), self.progress.copy()
+            if changes == self.header["changes"]:  # else it may be half of one change and half of another
+                return copy
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[np.ndarray]:
+        """A copy of the progress that takes its place at one stroke, whenever this process may be killed."""
+        new = self._progress[(int(self.header["changes"]) + 1) % 2, ...]
+        new[...] = self.progress
+        yield new
+        self.header["changes"] += 1
+
+    def put(self, rows: Any, mark: Mark) -> int:
+        """Put the first of the rows (a slice-able with columns and `copy_into`), each into an open block at random.
 
         Returns how many; 0 where the buffer is full. `mark`, with that many added to its last number, is recorded
-        before they count: a generator killed in between loses these rows, and none comes twice.
+        as they begin to count.
         """
         if len(opened := self._opened()) == 0:
             return 0
+        filled = self.progress["filled"][opened]
         # If all were equally likely, all would be full at the same time, again and again.
-        weights, n = np.linspace(1, 2, len(opened)), min(len(rows), -(-len(opened) // 2))
-        block = self.random.choice(opened, n, replace=False, p=weights / weights.sum())
-        place, number, part = self._order[self.filled[block]], int(self.header["generated"]), rows[:n]
-        places = self._blocks["rows"]
+        weights = np.linspace(1, 2, self.open_blocks)
+        wanted = self.random.multinomial(min(len(rows), 2 * self.open_blocks), weights / weights.sum())
+        counts = np.minimum(wanted, self.block_rows - filled)
+        n = int(counts.sum())
+        mix, before = self.random.permutation(n), np.cumsum(counts) - counts
+        block = np.repeat(opened, counts)[mix]
+        place = self._order[(np.repeat(filled - before, counts) + np.arange(n))[mix]]
+        places, part, columns = self._blocks["rows"], rows[:n], np.empty(n, _COLUMNS)
         part.copy_into([places[at].data for at in zip(block.tolist(), place.tolist())])
         for name in ("token", "position", "document"):
-            self._blocks[name][block, place] = getattr(part, name)
-        self._blocks["row"][block, place] = np.arange(number, number + n)
-        self.header["mark"], self.header["generated"] = (mark[0], mark[1], mark[2] + n), number + n
-        self.filled[block] += 1
-        if self.header["refreshed"] == self.header["refreshes"]:  # else the next call drops them
-            self.state[block[self.filled[block] == self.block_rows]] = FULL
+            columns[name] = getattr(part, name)
+        columns["row"] = self.progress["generated"] + np.arange(n)
+        self._blocks["columns"][block, place] = columns
+        with self._change() as new:
+            new["mark"], new["generated"] = (mark[0], mark[1], mark[2] + n), new["generated"] + n
+            new["filled"][opened] += counts
+        if new["refreshed"] == self.header["refreshes"]:  # else the next call drops them
+            self.state[opened[filled + counts == self.block_rows]] = FULL
         return n
 
-    def room(self) -> float:
-        """The share that is free of the blocks that are not open; 0 while `put` lacks blocks to open."""
+    def room(self) -> int:
+        """How many blocks are free; 0 while `put` lacks blocks to open."""
         missing, free = self.open_blocks - int((self.state == OPEN).sum()), int((self.state == FREE).sum())
-        return free / (self.blocks - self.open_blocks + missing) if free >= missing else 0.0
+        return free if free >= missing else 0
 
     def _opened(self) -> np.ndarray:
         """The open blocks, always as many as the header says: with fewer, neighbours in the text would lie together."""
-        opened = np.flatnonzero(self.state == OPEN)
-        if self.header["refreshed"] != self.header["refreshes"]:
-            self.header["dropped"] += int(self.filled[opened].sum())
-            self.filled[opened], self.header["refreshed"] = 0, self.header["refreshes"]
-        done = self.filled[opened] == self.block_rows  # a generator was killed before it said so
+        opened, free = np.flatnonzero(self.state == OPEN), np.flatnonzero(self.state == FREE)
+        with self._change() as new:
+            if new["refreshed"] != (refreshes := int(self.header["refreshes"])):
+                new["dropped"] += new["filled"][opened].sum()
+                new["filled"][opened], new["refreshed"] = 0, refreshes
+            done = new["filled"][opened] == self.block_rows  # a generator was killed before it said so
+            free = free[: self.open_blocks - int((~done).sum())]
+            new["filled"][free] = 0
         self.state[opened[done]] = FULL
         opened = opened[~done]
-        missing = self.open_blocks - len(opened)
-        free = np.flatnonzero(self.state == FREE)[:missing]
-        if len(free) < missing:
-            return free[:0]
-        self.filled[free], self.state[free] = 0, OPEN
+        if len(opened) + len(free) < self.open_blocks:
+            return opened[:0]
+        self.state[free] = OPEN
         return np.concatenate([opened, free])
 
     def say(self, state: str, cause: str = "", pid: int = 0) -> None:
@@ -165,34 +197,35 @@ class Buffer:
         self.header["history"][:-1] = self.header["history"][1:]
         self.header["history"][-1] = (time.time(), found["rows_drawn"], found["fill"])
 
-    def draw(self, n: int) -> list[Slice] | None:
+    def draw(self, n: int) -> list[Part] | None:
         """n rows, at most a block, that nobody else gets; None while there are none."""
         if self._refreshes != self.header["refreshes"]:
-            self._count("dropped", self._rest.stop - self._rest.start)
-            self._rest, self._refreshes = _NOTHING, int(self.header["refreshes"])
-        parts, rest = [], self._rest
-        if rest.stop - rest.start < n:
+            self._count("dropped", len(self._rest["row"]))
+            self._rest, self._refreshes = cut(self._rest, 0, 0), int(self.header["refreshes"])
+        parts, rest, missing = [], self._rest, n
+        if len(rest["row"]) < n:
             if (block := self._claim()) is None:
                 return None
-            parts = [rest] if rest.start < rest.stop else []
-            rest = Slice(self._copy(block), self.block_rows, 0, self.block_rows)
+            parts, missing = [rest] if len(rest["row"]) else [], n - len(rest["row"])
+            rest = self._copy(block)
             self._free(block, "held")
-        cut = rest.start + n - count_of(parts)
-        self._rest = rest._replace(start=cut)
+        self._rest = cut(rest, missing, self.block_rows)
         self._count("drawn", n)
-        return [*parts, rest._replace(stop=cut)]
+        return [*parts, cut(rest, 0, missing)]
 
     def _count(self, what: str, n: int) -> None:
         self.line["held"] -= n
         self.line[what] += n
 
-    def _copy(self, block: int) -> np.ndarray:
-        """Into memory that starts a cache line, as a block does: to other places a copy may take five times as long."""
-        source = self._blocks[block : block + 1].view("u1")
-        memory = np.empty(len(source) + 64, "u1")
-        start = -memory.__array_interface__["data"][0] % 64
-        np.copyto(body := memory[start : start + len(source)], source)
-        return body
+    def _copy(self, block: int) -> Part:
+        """Into memory that starts a page, as a block does: to other places a copy may take five times as long."""
+        source = self._blocks[block : block + 1]
+        memory = np.empty(source.nbytes + mmap.PAGESIZE, "u1")
+        start = -memory.__array_interface__["data"][0] % mmap.PAGESIZE
+        copy = memory[start : start + source.nbytes]
+        np.copyto(copy, source.view("u1"))
+        (columns, rows) = copy.view(source.dtype)[0]
+        return {**{name: columns[name] for name in COLUMNS}, "rows": rows}
 
     def _claim(self) -> int | None:
         """A random full block, locked; those that others have locked are left to them."""
@@ -212,7 +245,7 @@ class Buffer:
 
     def refresh(self) -> int:
         """Drop all rows; returns how many. Generator and serving processes drop theirs before they go on."""
-        dropped = int(self.filled[self.state == OPEN].sum())
+        dropped = int(self.progress["filled"][self.state == OPEN].sum())
         self.header["refreshes"] += 1
         while (block := self._claim()) is not None:
             self._free(block, "dropped")
@@ -246,18 +279,21 @@ class Buffer:
 
     def stats(self) -> dict[str, Any]:
         """What is worth knowing. rows_generated = valid + open + in_flight + rows_drawn + rows_dropped + rows_lost."""
-        h = self.header.copy()  # first: rows that move on meanwhile are counted twice at worst, and none as lost
-        full, opened = int((self.state == FULL).sum()), int(self.filled[self.state == OPEN].sum())
-        lines, living, generated, valid = self.lines.copy(), self.living(), int(h["generated"]), full * self.block_rows
-        drawn, dropped = int(lines["drawn"].sum()), int(lines["dropped"].sum() + h["dropped"])
-        gone = drawn + dropped + (flight := int(living["held"].sum()))
+        done = self.snapshot()  # first: rows that move on meanwhile are counted twice at worst, and none as lost
+        full, lines, living = int((self.state == FULL).sum()), self.lines.copy(), self.living()
+        drawn, history = int(lines["drawn"].sum()), self.header["history"]
+        rows = {
+            "valid": full * self.block_rows, "open": int(done["filled"][self.state == OPEN].sum()),
+            "in_flight": int(living["held"].sum()), "rows_drawn": drawn,
+            "rows_dropped": int(lines["dropped"].sum() + done["dropped"]),
+        }  # fmt: skip
+        generated = int(done["generated"])
         return {
-            "segment": self.segment, "rows": self.blocks * self.block_rows, "block_rows": self.block_rows,
-            "fill": min(1.0, full / (self.blocks - self.open_blocks + 1)), "valid": valid, "open": opened,
-            "in_flight": flight, "rows_generated": generated, "rows_drawn": drawn, "rows_dropped": dropped,
-            "rows_lost": max(0, generated - valid - opened - gone), "bytes_drawn": drawn * self.shape.row_bytes,
-            "clients": int(living["clients"].sum()), "workers": len(living), "generator": self.generator(),
-            "history": h["history"][h["history"][:, 0] > 0].tolist(),
+            **rows, "rows_generated": generated, "rows_lost": max(0, generated - sum(rows.values())),
+            "bytes_drawn": drawn * self.shape.row_bytes, "rows": self.blocks * self.block_rows,
+            "block_rows": self.block_rows, "fill": min(1.0, full / (self.blocks - self.open_blocks + 1)),
+            "segment": self.segment, "clients": int(living["clients"].sum()), "workers": len(living),
+            "generator": self.generator(), "history": history[history[:, 0] > 0].tolist(),
         }  # fmt: skip
 
     def generator(self) -> dict[str, Any]:
@@ -266,17 +302,17 @@ class Buffer:
         return {**texts, "pid": int(self.header["pid"]), "restarts": int(self.header["restarts"])}
 
 
-def _layout(blocks: int, block_rows: int, shape: Shape) -> tuple[np.dtype, int, int]:
-    """A block, where the first one starts, and bytes of the file."""
-    columns = [(name, kind, block_rows) for name, kind in COLUMNS.items()]  # one after the other, as on the wire
-    body = np.dtype([*columns, ("rows", "u1", (block_rows, shape.row_bytes))])
-    block = np.dtype({"names": ["body"], "formats": [body], "itemsize": _pages(body.itemsize)})
-    first = _pages(_STATES_AT + _STATE.itemsize * blocks)
-    return block, first, first + blocks * block.itemsize
-
-
-def _pages(size: int) -> int:
-    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+def _layout(blocks: int, block_rows: int, shape: Shape) -> tuple[np.dtype, np.dtype, int, int]:
+    """What lies before the blocks, and a block, each on pages of its own; where blocks begin, and bytes of the file."""
+    numbers = [(name, "i8") for name in ("generated", "dropped", "refreshed")]
+    progress = [("mark", "i8", 3), *numbers, ("filled", "i8", blocks)]
+    tables = np.dtype([("header", _HEADER), ("progress", progress, 2), ("state", "i4", blocks)])
+    formats = [np.dtype((_COLUMNS, block_rows)), np.dtype(("u1", (block_rows, shape.row_bytes)))]
+    first, at = (-(-dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE for dtype in (tables, formats[0]))
+    body = np.dtype({"names": ["columns", "rows"], "formats": formats, "offsets": [0, at]})
+    size = -(-body.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+    block = np.dtype({"names": ["body"], "formats": [body], "itemsize": size})
+    return tables, block, first, first + blocks * size
 
 
 def _open(path: Path, flags: int = 0) -> int:

@@ -23,17 +23,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor
 
-from clt.data.index import STATISTICS_TENSORS, StoreIndex, parse_index
+from clt.data.index import StoreIndex, parse_index
 from clt.data.statistics import Statistics
 from clt.errors import UserError, mismatches, printable
-from clt.server.wire import COLUMNS, Batch, Shape, WireError, empty_batch, read_frame
+from clt.server.wire import COLUMNS, Batch, Shape, WireError, empty_part, read_frame, tensor_of
 
 T = TypeVar("T")
 log = logging.getLogger("clt")
@@ -42,7 +41,7 @@ LEAST_RATE = 1 << 16
 _DELAYS = (0.1, 10.0)  # seconds before the first and before the slowest new try
 _PASSING = (408, 429, 502, 503, 504)  # statuses of a server that may answer later
 _WAKE = 1 << 20  # bytes that are worth waking up for
-_ROUND = 1 << 20  # batches asked for at once: an answer of known length costs the server a copy less
+_ENDLESS = 10**9  # batches, the most that a server takes: an answer of known length costs it a copy less
 
 
 class ServerError(UserError):
@@ -86,49 +85,30 @@ class ActivationClient:
     """
 
     def __init__(self, url: str, token: str | None = None, timeout: float = 90.0, patience: float = 60.0) -> None:
-        shown = "with a user's name or password in it" if "@" in url else repr(url)
-        wrong = UserError(f"url {shown} is not of the form http://HOST:PORT or https://HOST:PORT")
-        try:
-            parts = urlsplit(url)
-            host, port = parts.hostname, parts.port
-        except ValueError as error:
-            raise wrong from error
-        if parts.scheme not in ("http", "https") or host is None or parts.username is not None:
-            raise wrong
+        parts = re.fullmatch(r"(https?)://([\w.-]+|\[[\w:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?", url)
+        if parts is None or int(parts[3] or 0) > 65535:
+            shown = "with a user's name or password in it" if "@" in url else repr(url)
+            raise UserError(f"url {shown} is not of the form http://HOST:PORT or https://HOST:PORT")
         if not re.fullmatch("[!-~]*", token or ""):
             raise UserError("the token has characters that a header cannot carry; wanted printable ASCII")
         self.url, self.timeout, self.patience = url.rstrip("/"), timeout, patience
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connect = lambda: kind(host, port, timeout=timeout)
-        self._prefix = parts.path.rstrip("/")
-
-    def get_activations(self, batch_size: int = 1) -> dict[str, Any]:
-        """A few rows as plain lists: shape, dtype, segment, row, token, position, document, activations."""
-        batch = next(self.stream_activations(batch_size, 1))
-        rows = batch.activations
-        about = {"shape": list(rows.shape), "dtype": str(rows.dtype).removeprefix("torch."), "segment": batch.segment}
-        return {**about, **{name: getattr(batch, name).tolist() for name in COLUMNS}, "activations": rows.tolist()}
-
-    def get_activations_tensor(self, batch_size: int = 256) -> Tensor:
-        """One batch (n, 2, L, D) in the server's dtype."""
-        return next(self.stream_activations(batch_size, 1)).activations
+        kind = http.client.HTTPSConnection if parts[1] == "https" else http.client.HTTPConnection
+        self._connect = lambda: kind(parts[2].strip("[]"), int(parts[3]) if parts[3] else None, timeout=timeout)
+        self._prefix = (parts[4] or "").rstrip("/")
 
     def stream_activations(
-        self, batch_size: int = 256, max_batches: int | None = None, index: StoreIndex | None = None
+        self, batch_size: int = 256, max_batches: int = _ENDLESS, index: StoreIndex | None = None
     ) -> Iterator[Batch]:
-        """Batches without end, or `max_batches` of them, each in memory of its own.
+        """`max_batches` batches, each in memory of its own.
 
         Goes on by itself over broken connections and restarts of the server. No row comes twice: the server gives
         each away once, and one that was lost on the way is lost. With an `index`, rows of another one are an error.
         """
-        query = {"batch_size": batch_size, "max_batches": _ROUND if max_batches is None else max_batches}
-        while query["max_batches"] > 0:
-            for batch in self._ask("/activations/stream", lambda answer: self._batches(answer, query, index), query):
-                query["max_batches"] -= 1
-                yield batch
-            if max_batches is None:
-                query["max_batches"] = _ROUND
+        query = {"batch_size": batch_size, "max_batches": max_batches}
+        for batch in self._ask("/activations/stream", lambda answer: self._batches(answer, query, index), query):
+            query["max_batches"] -= 1
+            yield batch
 
     def heldout(self, batch_size: int = 64) -> Iterator[Batch]:
         """The held-out rows in their order, from the first to the last; `row` counts them from 0."""
@@ -150,7 +130,7 @@ class ActivationClient:
     def statistics(self) -> Statistics:
         """Mean and sd of the training rows."""
         index = self.index()
-        return self._get("/statistics", lambda answer: answer.statistics(index))
+        return self._get("/statistics", lambda answer: answer.statistics((index.n_layers, index.d_acts)))
 
     def refresh(self) -> int:
         """Have the server drop its rows and make others; returns how many it dropped."""
@@ -212,9 +192,8 @@ class ActivationClient:
         """
         with self._open("/index", {}) as other:
             index = other.index()
-        if wanted and (
-            odd := mismatches(dataclasses.asdict(index) | {"rows": wanted.rows}, dataclasses.asdict(wanted))
-        ):
+        tree = dataclasses.asdict(wanted or index)
+        if odd := mismatches(dataclasses.asdict(index) | {"rows": tree["rows"]}, tree):
             raise ServerError(f"the server now serves other rows ({odd}): start it as it was, or begin a new run")
         shape, n, most = Shape(index.n_layers, index.d_acts, index.dtype), query["batch_size"], query.get("max_batches")
         segment = answer.response.headers.get("x-clt-segment", "")
@@ -222,13 +201,14 @@ class ActivationClient:
             raise WireError(f"found the segment {segment!r:.40}, wanted 1 to 16 letters and digits (held out: none)")
         sequence, got, fill = 0, 0, answer.response.readinto
         while got != most:
-            batch, done = empty_batch(n, shape, segment), 0
-            while done < n and (rows := read_frame(fill, answer.expect, shape, sequence, batch, done)):
-                done, sequence = done + rows, sequence + 1
+            rows, done = empty_part(n, shape), 0
+            while done < n and (k := read_frame(fill, answer.expect, sequence, shape, segment, rows, done)):
+                done, sequence = done + k, sequence + 1
             if done < n and (most or answer.response.length):
                 raise WireError(f"the stream ended after {got} batches of {n} and {done} rows")
             if done:
-                yield batch._replace(**{name: getattr(batch, name)[:done] for name in ("activations", *COLUMNS)})
+                columns = {name: rows[name][:done] for name in COLUMNS}
+                yield Batch(tensor_of(rows, shape)[:done], **columns, segment=segment)
             if done < n:
                 return
             got += 1
@@ -294,20 +274,18 @@ class _Answer(io.RawIOBase):
         except ValueError as error:
             raise ServerError(f"the index is not of this version's activation server: {error!s:.500}") from error
 
-    def statistics(self, index: StoreIndex) -> Statistics:
-        """All of it: statistics of rows of this index."""
-        dims, right = (index.n_layers, index.d_acts), True
+    def statistics(self, dims: tuple[int, int]) -> Statistics:
+        """All of it: statistics (L, D)."""
         try:
-            tensors = safetensors.torch.load(self.whole(32 * index.n_layers * index.d_acts + (1 << 16)))
-            rows = int(tensors.pop("rows"))
-        except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            tensors = safetensors.torch.load(self.whole(32 * dims[0] * dims[1] + (1 << 16)))
+            found = Statistics(rows=int(tensors.pop("rows")), **tensors)
+        except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError, TypeError) as error:
             raise ServerError(f"found no statistics: {error}") from error
-        for name, tensor in tensors.items():
-            right &= tensor.shape == dims and tensor.dtype == torch.float64 and bool(tensor.isfinite().all())
-            right &= "sd" not in name or bool((tensor >= 0).all())
-        if not right or rows < 1 or {*tensors, "rows"} != {*STATISTICS_TENSORS}:
-            raise ServerError(f"found other statistics than finite {STATISTICS_TENSORS} {dims} of 1 row or more")
-        return Statistics(**tensors, rows=rows)
+        right = all(each.shape == dims and each.dtype == torch.float64 for each in tensors.values())
+        right = right and all(bool(each.isfinite().all()) for each in tensors.values())
+        if not right or found.rows < 1 or min(found.input_sd.min(), found.target_sd.min()) < 0:
+            raise ServerError(f"found other statistics than finite ones {dims} of 1 row or more")
+        return found
 
     def reason(self) -> str:
         """What it says for itself, of a refusal."""

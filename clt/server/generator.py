@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 
 import torch
@@ -22,7 +23,7 @@ from clt.server.run import buffer_name, load, record
 
 log = logging.getLogger("uvicorn.error")
 _TICK, _FULL = 0.1, 0.005  # seconds between two looks at a lock or the generator, and at a full buffer
-_WORTH = 1 / 8  # the share of the buffer that is filled again in one go: each look costs those who read beside it
+_WORTH = 8  # an eighth of the buffer is filled again in one go: each look costs those who read beside it
 _STEADY = 60.0  # seconds before a restart at most; one that ran for longer is restarted at once
 _NOTE = 2.0  # seconds between two notes of the place in the text and of the counters
 
@@ -34,13 +35,14 @@ def run(config: Config) -> None:
     recorded in the buffer and ends the process.
     """
     end_with_parent(signal.SIGKILL)
-    buffer, noted = Buffer(buffer_name(config)), 0.0
+    buffer = Buffer(buffer_name(config))
     buffer.say("starting", pid=os.getpid())
     while not buffer.hold(GENERATOR):  # the last leader's, which the kernel is ending
         time.sleep(_TICK)
+    threading.Thread(target=note, args=(config, buffer), daemon=True).start()
     torch.set_num_threads(max(torch.get_num_threads() - 1, 1))  # one core is the servers'
     keep_freed_memory()
-    epoch, position, skip = buffer.header["mark"].tolist()  # skip: rows that are in the buffer already
+    epoch, position, skip = buffer.progress["mark"].tolist()  # skip: rows that are in the buffer already
     try:
         store = config.server.source == "store"
         batches = from_store(config, epoch, position) if store else from_model(config, load(config), epoch, position)
@@ -50,12 +52,8 @@ def run(config: Config) -> None:
             while done < len(rows):
                 n = buffer.put(rows[done:], (epoch, position, done))
                 done += n
-                while n == 0 and buffer.room() < _WORTH:
+                while n == 0 and buffer.room() < max(1, (buffer.blocks - buffer.open_blocks) // _WORTH):
                     time.sleep(_FULL)
-                if time.monotonic() > noted + _NOTE:
-                    record(config, buffer)
-                    buffer.note()
-                    noted = time.monotonic()
     except UserError as error:
         buffer.say("failed", printable(str(error)), os.getpid())
         sys.exit(2)
@@ -64,25 +62,37 @@ def run(config: Config) -> None:
         raise
 
 
+def note(config: Config, buffer: Buffer) -> None:
+    """Record the place in the text and the counters, in a thread: a busy disk may take longer than the buffer lasts."""
+    while True:
+        record(config, buffer)
+        buffer.note()
+        time.sleep(_NOTE)
+
+
 async def lead(config: Config, buffer: Buffer) -> None:
     """Once no other serving process does: keep a generator running, restarted with back-off. Ends with its task."""
     spawn, delay = multiprocessing.get_context("spawn"), 0.25
     while not buffer.hold(LEADER):
         await asyncio.sleep(_TICK)
     while True:
-        child = spawn.Process(target=run, args=(config,), name="clt-generator", daemon=True)
+        child, began = spawn.Process(target=run, args=(config,), name="clt-generator", daemon=True), time.monotonic()
         buffer.say("starting")
-        child.start()
-        began = time.monotonic()
         try:
+            child.start()
             while child.is_alive():
                 await asyncio.sleep(_TICK)
+        except Exception as error:  # e.g. too many open files
+            log.exception("the generator was not started")
+            buffer.say("failed", f"it was not started: {error}")
         finally:
-            child.kill()
-            child.join()
+            if child.pid is not None:
+                child.kill()
+                child.join()
         if (status := child.exitcode or 0) < 0:
             hint = "; was there too little memory?" if -status == signal.SIGKILL else ""
-            buffer.say("failed", f"it was killed by {signal.Signals(-status).name}{hint}")
+            names = {each.value: each.name for each in signal.Signals}  # real-time signals have none
+            buffer.say("failed", f"it was killed by {names.get(-status, f'signal {-status}')}{hint}")
         elif buffer.generator()["state"] != "failed":  # else it has said why itself
             buffer.say("failed", f"it ended with status {status}")
         log.error("the generator ended: %s", buffer.generator()["cause"])

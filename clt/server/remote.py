@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from clt.config import Config
@@ -17,7 +18,7 @@ from clt.data.shards import COLUMN_DTYPES
 from clt.data.writer import write_store
 from clt.errors import UserError
 from clt.server.client import ActivationClient, read_token
-from clt.server.wire import Batch, Shape, as_bytes, empty_batch
+from clt.server.wire import Batch, Shape, empty_part, tensor_of
 
 _PATIENCE = 600.0  # seconds that a run waits for a server that is away
 _OWN = ("format_version", "n_layers", "d_acts", "dtype", "rows", "shards")  # what write_store says itself
@@ -40,7 +41,7 @@ class ServerStore:
         self.consumed: dict[str, int] = {}
         """Rows read, by the buffer of the server (its `segment`) that they came from."""
         self._batches: Iterator[Batch] | None = None
-        self._rest = empty_batch(0, self.shape, "").activations
+        self._rest = empty_part(0, self.shape)["rows"]
 
     def __len__(self) -> int:
         return self.index.rows
@@ -50,16 +51,16 @@ class ServerStore:
         if self._batches is None:
             n = min(self.client.stats()["max_batch"], max(1, _BATCH_BYTES // self.shape.row_bytes))
             self._batches = self.client.stream_activations(n, index=self.index)
-        done = 0
+        # Not by torch: its copy would start OpenMP's threads for this thread, too, and with more of them than
+        # processors they wait asleep; a training step on two cores took twice as long.
+        views, done = out.flatten(1).view(torch.uint8).numpy(), 0
         while done < len(rows):
             if len(self._rest) == 0:
                 batch = next(self._batches)
                 self.consumed[batch.segment] = self.consumed.get(batch.segment, 0) + len(batch.row)
-                self._rest = batch.activations
+                self._rest = batch.activations.flatten(1).view(torch.uint8).numpy()
             take = min(len(self._rest), len(rows) - done)
-            # Not by torch: its copy would start OpenMP's threads for this thread, too, and with more of them than
-            # processors they wait asleep; a training step on two cores took twice as long.
-            np.copyto(np.asarray(as_bytes(out[done : done + take])), np.asarray(as_bytes(self._rest[:take])))
+            views[done : done + take] = self._rest[:take]
             self._rest, done = self._rest[take:], done + take
         return out
 
@@ -92,19 +93,18 @@ def fetch_heldout(config: Config) -> None:
     with locked(path, wait=True):  # many runs may start at once on one file system
         if not (path / INDEX).exists():
             n, done = config.data.heldout_tokens, 0
-            rows = empty_batch(n, store.shape, "")  # in memory once: they may be most of what there is
+            rows = empty_part(n, store.shape)  # in memory once: they may be most of what there is
+            activations = tensor_of(rows, store.shape)
             for batch in store.client.heldout(min(64, store.client.stats()["max_batch"])):
-                end = done + len(batch.row)
-                if end > n:
-                    raise UserError(
-                        f"the server {store.path} has more than data.heldout_tokens={n} held-out rows: set it to their "
-                        "number"
-                    )
-                for name in ("activations", *COLUMN_DTYPES):
-                    getattr(rows, name)[done:end] = getattr(batch, name)
+                if (end := done + len(batch.row)) > n:
+                    raise UserError(f"the server {store.path} has more than data.heldout_tokens={n} held-out rows: "
+                                    "set it to their number")  # fmt: skip
+                activations[done:end] = batch.activations
+                for name in COLUMN_DTYPES:
+                    rows[name][done:end] = getattr(batch, name)
                 done = end
-            columns = {name: getattr(rows, name)[:done] for name in COLUMN_DTYPES}
-            write_store(path, rows.activations[:done], columns=columns, **fields)
+            columns = {name: rows[name][:done] for name in COLUMN_DTYPES}
+            write_store(path, activations[:done], columns=columns, **fields)
         if not (train := path.with_name("train") / STATISTICS).exists():  # `clt eval` wants them later
             train.parent.mkdir(exist_ok=True)
             store.statistics.save(train)

@@ -32,7 +32,6 @@ from clt.server.wire import Shape
 _BLOCK_BYTES, _BLOCKS = 2 << 20, 16  # of a block, about (8 MB are sent a third more slowly), and blocks at least
 _GRACE_SECONDS = 5  # for streams to end after Ctrl-C or SIGTERM
 _PREPARE_SECONDS, _CLOSE_SECONDS = 86_400.0, 10.0  # to wait for another process that starts or ends this server
-_ANEW = "it is the place in the text: delete it to begin anew"
 _TRAINING = ("source", "url", "token_file", "store", "prefetch")  # of the data section: not what the rows are
 
 
@@ -58,9 +57,9 @@ def tag(config: Config) -> str:
 
     The first 64 are those of the rows alone, and of the order in which they come.
     """
-    data = {key: value for key, value in dataclasses.asdict(config.data).items() if key not in _TRAINING}
-    lm, text, server = (dataclasses.asdict(part) for part in (config.lm, config.text, config.server))
-    rows = [lm, text, data, config.server.source, config.run.seed]
+    tree = dataclasses.asdict(config)
+    data, server = {key: value for key, value in tree["data"].items() if key not in _TRAINING}, tree["server"]
+    rows = [tree["lm"], tree["text"], data, server["source"], config.run.seed]
     size = [server[key] for key in ("rows", "open_share", "device", "statistics_tokens")]
     parts = (rows, [os.path.realpath(config.data.store), *size])
     return "".join(hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for part in parts)
@@ -74,17 +73,16 @@ def open_buffer(config: Config, join: bool = True) -> Buffer:
     """
     own_folder(config).mkdir(parents=True, exist_ok=True)
     with _alone(config, _PREPARE_SECONDS):
-        try:
+        buffer = None
+        with contextlib.suppress(FileNotFoundError):
             buffer = Buffer(buffer_name(config))
-        except FileNotFoundError:
-            buffer = _create(config)
-        if buffer.tag != tag(config):
+        if buffer is not None and buffer.tag != tag(config):
             if len(buffer.living()):
                 raise UserError(f"a server with other settings runs on {buffer.path}: stop it, or set server.name")
             record(config, buffer)
             buffer.path.unlink(missing_ok=True)
             buffer = None  # its memory goes before the next is asked for
-            buffer = _create(config)
+        buffer = buffer or _create(config)
         if join:
             buffer.join()
         return buffer
@@ -125,11 +123,11 @@ def _create(config: Config) -> Buffer:
     block_rows = max(1, min(_BLOCK_BYTES // shape.row_bytes, server.rows // _BLOCKS))
     blocks = max(2, server.rows // block_rows)
     open_blocks = min(blocks - 1, max(1, round(server.open_share * blocks)))
+    size = size_text(blocks * block_rows * shape.row_bytes)
     tell(
-        f"shared buffer: {blocks} blocks of {block_rows} rows (2, L={shape.n_layers}, D={shape.d_acts}) {shape.dtype}, "
-        f"{size_text(blocks * block_rows * shape.row_bytes)} of memory; clients take three blocks each beside it"
+        f"shared buffer: {blocks} blocks of {block_rows} rows {shape}, {size}; clients take three blocks each beside it"
     )
-    return Buffer.create(buffer_name(config), blocks, block_rows, open_blocks, shape, tag(config), mark)
+    return Buffer.create(buffer_name(config), (blocks, block_rows, open_blocks), shape, tag(config), mark)
 
 
 def load(config: Config) -> Any:
@@ -146,23 +144,20 @@ def load(config: Config) -> Any:
 
 
 def record(config: Config, buffer: Buffer) -> None:
-    """Save the place in the text, for a server that starts when the buffer has gone.
-
-    A disk that is full or gone is no reason to stop serving.
-    """
+    """Save the place in the text, for a server that starts when the buffer has gone."""
     try:
-        place = {"rows": buffer.tag[:64], "mark": buffer.header["mark"].tolist()}
+        place = {"rows": buffer.tag[:64], "mark": buffer.snapshot()["mark"].tolist()}
         write_json(own_folder(config) / "position.json", place)
-    except OSError as error:
+    except OSError as error:  # a disk that is full or gone is no reason to stop serving
         tell(f"the place in the text was not recorded: {error}")
 
 
 def _position(config: Config) -> tuple[int, int, int]:
-    file = own_folder(config) / "position.json"
+    file, anew = own_folder(config) / "position.json", "it is the place in the text: delete it to begin anew"
     if not file.exists():
         return 0, 0, 0
-    found = read_object(file, {"mark": list[int], "rows": str}, _ANEW)
-    with reading(file, _ANEW):
+    found = read_object(file, {"mark": list[int], "rows": str}, anew)
+    with reading(file, anew):
         first, second, third = found["mark"]
     return (first, second, third) if found["rows"] == tag(config)[:64] else (0, 0, 0)
 
@@ -201,9 +196,8 @@ def serve(config: Config, **options: Any) -> None:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        raise UserError(
-            f"server.host={host} server.port={port}: {os.strerror(error.errno or 0)}; choose others"
-        ) from error
+        told = os.strerror(error.errno or 0)
+        raise UserError(f"server.host={host} server.port={port}: {told}; choose others") from error
     buffer = open_buffer(config, join=False)
     try:
         file = own_folder(config) / f"serve-{port}.yaml"  # stays, for new workers

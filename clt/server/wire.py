@@ -1,12 +1,11 @@
 """Frames: batches of activations on a byte stream, each complete in itself.
 
-    4 bytes   magic "CLT2"
+    4 bytes   magic "CLT3"
     uint32    n, the rows in the frame
     uint64    number of the frame in its stream, from 0
-    16 bytes  segment: the buffer that the row numbers belong to, in ASCII; zeros for held-out rows
     uint64    xxh3 of the body
     uint64    xxh3 of everything above and of the header that follows
-    header    of a safetensors payload, the same for all frames of n rows of one segment
+    header    of a safetensors payload, the same for all frames of n rows of one segment, which its metadata names
     body      document, row (n,) I64, token, position (n,) I32, activations (n, 2, L, D) F16|BF16|F32
 
 All numbers are little-endian. Header and body together are a safetensors file. A reader takes no number of it but n:
@@ -26,13 +25,14 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_64, xxh3_64_intdigest
 
-MAGIC = b"CLT2"
+MAGIC = b"CLT3"
 COLUMNS = {"document": "<i8", "row": "<i8", "token": "<i4", "position": "<i4"}
-COLUMN_BYTES = 24
-"""Bytes of all columns, a row."""
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+Part = dict[str, np.ndarray]
+"""Rows in memory: the COLUMNS (n,), then `rows` (n, row_bytes) uint8, contiguous."""
 _NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-_FIXED, _START = struct.Struct("<4sIQ16sQ"), 48  # bytes before the header
+_START, _START_BYTES = struct.Struct("<4sIQQ"), 32  # with the checksum behind it
+_COLUMN_BYTES = 24  # of all columns, a row
 _PIECE = 1 << 21  # bytes that are hashed while they are still in the cache
 
 
@@ -68,19 +68,26 @@ class Batch(NamedTuple):
     segment: str
 
 
-def empty_batch(n: int, shape: Shape, segment: str) -> Batch:
-    """Memory for n rows."""
-    rows = torch.empty(n, 2, shape.n_layers, shape.d_acts, dtype=getattr(torch, shape.dtype))
-    return Batch(rows, **{name: np.empty(n, kind) for name, kind in COLUMNS.items()}, segment=segment)
+def empty_part(n: int, shape: Shape) -> Part:
+    """Memory for n rows. Of numpy, as it takes huge pages: in torch's, clients spend their time on page faults."""
+    return {**{name: np.empty(n, kind) for name, kind in COLUMNS.items()}, "rows": np.empty((n, shape.row_bytes), "u1")}
 
 
-class Slice(NamedTuple):
-    """Rows start .. stop - 1 of a body of n rows."""
+def cut(part: Part, start: int, stop: int) -> Part:
+    """Rows start .. stop - 1, without a copy."""
+    return {name: column[start:stop] for name, column in part.items()}
 
-    body: np.ndarray
-    n: int
-    start: int
-    stop: int
+
+def tensor_of(part: Part, shape: Shape) -> Tensor:
+    """The activations (n, 2, L, D) of these rows, without a copy."""
+    rows = torch.from_numpy(part["rows"]).view(getattr(torch, shape.dtype))
+    return rows.view(-1, 2, shape.n_layers, shape.d_acts)
+
+
+def part_of(activations: Tensor, columns: Mapping[str, np.ndarray]) -> Part:
+    """Contiguous rows (n, 2, L, D) on the CPU, not copied, and their columns (n,)."""
+    rows = activations.flatten(1).view(torch.uint8).numpy()
+    return {**{name: columns[name].astype(kind) for name, kind in COLUMNS.items()}, "rows": rows}
 
 
 @functools.lru_cache(maxsize=64)
@@ -100,88 +107,51 @@ def header(n: int, shape: Shape, segment: str) -> bytes:
 
 def frame_bytes(n: int, shape: Shape, segment: str) -> int:
     """Bytes of a frame of n rows."""
-    return _START + len(header(n, shape, segment)) + n * (COLUMN_BYTES + shape.row_bytes)
+    return _START_BYTES + len(header(n, shape, segment)) + n * (_COLUMN_BYTES + shape.row_bytes)
 
 
-def count_of(slices: Sequence[Slice]) -> int:
-    """How many rows these are."""
-    return sum(part.stop - part.start for part in slices)
-
-
-def columns_of(slices: Sequence[Slice]) -> dict[str, np.ndarray]:
-    """The columns (n,) of all these rows."""
-    at, columns = 0, {}
-    for name, kind in COLUMNS.items():
-        whole = [np.frombuffer(part.body, kind, part.n, at * part.n)[part.start : part.stop] for part in slices]
-        columns[name] = np.concatenate(whole)
-        at += int(kind[-1])
-    return columns
-
-
-def activations_of(part: Slice, shape: Shape) -> Tensor:
-    """The activations (n, 2, L, D) of these rows, without a copy."""
-    flat = torch.frombuffer(part.body, dtype=getattr(torch, shape.dtype), offset=COLUMN_BYTES * part.n)
-    return flat.view(part.n, 2, shape.n_layers, shape.d_acts)[part.start : part.stop]
-
-
-def body_of(activations: Tensor, columns: Mapping[str, np.ndarray]) -> Slice:
-    """Rows (n, 2, L, D) and their columns (n,) as `frame` takes them."""
-    n = len(activations)
-    parts = [np.ascontiguousarray(columns[name], kind).view(np.uint8) for name, kind in COLUMNS.items()]
-    return Slice(np.concatenate([*parts, np.asarray(as_bytes(activations))]), n, 0, n)
-
-
-def as_bytes(rows: Tensor) -> memoryview:
-    """The bytes of contiguous rows on the CPU, without a copy."""
-    return rows.view(-1).view(torch.uint8).numpy().data
-
-
-def frame(slices: Sequence[Slice], sequence: int, shape: Shape, segment: str) -> list[bytes | memoryview]:
+def frame(parts: Sequence[Part], sequence: int, shape: Shape, segment: str) -> list[bytes | memoryview]:
     """The pieces of one frame of all these rows; the activations are not copied."""
-    columns = b"".join(column.tobytes() for column in columns_of(slices).values())
-    rows, digest = [_rows_of(part, shape) for part in slices], xxh3_64(columns)
-    for part in rows:
-        digest.update(part)
-    return [_head(count_of(slices), sequence, shape, segment, digest.intdigest()) + columns, *rows]
-
-
-def _rows_of(part: Slice, shape: Shape) -> memoryview:
-    """The bytes of the activations of these rows; for each frame, tensors would cost more than the checksum."""
-    first, last = (COLUMN_BYTES * part.n + row * shape.row_bytes for row in (part.start, part.stop))
-    return part.body.data[first:last]
+    columns = b"".join(part[name].tobytes() for name in COLUMNS for part in parts)
+    rows, digest = [part["rows"].reshape(-1).data for part in parts], xxh3_64(columns)
+    for each in rows:
+        digest.update(each)
+    n = len(columns) // _COLUMN_BYTES
+    return [_head(n, sequence, shape, segment, digest.intdigest()) + columns, *rows]
 
 
 def _head(n: int, sequence: int, shape: Shape, segment: str, body_sum: int) -> bytes:
     """A frame's bytes before its body."""
-    fixed, text = _FIXED.pack(MAGIC, n, sequence, segment.encode(), body_sum), header(n, shape, segment)
-    return fixed + xxh3_64_intdigest(fixed + text).to_bytes(8, "little") + text
+    start, text = _START.pack(MAGIC, n, sequence, body_sum), header(n, shape, segment)
+    return start + xxh3_64_intdigest(start + text).to_bytes(8, "little") + text
 
 
 def read_frame(
-    fill: Callable[[memoryview], int], begin: Callable[[int], None], shape: Shape, sequence: int, out: Batch, at: int
-) -> int:
+    fill: Callable[[memoryview], int], begin: Callable[[int], None], sequence: int, shape: Shape, segment: str,
+    out: Part, at: int,
+) -> int:  # fmt: skip
     """Read frame number `sequence` of a stream into `out`, from row `at` on; returns its rows, 0 if the stream is over.
 
     `fill` fills a view and returns how many bytes it did: fewer at the end alone. `begin` is told how many bytes are to
-    come as soon as that is known. Raises WireError for anything but an intact frame of `shape` and `out`'s segment.
+    come as soon as that is known. Raises WireError for anything but an intact frame of `shape` and `segment`.
     """
-    start, room = bytearray(_START), len(out.row) - at
+    start, room = bytearray(_START_BYTES), len(out["rows"]) - at
     begin(len(start))
     if (got := fill(memoryview(start))) == 0:
         return 0
-    magic, n, number, _, body_sum = _FIXED.unpack_from(start)
+    magic, n, number, body_sum = _START.unpack_from(start)
     if got < len(start) or (magic, number) != (MAGIC, sequence) or not 0 < n <= room:
         raise WireError(f"found {bytes(start[:got])!r} where frame {sequence} of 1 to {room} rows was due")
-    text = bytearray(len(header(n, shape, out.segment)))
-    begin(len(text) + n * (COLUMN_BYTES + shape.row_bytes))
+    text = bytearray(len(header(n, shape, segment)))
+    begin(frame_bytes(n, shape, segment) - len(start))
     _whole(fill, memoryview(text))
-    if start + text != _head(n, sequence, shape, out.segment, body_sum):
+    if start + text != _head(n, sequence, shape, segment, body_sum):
         raise WireError(
             f"frame {sequence} is damaged, or not of {n} rows {shape} as the index says: {bytes(text)!r:.300}"
         )
     digest = xxh3_64()
-    columns = [getattr(out, name)[at : at + n].view(np.uint8).data for name in COLUMNS]
-    for view in (*columns, as_bytes(out.activations[at : at + n])):
+    for column in cut(out, at, at + n).values():  # in the order of the wire
+        view = column.reshape(-1).view("u1").data
         for first in range(0, len(view), _PIECE):
             _whole(fill, piece := view[first : first + _PIECE])
             digest.update(piece)

@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -43,11 +44,12 @@ def pause_generator(client: ActivationClient) -> int:
 class Server:
     """A running server: `url`, `log` (a file), `process`; the store that it serves from is at `store`."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], store: Path, log: Path) -> None:
-        self.store, self.log, self._environment = store, log, os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    def __init__(self, command: list[str], environment: dict[str, str], url: str, path: Path) -> None:
+        self.store, self.log = path / "store", path / "log"
+        self._environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = url.format(port=self.port)
         self._command = [part.format(port=self.port) for part in command]
         self.start()
 
@@ -64,7 +66,9 @@ class Server:
 
     def _answers(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()
-        return self.ask("/healthz")[0] == 200
+        with contextlib.suppress(OSError), urlopen(self.url + "/healthz", timeout=60) as response:
+            return response.status == 200
+        return False
 
     def ask(self, path: str, method: str = "GET", **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:
         """Status, headers and body of the answer to a request; status 0 when nobody answers."""
@@ -89,7 +93,7 @@ class Server:
 
     def stop(self) -> None:
         """Ctrl-C, and wait for the end of all its processes."""
-        self.process.send_signal(signal.SIGINT)
+        self.process.send_signal(signal.SIGINT)  # which a process that has ended does not get
         self.process.wait(60)
 
 
@@ -99,11 +103,14 @@ def serve(
 ) -> Iterator[Callable[..., Server]]:
     """serve(*overrides, by="clt"|"uvicorn"|"plain uvicorn", **environment): a server of a copy of the stores.
 
-    `before` are the words of a command that starts it, and `options` of what `clt serve` gets besides.
+    `before` are the words of a command that starts it, `options` are further ones of its own.
     """
     servers = []
 
-    def start(*overrides: str, by: str = "clt", before: Iterable[str] = (), **environment: str) -> Server:
+    def start(
+        *overrides: str, by: str = "clt", before: Sequence[str] = (), options: Sequence[str] = (),
+        url: str = "http://127.0.0.1:{port}", **environment: str,
+    ) -> Server:  # fmt: skip
         path = tmp_path_factory.mktemp("server")
         config = _config(stores, lm_overrides, path, overrides)
         (path / "config.yaml").write_text(to_yaml(config))
@@ -113,7 +120,7 @@ def serve(
             command += ["--workers", str(config.server.workers)]
             command += ["--http", "clt.server.protocol:Protocol", "--ws", "none"] if by == "uvicorn" else []
             environment["CLT_CONFIG"] = str(path / "config.yaml")
-        servers.append(Server(command, environment, path / "store", path / "log"))
+        servers.append(Server([*command, *options], environment, url, path))
         return servers[-1]
 
     yield start

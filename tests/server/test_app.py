@@ -21,7 +21,6 @@ import torch
 from clt.config import load_config
 from clt.data.extract import extract
 from clt.data.store import DiscBuffer
-from clt.parsing import to_yaml
 from clt.server.client import ActivationClient, ServerError
 from clt.server.wire import Batch
 from tests.server.conftest import ROOT, Server, eventually, pause_generator
@@ -96,17 +95,6 @@ def test_a_tensor_and_json_carry_the_rows_exactly(shared: Server, strict: Server
             assert all(bits(row) in known for row in rows)
 
 
-def test_what_training_needs_besides(shared: Server) -> None:
-    client, heldout = ActivationClient(shared.url), DiscBuffer(shared.store / "heldout")
-    train, batches = DiscBuffer(shared.store / "train"), list(client.heldout(64))
-    assert [len(batch.row) for batch in batches] == [64, 64, 22]
-    assert torch.equal(torch.cat([batch.activations for batch in batches]), heldout[:])
-    assert np.array_equal(np.concatenate([batch.token for batch in batches]), heldout.tokens(slice(None)))
-    index = client.index()
-    assert (index.n_layers, index.d_acts, index.model, index.shards) == (3, 16, train.index.model, [])
-    assert torch.equal(client.statistics().target_sd, train.statistics.target_sd)
-
-
 def test_the_counters_add_up_and_refresh_makes_other_rows(shared: Server) -> None:
     client = ActivationClient(shared.url)
     eventually(lambda: client.stats()["fill"] == 1)
@@ -121,22 +109,6 @@ def test_the_counters_add_up_and_refresh_makes_other_rows(shared: Server) -> Non
     assert client.refresh() > 256
     assert min(next(client.stream_activations(100, 1)).row) >= after["rows_generated"]
     assert client.stats()["rows_dropped"] > 256
-
-
-def test_two_workers_give_each_row_once(strict: Server) -> None:
-    client, seen = ActivationClient(strict.url, TOKEN), []
-    assert client.stats()["workers"] == 2, "CLT_SERVER_WORKERS is for clt serve"
-
-    def read() -> None:
-        for batch in client.stream_activations(20, 10):
-            seen.extend(batch.row.tolist())
-
-    threads = [threading.Thread(target=read) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(seen) == len(set(seen)) == 400
 
 
 def test_plain_uvicorn_serves_what_a_model_gives(serve) -> None:
@@ -154,11 +126,9 @@ def test_plain_uvicorn_serves_what_a_model_gives(serve) -> None:
     ("path", "status", "reason"),
     [
         ("/activations/stream?batch_size=0", 422, "parameter batch_size is 0; wanted 1 to 8192"),
-        ("/activations/stream?batch_size=-5", 422, "wanted 1 to 8192"),
         ("/activations/stream?batch_size=8193", 422, "wanted 1 to 8192"),
         ("/activations/stream?batch_size=" + "9" * 5000, 400, "wanted one whole number"),
         ("/activations/stream?batch_size=1e3", 400, "wanted one whole number"),
-        ("/activations/stream?batch_size=", 400, "wanted one whole number"),
         ("/activations/stream?batch_size=%D9%A3", 400, "wanted one whole number"),
         ("/activations/stream?batch_size=1&batch_size=1", 400, "wanted one whole number"),
         ("/activations/stream?max_batches=0", 422, "wanted 1 to"),
@@ -270,7 +240,6 @@ def test_a_stream_goes_on_until_the_client_leaves_or_asks_again(shared: Server) 
         connection = shared.connect("/activations/stream?batch_size=64")
         with connection, contextlib.closing(http.client.HTTPResponse(connection)) as response:
             response.begin()
-            assert response.headers["transfer-encoding"] == "chunked"
             assert len(response.read(1_000_000)) == 1_000_000
             assert client.stats()["clients"] == 1
             if more is not None:
@@ -290,6 +259,12 @@ def test_slow_readers_are_ended_and_others_are_told_of_them(strict: Server) -> N
         assert status == 503, "a third client of two"
         assert "server.max_streams" in json.loads(body)["error"]
         eventually(lambda: client.stats()["clients"] == 0)  # they read nothing for idle_seconds
+    for _ in range(3):  # nor do requests that fail, or whose client leaves, keep their place
+        assert strict.ask("/activations/tensor?batch_size=0", authorization=f"Bearer {TOKEN}")[0] == 422
+        with strict.connect("/activations/stream", token=TOKEN) as connection:
+            connection.recv(10)
+        eventually(lambda: client.stats()["clients"] == 0)
+    assert len(next(client.stream_activations(5)).row) == 5
 
 
 def test_answers_that_nobody_reads_are_ended_however_small(strict: Server) -> None:
@@ -300,16 +275,6 @@ def test_answers_that_nobody_reads_are_ended_however_small(strict: Server) -> No
             connection.settimeout(0.01)  # each is answered before the next comes
             with contextlib.suppress(TimeoutError):
                 connection.recv(1, socket.MSG_WAITALL | socket.MSG_PEEK)
-
-
-def test_failed_requests_give_their_place_back(strict: Server) -> None:
-    client = ActivationClient(strict.url, TOKEN)
-    for _ in range(3):
-        assert strict.ask("/activations/tensor?batch_size=0", authorization=f"Bearer {TOKEN}")[0] == 422
-        with strict.connect("/activations/stream", token=TOKEN) as connection:
-            connection.recv(10)
-        eventually(lambda: client.stats()["clients"] == 0)
-    assert len(next(client.stream_activations(5)).row) == 5
 
 
 # A generator that makes no rows, or dies
@@ -352,38 +317,30 @@ def test_waiting_clients_hear_why_the_generator_died_and_streams_go_on_after_it(
 # What lies between a server and those who use it
 
 
-def _has_ipv6() -> bool:
+def has_ipv6() -> bool:
     with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
         return True
     return False
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None or not _has_ipv6(), reason="needs openssl and IPv6")
-def test_tls_and_ipv6(own_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(shutil.which("openssl") is None or not has_ipv6(), reason="needs openssl and IPv6")
+def test_tls_and_ipv6(serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
     make += ["-addext", "subjectAltName=IP:::1", "-keyout", str(key), "-out", str(certificate)]
     subprocess.run(make, check=True, capture_output=True)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    (tmp_path / "config.yaml").write_text(to_yaml(own_config))
-    with socket.create_server(("::1", 0), family=socket.AF_INET6) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "clt.cli", "serve", str(tmp_path / "config.yaml"), "server.host=::1"]
-    command += [f"server.port={port}", "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
-    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, cwd=ROOT, stderr=log) as process:
-        try:
-            client = ActivationClient(f"https://[::1]:{port}", patience=60)
-            batches = list(client.stream_activations(100, 20))
-            assert len({row for batch in batches for row in batch.row.tolist()}) == 2000
-            assert len(client.get_activations_tensor(10)) == 10
-            monkeypatch.delenv("SSL_CERT_FILE")
-            with pytest.raises(ServerError, match="CERTIFICATE_VERIFY_FAILED"):
-                ActivationClient(client.url, patience=0).stats()
-            with pytest.raises(ServerError):
-                ActivationClient(client.url.replace("https", "http"), patience=0).stats()
-        finally:
-            process.send_signal(signal.SIGINT)
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    options = ["server.host=::1", "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
+    server = serve(options=options, url="https://[::1]:{port}")
+    client = ActivationClient(server.url)
+    batches = list(client.stream_activations(100, 20))
+    assert len({row for batch in batches for row in batch.row.tolist()}) == 2000
+    monkeypatch.delenv("SSL_CERT_FILE")
+    for url, told in ((server.url, "CERTIFICATE_VERIFY_FAILED"), (server.url.replace("https", "http"), "stats")):
+        with pytest.raises(ServerError, match=told):
+            ActivationClient(url, patience=0).stats()
+    server.stop()
+    assert "Traceback" not in server.log.read_text()
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")

@@ -26,12 +26,12 @@ from clt import cli
 from clt.config import load_config
 from clt.data.store import DiscBuffer
 from clt.server.client import ActivationClient
-from clt.server.wire import Shape, body_of, frame, frame_bytes
-from clt.train import checkpoint
+from clt.server.wire import Shape, frame, frame_bytes, part_of
 from clt.train.watch import PREEMPTED
 from tests.server.conftest import Server, eventually, pause_generator
 
 STEPS = 40
+WAITS = "; trying again for 600 s."
 ONE_READS = "parallel.feature_shards=2"  # and sends the other what it read: of two that read, one might get all rows
 
 
@@ -53,39 +53,33 @@ class Job:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         self.run, self.log = run, run.with_suffix(".log")
+        self.log.touch()
         keys = [*overrides, f"run.dir={run}", "eval.replacement_tokens=0"]
         self.ranks = [context.Process(target=rank, args=(i, size, port, keys, self.log)) for i in range(size)]
         for process in self.ranks:
             process.start()
 
-    def wait(self, *words: str) -> None:
-        """Until all of these words are in its log."""
-        eventually(lambda: all(word in self.said() for word in words) or self.ended(), 120)
-        assert not self.ended(), self.said()
+    def wait(self) -> None:
+        """Until it waits for the server."""
+        eventually(lambda: WAITS in self.said() or any(process.exitcode is not None for process in self.ranks), 120)
+        assert WAITS in self.said(), self.said()
 
     def said(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
+        return self.log.read_text()
 
-    def ended(self) -> bool:
-        return any(process.exitcode is not None for process in self.ranks)
-
-    def end(self) -> list[int | None]:
-        """The ranks' statuses, once they have ended."""
+    def end(self, *statuses: int) -> list[Path]:
+        """Wait for the ranks' ends, with these statuses; the checkpoints that there are."""
         for process in self.ranks:
             process.join(120)
-        return [process.exitcode for process in self.ranks]
+        assert [process.exitcode for process in self.ranks] == [*statuses], self.said()
+        return sorted((self.run / "checkpoints").glob("step_*"))
 
 
 @pytest.fixture
 def job(no_gpu_for_several_ranks: None) -> Iterator[Callable[..., Job]]:
     """job(size, overrides, run): a Job, whose processes do not outlive the test."""
     jobs: list[Job] = []
-
-    def start(*arguments) -> Job:
-        jobs.append(Job(*arguments))
-        return jobs[-1]
-
-    yield start
+    yield lambda *arguments: jobs.append(Job(*arguments)) or jobs[-1]
     for process in itertools.chain.from_iterable(job.ranks for job in jobs):
         process.kill()
         process.join()
@@ -125,77 +119,72 @@ def kill(server: Server) -> None:
 def test_a_run_that_had_no_row_leaves_nothing_to_resume(dry, keys, job, tmp_path):
     dry.refresh()
     run = job(1, keys, tmp_path / "run")
-    run.wait("; trying again for 600 s.")
+    run.wait()
     os.kill(run.ranks[0].pid or 0, signal.SIGTERM)
-    assert run.end() == [PREEMPTED], run.said()
+    assert not run.end(PREEMPTED)
     assert f"stopped after step 0 of {STEPS}, before the first step, so nothing was saved" in run.said()
-    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_two_ranks_wait_out_a_killed_server_and_their_run_is_evaluated_again(server, dry, keys, job, tmp_path):
     """Each rank has its own stream, no row is read twice, and the rows of both are counted."""
     before = dry.stats()["rows_drawn"]
     run = job(2, [*keys, f"data.store={tmp_path / 'here'}"], tmp_path / "run")
-    run.wait("; trying again for 600 s.")
+    run.wait()
     kill(server)
     server.start()
-    assert run.end() == [0, 0], run.said()
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    checkpoint = run.end(0, 0)[-1]
+    summary = json.loads((run.run / "summary.json").read_text())
     (read,) = summary["rows_by_segment"].values()  # the buffer outlives a kill
     assert STEPS * 60 <= read <= dry.stats()["rows_drawn"] - before
-    state = json.loads((tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}" / "state.json").read_text())
-    assert STEPS * 60 <= sum(state["rows_by_segment"].values()) <= read
-    cli.main(["eval", str(tmp_path / "run")])
-    again = json.loads((tmp_path / "run" / f"report_step_{STEPS:08d}" / "evaluation.json").read_text())
+    assert STEPS * 60 <= sum(rows_of(checkpoint).values()) <= read
+    cli.main(["eval", str(run.run)])
+    again = json.loads((run.run / f"report_{checkpoint.name}" / "evaluation.json").read_text())
     assert again["fve"] == pytest.approx(summary["fve"], abs=1e-6)
+
+
+def rows_of(checkpoint: Path) -> dict[str, int]:
+    return json.loads((checkpoint / "state.json").read_text())["rows_by_segment"]
 
 
 def test_a_signal_while_the_server_is_away_stops_all_ranks_and_the_run_goes_on(server, dry, keys, job, train, tmp_path):
     run = job(2, [*keys, ONE_READS, "parallel.timeout_seconds=6"], tmp_path / "run")
-    run.wait("; trying again for 600 s.")
+    run.wait()
     kill(server)
     time.sleep(7)  # to wait is no hang
     os.kill(run.ranks[1].pid or 0, signal.SIGUSR1)
-    assert run.end() == [PREEMPTED, PREEMPTED], run.said()
-    (step,) = checkpoint.steps(tmp_path / "run" / "checkpoints")
+    (checkpoint,) = run.end(PREEMPTED, PREEMPTED)
+    step = int(checkpoint.name.removeprefix("step_"))
     assert f"stopped after step {step} of {STEPS}, with a checkpoint" in run.said()
     assert 1 <= step < STEPS
     assert "tried for" not in run.said()
-    saved = json.loads((tmp_path / "run" / "checkpoints" / f"step_{step:08d}" / "state.json").read_text())
+    saved = rows_of(checkpoint)
     server.start()
-    rows = train(*keys, f"run.dir={tmp_path / 'run'}", "eval.replacement_tokens=0").summary["rows_by_segment"]
-    assert rows.keys() == saved["rows_by_segment"].keys()
-    assert sum(rows.values()) >= 60 * (STEPS - step) + sum(saved["rows_by_segment"].values())
+    rows = train(*keys, f"run.dir={run.run}", "eval.replacement_tokens=0").summary["rows_by_segment"]
+    assert rows.keys() == saved.keys()
+    assert sum(rows.values()) >= 60 * (STEPS - step) + sum(saved.values())
 
 
-def come_back_as_another(server: Server, path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "overrides"), [(2, [ONE_READS]), (1, ["log.every=1000", "optim.lr=1e30"])])
+def test_a_server_that_comes_back_as_another_costs_no_step_but_of_numbers_that_are_not_finite(
+    server, dry, keys, job, tmp_path, ranks, overrides
+):
     """With a token that the run does not have: it will not help to wait."""
-    (path / "token").write_text("quite-another-token")
-    (path / "token").chmod(0o600)
+    run = job(ranks, [*keys, *overrides], tmp_path / "run")
+    run.wait()
+    (tmp_path / "token").write_text("quite-another-token")
+    (tmp_path / "token").chmod(0o600)
     kill(server)
-    server.start(f"server.token_file={path / 'token'}")
-
-
-def test_a_server_that_comes_back_as_another_costs_no_step(server, dry, keys, job, tmp_path):
-    run = job(2, [*keys, ONE_READS], tmp_path / "run")
-    run.wait("; trying again for 600 s.")
-    come_back_as_another(server, tmp_path)
-    assert run.end() == [2, 2], run.said()
-    assert " answered 401: this server wants its token" in run.said()
-    (step,) = checkpoint.steps(tmp_path / "run" / "checkpoints")
-    assert f"stopped after step {step} of {STEPS}, with a checkpoint" in run.said()
-    assert step >= 1
+    server.start(f"server.token_file={tmp_path / 'token'}")
+    checkpoints = run.end(*[2] * ranks)
     kill(server)
-
-
-def test_numbers_that_are_not_finite_are_not_saved_for_a_server_that_is_away(server, dry, keys, job, tmp_path):
-    run = job(1, [*keys, "log.every=1000", "optim.lr=1e30"], tmp_path / "run")
-    run.wait("; trying again for 600 s.")
-    come_back_as_another(server, tmp_path)
-    assert run.end() == [2], run.said()
-    assert " was not finite at step " in run.said()
-    assert not list((tmp_path / "run").glob("checkpoints/*"))
-    kill(server)
+    if ranks == 1:
+        assert " was not finite at step " in run.said()
+        assert not checkpoints
+    else:
+        assert " answered 401: this server wants its token" in run.said()
+        step = int(checkpoints[0].name.removeprefix("step_"))
+        assert f"stopped after step {step} of {STEPS}, with a checkpoint" in run.said()
+        assert step >= 1
 
 
 class Replay(http.server.BaseHTTPRequestHandler):
@@ -218,7 +207,7 @@ class Replay(http.server.BaseHTTPRequestHandler):
                 for sequence in itertools.count():
                     rows = np.arange(n) + sequence % (len(store) // 60) * 60 + own * n
                     columns = {"document": rows, "row": rows, "token": rows, "position": rows}
-                    self.wfile.write(b"".join(frame([body_of(store.read(rows), columns)], sequence, shape, "replay")))
+                    self.wfile.write(b"".join(frame([part_of(store.read(rows), columns)], sequence, shape, "replay")))
             return
         answers = {
             "/index": json.dumps({**dataclasses.asdict(store.index), "rows": 0, "shards": []}).encode(),
@@ -259,10 +248,8 @@ def test_every_layout_learns_the_same_from_the_same_rows(
         wanted = train(*keys).weights
     with replay(stores, tmp_path / "many", processes // feature_shards) as keys:
         keys = [*train_overrides[1:], *keys, f"parallel.feature_shards={feature_shards}"]
-        run = job(processes, keys, tmp_path / "run")
-        assert run.end() == [0] * processes, run.said()
-    (path,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+        (path,) = job(processes, keys, tmp_path / "run").end(*[0] * processes)
     weights = load_file(path / "model.safetensors")
     for name, tensor in wanted.items():
         torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6)
-    assert json.loads((path / "state.json").read_text())["rows_by_segment"]["replay"] >= 600
+    assert rows_of(path)["replay"] >= 600

@@ -19,7 +19,7 @@ from clt.errors import UserError
 from clt.server import client as module
 from clt.server.client import ActivationClient, ServerError
 from clt.server.remote import ServerStore
-from clt.server.wire import COLUMNS, Shape, body_of, frame
+from clt.server.wire import COLUMNS, Shape, frame, part_of
 
 SHAPE = Shape(3, 4, "float16")
 INDEX = {"format_version": 1, "model": "m", "revision": None, "tokenizer_hash": "t", "layers": [0, 1, 2],
@@ -31,7 +31,7 @@ Send = Callable[[socket.socket], None]
 
 def rows(n: int, shape: Shape = SHAPE, sequence: int = 0, segment: str = "abc", first: int = 0) -> bytes:
     tensor = torch.zeros(n, 2, shape.n_layers, shape.d_acts, dtype=getattr(torch, shape.dtype))
-    body = body_of(tensor, {name: np.arange(first, first + n) for name in COLUMNS})
+    body = part_of(tensor, {name: np.arange(first, first + n) for name in COLUMNS})
     return b"".join(frame([body], sequence, shape, segment))
 
 
@@ -110,11 +110,9 @@ def test_what_breaks_off_is_asked_for_again_from_there_on(monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [
-        {"n_layers": -1}, {"n_layers": 10**12}, {"n_layers": True}, {"n_layers": 3.0}, {"n_layers": "3"},
-        {"n_layers": 2}, {"d_acts": 0}, {"d_acts": None}, {"dtype": "float64"}, {"dtype": "load"},
-        {"dtype": ["float16"]}, {"dtype": None}, {"layers": [0, 1, "2"]}, {"layers": 3}, {"input_sites": "abc"},
-        {"text": []}, {"text": {}}, {"format_version": 99}, {"shards": [{"file": "x"}]}, {"model": None},
-        {"rows": "many"}, {"unknown": 1}, {"context": float("nan")}, {"lm_layers": "x"},
+        {"n_layers": -1}, {"n_layers": 10**12}, {"n_layers": True}, {"n_layers": 2}, {"d_acts": 0}, {"dtype": "load"},
+        {"dtype": None}, {"layers": [0, 1, "2"]}, {"input_sites": "abc"}, {"text": {}}, {"format_version": 99},
+        {"shards": [{"file": "x"}]}, {"rows": "many"}, {"unknown": 1}, {"context": float("nan")},
     ],
 )  # fmt: skip
 def test_an_index_that_makes_no_sense(change):
@@ -125,25 +123,24 @@ def test_an_index_that_makes_no_sense(change):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"null", b"[]", b"3", b"{", b"[" * 100_000, b"\xff\xfe", b'{"max_batch": -1}', b'{"max_batch": 1e9}',
-             b'{"max_batch": true}', b"<html>a notebook</html>"],
+    "body", [b"", b"null", b"[]", b"{", b"[" * 100_000, b"\xff\xfe", b'{"max_batch": -1}', b'{"max_batch": true}'],
 )  # fmt: skip
 def test_answers_of_another_kind_are_told_at_once(body):
-    with liar(patience=600, **dict.fromkeys(("stats", "index", "refresh"), answer(body))) as it:
+    with liar(patience=600, **dict.fromkeys(("stats", "index", "refresh", "statistics"), answer(body))) as it:
         for ask in (it.stats, it.index, it.refresh):
             with pytest.raises(ServerError, match="where an activation server answers in JSON"):
                 ask()
-    with liar(statistics=answer(body)) as it, pytest.raises(ServerError):
-        it.statistics()
+
+
+ones = torch.ones(3, 4, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"input_mean": torch.ones(3, 5, dtype=torch.float64)}, {"input_sd": -torch.ones(3, 4, dtype=torch.float64)},
-        {"target_sd": torch.full((3, 4), torch.nan, dtype=torch.float64)}, {"target_mean": torch.ones(3, 4)},
-        {"rows": torch.tensor(-3)}, {"rows": torch.tensor([1, 2])}, {"rows": None}, {"input_sd": None},
-        {"more": torch.ones(1)},
+        {"input_mean": torch.ones(3, 5, dtype=torch.float64)}, {"input_sd": -ones}, {"target_sd": ones * torch.nan},
+        {"target_mean": ones.float()}, {"rows": torch.tensor(-3)}, {"rows": torch.tensor([1, 2])}, {"rows": None},
+        {"input_sd": None}, {"more": ones},
     ],
 )  # fmt: skip
 def test_statistics_of_another_shape_or_that_cannot_be(change):

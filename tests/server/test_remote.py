@@ -1,8 +1,6 @@
 """Training data from a server: what a run gets of it, and what becomes of one that was started again."""
 
 import dataclasses
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,8 +15,7 @@ from clt.data.store import DiscBuffer
 from clt.errors import UserError
 from clt.server.client import ActivationClient, ServerError
 from clt.server.remote import ServerStore, fetch_heldout, open_server
-from clt.server.wire import Batch
-from tests.server.conftest import Server, eventually, pause_generator
+from tests.server.conftest import Server
 
 TOKEN = "a-token-of-the-tests-0123456789"
 
@@ -65,7 +62,8 @@ def test_heldout_rows_become_a_store_that_runs_share(server, reader):
             done.result()
     here, there = DiscBuffer(f"{config.data.store}/heldout"), DiscBuffer(server.store / "heldout")
     assert torch.equal(here[:], there[:])
-    assert np.array_equal(here.documents(slice(None)), there.documents(slice(None)))
+    for name in ("documents", "tokens", "positions"):
+        assert np.array_equal(getattr(here, name)(slice(None)), getattr(there, name)(slice(None)))
     verify(here.path)
     assert Statistics.load(f"{config.data.store}/train/stats.safetensors").rows > 0
 
@@ -115,35 +113,3 @@ def test_rows_of_a_server_that_was_started_again_with_another_config_are_refused
     with pytest.raises(ServerError, match=rf"now serves other rows \({told}\)"):
         store.read(np.arange(5), torch.empty(5, 2, 3, 16, dtype=torch.float16))
     assert not store.consumed
-
-
-class Recorder(ActivationClient):
-    """Keeps what its rows are called."""
-
-    def __init__(self, *arguments, **options) -> None:
-        super().__init__(*arguments, **options)
-        self.rows: list[tuple[str, int]] = []
-
-    def stream_activations(self, *arguments, **options) -> Iterator[Batch]:
-        for batch in super().stream_activations(*arguments, **options):
-            self.rows += [(batch.segment, row) for row in batch.row.tolist()]
-            yield batch
-
-
-def test_a_server_that_is_killed_and_started_again_is_waited_out(serve):
-    """Rows stay distinct over both lives. The first has fewer than are read, as its generator stands still."""
-    server = serve("server.max_batch=100", "server.rows=1024")
-    client = Recorder(server.url, patience=120)
-    store, out = ServerStore(client, 1000), torch.empty(50, 2, 3, 16, dtype=torch.float16)
-    eventually(lambda: client.stats()["fill"] == 1)
-    pause_generator(client)
-    reader = threading.Thread(target=lambda: [store.read(np.arange(50), out) for _ in range(60)])
-    reader.start()
-    eventually(lambda: len(client.rows) >= 100)
-    server.process.kill()
-    server.process.wait()
-    server.start()
-    reader.join(120)
-    assert len(client.rows) == len(set(client.rows)) >= 60 * 50 > 1024
-    assert sum(store.consumed.values()) == len(client.rows)
-    assert len(store.consumed) == 1, "the buffer outlives a kill"

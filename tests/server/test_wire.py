@@ -10,43 +10,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from clt.server.wire import (
-    COLUMNS,
-    Batch,
-    Shape,
-    Slice,
-    WireError,
-    as_bytes,
-    body_of,
-    empty_batch,
-    frame,
-    frame_bytes,
-    read_frame,
-)
+from clt.server import wire
+from clt.server.wire import COLUMNS, Part, Shape, WireError
 
 SMALL = Shape(1, 3, "float16")
-HEAD = 48  # bytes before the safetensors payload
+HEAD = 32  # bytes before the safetensors payload
 
 
-def make(n: int, shape: Shape = SMALL, sequence: int = 0, parts: int = 1) -> tuple[Slice, bytearray]:
-    """Random bits (infinities and NaNs included) and their frame, as of so many slices of two bodies."""
+def make(n: int, shape: Shape = SMALL, sequence: int = 0, parts: int = 1) -> tuple[Part, bytearray]:
+    """Random bits (infinities and NaNs included) and their frame, as of so many slices."""
     random = np.random.default_rng(n)
     data = torch.from_numpy(np.frombuffer(random.bytes(n * shape.row_bytes), np.uint8).copy())
     rows = data.view(getattr(torch, shape.dtype)).view(n, 2, shape.n_layers, shape.d_acts)
-    body = body_of(rows, {name: random.integers(0, 2**31, n).astype(kind) for name, kind in COLUMNS.items()})
+    part = wire.part_of(rows, {name: random.integers(0, 2**31, n).astype(kind) for name, kind in COLUMNS.items()})
     cuts = np.linspace(0, n, parts + 1).astype(int).tolist()
-    slices = [body._replace(start=a, stop=b) for a, b in pairwise(cuts) if a < b]
-    whole = bytearray(b"".join(frame(slices, sequence, shape, "5e9")))
-    assert len(whole) == frame_bytes(n, shape, "5e9")
-    return body, whole
+    whole = bytearray(b"".join(wire.frame([wire.cut(part, a, b) for a, b in pairwise(cuts)], sequence, shape, "5e9")))
+    assert len(whole) == wire.frame_bytes(n, shape, "5e9")
+    return part, whole
 
 
-def read(
-    data: bytes, shape: Shape = SMALL, most: int = 9, sequence: int = 0, segment: str = "5e9"
-) -> tuple[int, Batch]:
+def read(data: bytes, shape: Shape = SMALL, most: int = 9, sequence: int = 0, segment: str = "5e9") -> tuple[int, Part]:
     """The frame's number of rows, and them behind one other row."""
-    batch = empty_batch(1 + most, shape, segment)
-    return read_frame(io.BytesIO(data).readinto, lambda size: None, shape, sequence, batch, 1), batch
+    out = wire.empty_part(1 + most, shape)
+    return wire.read_frame(io.BytesIO(data).readinto, lambda size: None, sequence, shape, segment, out, 1), out
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -54,15 +40,18 @@ def read(
 @settings(max_examples=25, deadline=None)
 def test_what_is_sent_arrives_and_is_plain_safetensors(dtype, n, n_layers, d, parts):
     shape = Shape(n_layers, d, dtype)
-    body, data = make(n, shape, 7, parts)
-    rows, batch = read(data, shape, sequence=7)
-    assert rows == n
+    sent, data = make(n, shape, 7, parts)
+    got, out = read(data, shape, sequence=7)
+    assert got == n
     independent = load(bytes(data[HEAD:]))
-    sent = as_bytes(independent.pop("activations").contiguous())
-    assert as_bytes(batch.activations[1 : 1 + n].contiguous()) == sent == body.body[24 * n :].data
+    rows = independent.pop("activations").flatten(1).view(torch.uint8).numpy()
+    assert np.array_equal(rows, sent["rows"])
+    assert np.array_equal(rows, out["rows"][1 : 1 + n])
+    assert wire.tensor_of(out, shape).shape == (10, 2, n_layers, d)
     assert independent.keys() == COLUMNS.keys()
     for name, column in independent.items():
-        assert np.array_equal(getattr(batch, name)[1 : 1 + n], column.numpy())
+        assert np.array_equal(sent[name], column.numpy())
+        assert np.array_equal(out[name][1 : 1 + n], column.numpy())
 
 
 def test_every_damaged_bit_and_every_cut_is_noticed_but_for_the_cut_between_frames():
