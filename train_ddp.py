@@ -30,7 +30,7 @@ def main(config: Config, prepare: bool) -> int:
     from clt.train.checkpoint import Checkpoints
     from clt.train.evaluation import Evaluator
     from clt.train.logger import Logger
-    from clt.train.metrics import Metrics, Speed, coefficients, k_at
+    from clt.train.metrics import Metrics, Speed, coefficients, k_at, steps_at_k
     from clt.train.optim import autocast_dtype, check_finite, learning_rate
     from clt.train.profile import profiled
     from clt.train.report import conclude, summary
@@ -108,7 +108,7 @@ def main(config: Config, prepare: bool) -> int:
                 checkpoints.wait_for_copy()
                 grad_norm = state.update(state.step, lr, metrics.values)
                 state.gradients.clear()
-                transcoder.track(metrics.thresholds, state.step)
+                transcoder.track(metrics.thresholds, steps_at_k(state.step, steps, config.clt))
                 state.steering.update(state.step, metrics)
                 state.fired(metrics.fired)
                 logger.step(state.step)

@@ -110,7 +110,7 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
     config, dtype = load_config(), autocast_dtype(case["precision"], device)
     accumulate_in_float32()
     rule = case["variant"].removesuffix("_compiled")
-    k = {"topk": 10, "batchtopk": 10 * case["L"]}.get(rule)
+    k = {"topk": 10, "batchtopk": 10 * batch.shape[2]}.get(rule)
     chosen = [f"clt.activation={rule}", f"clt.k={k}", "loss.sparsity=0"] if k else []
     ours = objective(case["F"], batch, f"train.compile={compiled and not textbook}", *chosen)
     model: nn.Module = Textbook(ours) if textbook else ours

@@ -161,12 +161,16 @@ def _convert(arguments: argparse.Namespace) -> None:
     directory = run.directory / f"jumprelu_step_{run.step:08d}"
     if directory.exists():
         raise UserError(f"{directory} exists already; delete it to convert again")
+    if arguments.rows < 1:
+        raise UserError(f"--rows is {arguments.rows}; wanted 1 or more")
     store = open_store(run.config, "train")
     rows = min(arguments.rows, len(store))
     x = store[[len(store) * i // rows for i in range(rows)]][:, 0].to(run.transcoder.b_dec)
     converted = to_jumprelu(run.transcoder, x)
     for name, transcoder in ((rule, run.transcoder), ("jumprelu", converted)):
-        print(f"{name}:\n{table(run.evaluate(transcoder).numbers)}\n")
+        numbers = run.evaluate(transcoder).numbers
+        del numbers["dead_fraction"]  # is of the training run
+        print(f"{name}:\n{table(numbers)}\n")
     converted.save_pretrained(directory)
     print(f"The transcoder is in {directory}; thresholds were set on {rows:,} training rows")
 

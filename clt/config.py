@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from clt.errors import UserError
-from clt.model.spec import BY_K, CLTConfig, LossConfig, check_rule, needs_dead
+from clt.model.spec import CLTConfig, LossConfig, check_loss, check_rule
 from clt.parsing import merge_file, merge_text
 from clt.ranges import ASCENDING, DECAY_RATES, FREE, NAME, NOT_NEGATIVE, PORT, POSITIVE, SEED, SHARE, SITE, free
 
@@ -294,22 +294,7 @@ def load_config(
     if (config.lm.input_site is None) != (config.lm.output_site is None):
         raise UserError("lm.input_site and lm.output_site go together: set both, or neither")
     check_rule(config.clt)
-    if config.clt.activation in BY_K and config.loss.sparsity:
-        raise UserError(
-            f"loss.sparsity is {config.loss.sparsity} but clt.activation is {config.clt.activation}, whose L0 is that "
-            "of clt.k alone; wanted loss.sparsity=0"
-        )
-    if needs_dead(config.loss) and config.loss.dead_window is None:
-        field = "aux" if config.loss.aux else "pre_activation_kind"
-        raise UserError(
-            f"loss.{field} is {getattr(config.loss, field)} but loss.dead_window is null; wanted the tokens without "
-            f"firing after which a feature is dead, e.g. loss.dead_window={config.eval.dead_window}"
-        )
-    if config.loss.target_l0 is not None and not config.loss.sparsity:
-        raise UserError(
-            f"loss.target_l0 is {config.loss.target_l0} but loss.sparsity is 0, so there is no coefficient to steer; "
-            + ("wanted null, as clt.k sets the L0" if config.clt.k else "wanted loss.sparsity above 0, to start from")
-        )
+    check_loss(config.loss, config.clt)
     return config
 
 

@@ -39,8 +39,8 @@ def theta(clt: CLTConfig, threshold: Tensor, norm: Tensor | None) -> Tensor:
     if not clt.by_norm:
         return threshold
     assert norm is not None
-    # pre > t / norm and pre * norm > t differ by rounding: what is this little above t counts as a tie with it.
-    return threshold * (1 + 4 * torch.finfo(threshold.dtype).eps) / norm
+    # pre > t / norm and pre * norm > t differ by rounding. A score that is above t by rounding alone must not fire.
+    return threshold * (1 + 4 * torch.finfo(threshold.dtype).eps) / norm.clamp_min(1e-30)
 
 
 class Gated(NamedTuple):
@@ -48,7 +48,7 @@ class Gated(NamedTuple):
 
     features: Tensor
     sparsity: Tensor  # (): of tanh(c * norm * a)
-    pre_activation: Tensor  # (): of norm * relu(floor - pre)
+    pre_activation: Tensor  # (): of norm * relu(least - pre)
     active: Tensor  # (F,): for how many tokens each feature fires
 
 
@@ -137,8 +137,8 @@ def _saturation(scale: Tensor, features: Tensor) -> Tensor:
 
 def _below(z: Tensor, threshold: Tensor, dead: Tensor | None, loss: LossConfig) -> Tensor:
     """How far pre-activations are below what the pre-activation loss wants, (F, B)."""
-    floor = torch.zeros_like(threshold) if loss.pre_activation_kind == "negative" else threshold
-    below = torch.relu(floor - z)
+    least = torch.zeros_like(threshold) if loss.pre_activation_kind == "negative" else threshold
+    below = torch.relu(least - z)
     if loss.pre_activation_kind == "dead":
         assert dead is not None
         below = below * dead.unsqueeze(1)

@@ -23,7 +23,7 @@ class Batch(NamedTuple):
     tokens: int
     products: tuple[Tensor, ...]  # L of (F, B): pre-activations without their bias; gradients flow
     sparsity: Tensor  # (L,): of tanh(c * ||W_dec|| * a), summed over features and tokens; gradients flow
-    pre_activation: Tensor  # (L,): of ||W_dec|| * relu(floor - pre), likewise
+    pre_activation: Tensor  # (L,): of ||W_dec|| * relu(least - pre), likewise
     remainder: Tensor | None  # (B, L, D): what the features leave of the target, in `unit`; only with `aux`
     unit: Tensor | None  # of the error, as in Target
     dead: Tensor | None  # (L, F) bool
@@ -166,6 +166,8 @@ class Objective(nn.Module):
             by_norm: Sequence[Tensor | None] = norms if clt.spec.by_norm else [None] * clt.n_layers
             layers = [Layer(*of_layer) for of_layer in zip(products, clt.b_enc.unbind(), by_norm)]
             if clt.spec.activation == "topk":
-                return none, [token_thresholds(layer, round(k), clt.gather_shards, self.kernels) for layer in layers]
+                most = max(clt.spec.k or 0, clt.spec.k_start or 0)
+                gather, kernels = clt.gather_shards, self.kernels
+                return none, [token_thresholds(layer, round(k), most, gather, kernels) for layer in layers]
             threshold = batch_threshold(layers, k, self.sum_ranks, clt.shards, self.kernels)
         return threshold, [threshold] * clt.n_layers

@@ -84,7 +84,7 @@ class LossConfig:
     sparsity_scale: Annotated[float, POSITIVE] = 0.1
     """c in tanh(c * decoder norm * activation)."""
     pre_activation: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Coefficient of the pre-activation loss, over all features, times their decoder norms: it revives dead ones."""
+    """Coefficient of the pre-activation loss: a sum over features and layers, times decoder norms; revives features."""
     pre_activation_kind: Literal["negative", "below_threshold", "dead"] = "below_threshold"
     """Penalise relu(-pre), or relu(threshold - pre) of all features or of dead ones; relu's threshold is 0."""
     aux: Annotated[float, NOT_NEGATIVE] = 0.0
@@ -100,3 +100,26 @@ class LossConfig:
 def needs_dead(loss: LossConfig) -> bool:
     """Whether a term of the loss is one of dead features."""
     return bool(loss.aux or (loss.pre_activation and loss.pre_activation_kind == "dead"))
+
+
+def check_loss(loss: LossConfig, clt: CLTConfig) -> None:
+    """Raise UserError when values of the loss do not go together, or not with the activation."""
+    for field in ("target_l0", "sparsity"):
+        if clt.activation in BY_K and getattr(loss, field):
+            raise UserError(
+                f"loss.{field} is {getattr(loss, field)} but clt.activation is {clt.activation}, whose L0 is that of "
+                f"clt.k alone; wanted loss.{field}={'null' if field == 'target_l0' else 0}"
+            )
+    if loss.target_l0 is not None and not loss.sparsity:
+        raise UserError(
+            f"loss.target_l0 is {loss.target_l0} but loss.sparsity is 0, so there is no coefficient to steer; wanted "
+            "loss.sparsity above 0, to start from"
+        )
+    if needs_dead(loss) != (loss.dead_window is not None):
+        raise UserError(
+            f"loss.dead_window is {loss.dead_window}; wanted a number of tokens if and only if loss.aux is above 0, or "
+            f"loss.pre_activation is with loss.pre_activation_kind=dead (found {loss.aux}, {loss.pre_activation} and "
+            f"{loss.pre_activation_kind})"
+        )
+    if loss.aux and loss.aux_k > clt.d_features:
+        raise UserError(f"loss.aux_k is {loss.aux_k}; wanted at most clt.d_features={clt.d_features}")

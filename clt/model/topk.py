@@ -15,9 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_POINTS = (
-    3  # thresholds that one pass over the scores counts: as fast as one, and two bits of the result instead of one
-)
+# Thresholds that one pass over the scores counts: as fast as one, and it gives two bits of the result instead of one.
+_POINTS = 3
 
 
 class Layer(NamedTuple):
@@ -63,13 +62,15 @@ def per_token(scores: Tensor, k: int, gather: Callable[[Tensor], Tensor]) -> Ten
     return top.topk(k + 1, 0).values[-1:].clamp_min(0)
 
 
-def token_thresholds(layer: Layer, k: int, gather: Callable[[Tensor], Tensor], kernels: SimpleNamespace) -> Tensor:
-    """`per_token` of one layer's scores: (1, B).
+def token_thresholds(
+    layer: Layer, k: int, most: int, gather: Callable[[Tensor], Tensor], kernels: SimpleNamespace
+) -> Tensor:
+    """`per_token` of one layer's scores: (1, B). most: the largest k of the run, which the size of groups goes by.
 
     The k+1 groups of features with the largest maxima hold the k+1 largest scores: the others need not be looked at.
     """
     F = len(layer.bias)
-    group = _divisor(F, limit=(F / (2 * (k + 1))) ** 0.5)
+    group = _divisor(F, limit=(F / (2 * (most + 1))) ** 0.5)  # one kernel however k falls
     z, largest = kernels.scores_and_maxima(layer, group)
     if group > 1:
         best = largest.topk(k + 1, 0, sorted=False).indices.unsqueeze(1).expand(-1, group, -1)
@@ -85,7 +86,8 @@ def batch_threshold(
     everyone: sums a tensor over all ranks, in place; shards: how many of them hold the same tokens.
     """
     product = layers[0].product
-    tokens = everyone(torch.tensor(float(product.shape[1]), dtype=torch.float64, device=product.device)) / shards
+    tokens = torch.full((), product.shape[1], dtype=torch.float64, device=product.device)
+    tokens = everyone(tokens) / shards
     most = (k * tokens).round()
 
     def search(parts: Sequence[Layer]) -> Tensor:
@@ -94,11 +96,12 @@ def batch_threshold(
 
         return _smallest(count, most, parts[0].bias)
 
-    if product.is_cuda:  # where memory is fast, and a size that depends on the data would have the host wait
-        return search(layers)
-    # At most `most` groups of features have their largest score above `least`, which is no more than the result. What
-    # is above the result lies in them.
     group = _divisor(len(layers[0].bias), limit=16)
+    # On a GPU a size that depends on the data would have the host wait. Without groups nothing would be left out.
+    if product.is_cuda or group == 1:
+        return search(layers)
+    # At most `most` groups of features have a score above `least`, so the result is at least that. All scores above the
+    # result lie in these groups: the others need not be looked at again.
     largest = [kernels.maxima(layer, group) for layer in layers]
     least = search([_plain(of_layer) for of_layer in largest])
     candidates = [_members(layer, of_layer > least, group) for layer, of_layer in zip(layers, largest)]
@@ -130,7 +133,7 @@ def _smallest(count: Callable[[Tensor], Tensor], most: Tensor, like: Tensor) -> 
         points = torch.minimum(low + (high - low + _POINTS) // (_POINTS + 1) * steps, high)
         bounds = torch.cat([low.view(1), points, high.view(1)])
         at = (count(points.view(like.dtype)) > most).sum()
-        low, high = bounds[at], bounds[at + 1]
+        low, high = bounds.index_select(0, torch.stack([at, at + 1])).unbind()  # plain indexing would wait for `at`
     return high.view(like.dtype)
 
 

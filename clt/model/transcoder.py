@@ -105,14 +105,17 @@ class CrossLayerTranscoder(nn.Module):
         return fire(pre, theta(self.spec, threshold, norm)).features
 
     @torch.no_grad()
-    def track(self, thresholds: Sequence[Tensor], step: int) -> None:
-        """With `batchtopk`: take the thresholds (), one of each micro-batch of step 1, 2, .., into the running mean.
+    def track(self, thresholds: Sequence[Tensor], steps: int) -> None:
+        """With `batchtopk`: take the thresholds () of a step's micro-batches into the running mean that `encode` uses.
 
-        That is what `encode` uses. It is a mean over all steps so far, and over about the last 100 from there on.
+        steps: with the final k so far, this one included; none of them before k has fallen to it. The mean is over
+        these steps, or about the last 100 of them; while k falls, over about the last 10.
         """
         if self.spec.activation == "batchtopk":
             new = torch.stack(tuple(thresholds)).mean()
-            self.threshold.lerp_(torch.where(new.isfinite(), new, self.threshold), max(1 / step, 0.01))
+            self.threshold.lerp_(
+                torch.where(new.isfinite(), new, self.threshold), max(1 / steps, 0.01) if steps > 0 else 0.1
+            )
 
     def norm(self, layer: int) -> Tensor:
         """The norm (F,) of what each feature of a layer writes, to all its target layers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -86,6 +87,11 @@ def coefficients(step: int, steps: int, loss: LossConfig, factor: Tensor | float
     return {name: getattr(loss, name) for name in TERMS} | {
         "sparsity": loss.sparsity * min(1.0, step / ramp if ramp else 1.0) * factor
     }
+
+
+def steps_at_k(step: int, steps: int, clt: CLTConfig) -> int:
+    """How many of the first `step` steps had the final k; not positive while k falls."""
+    return step if clt.k_start is None else step - math.ceil(clt.k_ramp * steps)
 
 
 def k_at(step: int, steps: int, clt: CLTConfig) -> float | None:

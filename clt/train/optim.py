@@ -118,7 +118,7 @@ class Update:
             self.good_steps = torch.where(finite, self.good_steps + 1, 0)
             grown = torch.where(self.good_steps >= 2000, self.scale * 2, self.scale)
             self.good_steps = self.good_steps % 2000
-            self.scale = torch.where(finite, grown, (self.scale / 2).clamp_min(1))
+            self.scale = torch.where(finite | (lost > 0), grown, (self.scale / 2).clamp_min(1))
         return norm
 
     def _lost_loss(self) -> Tensor:

@@ -87,6 +87,7 @@ ROWS = {
     "fve": "fraction of variance explained (held out)",
     "nmse": "normalised MSE (held out)",
     "l0_total": "L0, all layers",
+    "l0_over_k": "L0 over the wanted one",
     "l0_per_layer": "L0 per layer",
     "dead_fraction": "dead features",
     "top1_agreement": "top-1 agreement with the original model",

@@ -20,6 +20,7 @@ from clt.data.statistics import Statistics
 from clt.data.store import DiscBuffer
 from clt.errors import UserError, mismatches
 from clt.model.loss import Objective
+from clt.model.spec import check_rule
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.parsing import to_yaml
 from clt.train import distributed as dist
@@ -70,6 +71,10 @@ def open_source(config: Config, world: World) -> tuple[StoreSource, DiscBuffer]:
             f"the stores {heldout.path} and {source.store.path} are not of one language model: {odd}; "
             "delete the wrong one to extract it again, or set data.store to another directory"
         )
+    check_rule(config.clt, source.index.n_layers)
+    features, wanted_l0 = source.index.n_layers * config.clt.d_features, config.loss.target_l0
+    if wanted_l0 is not None and wanted_l0 >= features:
+        raise UserError(f"loss.target_l0 is {wanted_l0:g}; wanted less than {features}, the features of all layers")
     return source, heldout
 
 

@@ -41,7 +41,7 @@ class TrainState:
         self.window = None  # in steps
         if needs_dead(config.loss) and config.loss.dead_window is not None:
             self.window = -(-config.loss.dead_window // config.train.batch_tokens)
-        most = 0.25 * self.transcoder.n_layers * config.clt.d_features
+        most = max(0.25 * self.transcoder.n_layers * config.clt.d_features, 4 * (config.loss.target_l0 or 0))
         self.steering = Steering(config.loss, config.train.steps, most, world.device)
         self.last_fired = torch.zeros(shape, dtype=torch.int64, device=world.device)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clt.errors import UserError
 from clt.model.loss import Objective
@@ -36,14 +37,14 @@ def test_thresholds_are_the_scores_that_just_do_not_fire(dtype, k, by_norm):
     for layer in of_layers:
         ordered = torch.cat([scores(layer), torch.zeros(1, 37, dtype=dtype)]).sort(0, descending=True).values
         wanted = ordered[k].clamp_min(0).unsqueeze(0) * (k < 96)
-        assert torch.equal(token_thresholds(layer, k, whole, KERNELS), wanted)
+        assert torch.equal(token_thresholds(layer, k, k, whole, KERNELS), wanted)
     every = torch.cat([scores(layer).flatten() for layer in of_layers]).sort(descending=True).values
     assert batch_threshold(of_layers, k, whole, 1, KERNELS) == every[k * 37].clamp_min(0)
 
 
 def test_ties_with_the_threshold_do_not_fire_and_few_scores_have_threshold_zero():
     tied = Layer(torch.tensor([[3.0, 1.0], [2.0, -1.0], [2.0, -2.0], [1.0, -3.0]]), torch.zeros(4), None)
-    assert token_thresholds(tied, 2, whole, KERNELS).tolist() == [[2.0, 0.0]]
+    assert token_thresholds(tied, 2, 2, whole, KERNELS).tolist() == [[2.0, 0.0]]
     assert batch_threshold([tied], 1.0, whole, 1, KERNELS) == 2.0  # the two largest are 3 and one of two 2s
     assert batch_threshold([tied], 3.0, whole, 1, KERNELS) == 0.0  # five are positive
 
@@ -59,8 +60,8 @@ def test_two_shards_find_the_threshold_of_the_whole(k):
         tops.append(rows)
         return torch.cat(tops)
 
-    found = [token_thresholds(half, k, gather, KERNELS) for half in halves]
-    assert torch.equal(found[1], token_thresholds(layer, k, whole, KERNELS))
+    found = [token_thresholds(half, k, k, gather, KERNELS) for half in halves]
+    assert torch.equal(found[1], token_thresholds(layer, k, k, whole, KERNELS))
 
 
 def naive_choice(clt, pre):
@@ -133,6 +134,36 @@ def test_batchtopk_encodes_with_the_running_mean_of_its_thresholds(by_norm):
     features = clt.encode(batch()[:, 0])
     torch.testing.assert_close(features, pre * ((pre * norms if by_norm else pre) > wanted))
     assert 0 < (features > 0).sum() < B * L * F
+
+
+@torch.no_grad()
+def test_the_running_mean_starts_anew_when_k_has_fallen():
+    """Thresholds of a larger k are lower: in the mean they would let too many features fire."""
+    clt = make(activation="batchtopk", k=4)
+    for steps in range(-99, 1):
+        clt.track([torch.tensor(0.5 + 0.005 * (steps + 99))], steps)
+    assert 0.9 < clt.threshold.max() < 1.0, "while k falls, the mean follows"
+    clt.track([torch.tensor(3.0)], 1)
+    assert torch.all(clt.threshold == 3.0)
+
+
+class Items(TorchDispatchMode):
+    """Counts how often the host waits for a number of the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "topk", "k": 2}, {"activation": "batchtopk", "k": 6}], ids=str)
+def test_no_step_waits_for_a_number_of_the_device(options):
+    clt, terms = make(**options), {"sparsity": 0.0, "pre_activation": 0.0, "aux": 0.0}
+    with Items() as items:
+        Objective(clt, LossConfig())(batch(), terms).total.backward()
+        clt.threshold.sum().item()
+    assert items.count == 1, "the one of this test"
 
 
 def test_other_rules_keep_their_thresholds():

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from clt.lm.replacement import replaced_logits
+from clt.model.spec import CLTConfig
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import checkpoint, evaluation
 from clt.train.distributed import World
@@ -43,7 +44,7 @@ def test_only_logging_waits_for_the_device(train, precision, compiled):
 def test_a_checkpoint_is_of_the_weights_before_the_next_update(tmp_path):
     """Begun while the GPU has much to do, and the weights changed right after: only the update waits for the copy."""
     device = torch.device("cuda", 0)
-    transcoder = CrossLayerTranscoder(2, 256, 8192).to(device)
+    transcoder = CrossLayerTranscoder(2, 256, CLTConfig(d_features=8192)).to(device)
     optimizer = torch.optim.Adam(transcoder.parameters(), fused=True)
     before = {name: tensor.cpu().clone() for name, tensor in transcoder.state_dict().items()}
     with checkpoint.Checkpoints(tmp_path, 1, 0, World(0, 1, device)) as checkpoints:
