@@ -291,6 +291,9 @@ def load_config(
             merge_text(config, text, place)
     if config.data.source == "server" and config.data.url is None:
         raise UserError("data.source=server but data.url is null: set it to the server's, e.g. http://127.0.0.1:8000")
+    if "@" in (config.data.url or "").partition("://")[2].partition("/")[0]:
+        # It would be printed, and written into run directories and to W&B.
+        raise UserError("data.url has a user's name or password in it; wanted http://HOST:PORT, and data.token_file")
     if (config.lm.input_site is None) != (config.lm.output_site is None):
         raise UserError("lm.input_site and lm.output_site go together: set both, or neither")
     check_rule(config.clt)

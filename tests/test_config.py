@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from clt.cli import main
 from clt.config import Config, config_hash, identity, load_config
 from clt.errors import UserError
 from clt.parsing import field_docs, to_yaml
@@ -44,6 +45,14 @@ def test_every_field_has_a_one_line_doc():
         for name, doc in docs.items():
             assert "\n" not in doc, f"{section.name}.{name}"
             assert doc.endswith("."), f"{section.name}.{name}"
+
+
+def test_a_url_with_a_password_is_refused_without_printing_it(capsys):
+    with pytest.raises(SystemExit):
+        main(["config", "data.url=http://me:hunter2@example.org:8000"])
+    found = capsys.readouterr()
+    assert "data.url has a user's name or password in it" in found.err
+    assert "hunter2" not in found.out + found.err
 
 
 @pytest.mark.parametrize("docs", [False, True])
