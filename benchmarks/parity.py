@@ -2,7 +2,7 @@
 
     python benchmarks/parity.py --json benchmarks/results/parity.json
     python benchmarks/parity.py --json benchmarks/results/parity-topk.json \
-        --set clt.activation=topk clt.k=6 clt.by_norm=true loss.sparsity=0
+        --set clt.activation=topk clt.k=6 clt.by_norm=true loss.sparsity=0 loss.target_l0=null
 
 Every run is train_ddp.py in processes of its own: 20 steps of fp32 on the embedded model's activations, with a global
 batch (127 tokens) that no number of ranks divides, and two micro-batches. Compared with one process: the loss and the

@@ -76,8 +76,9 @@ def backward_bytes(job: Job) -> int:
     Either in the forward pass at the last layer: all features, what was saved, and beside them that layer's features
     again and all decoders to it, or (B, F) in float32 four times, for the pass over the features. Or at the squared
     error: three float32 tensors of (L, B, D) beside what was saved. Or in the backward pass at some layer, from the
-    last to the first: the earlier layers' products and the gradients of the later layers' pre-activations, the inputs
-    and the gradient of y~, and beside them either (B, F) in float32 eight times, or the layer's own gradients.
+    last to the first: the earlier layers' products and the gradients of the later layers' pre-activations, the inputs,
+    the gradient of y~ and the decoders' norms, and beside them either (B, F) in float32 eight times, or the layer's own
+    gradients.
     """
     L, D, F, B = job.local
     saved, matrix = saved_bytes(job), B * F
@@ -86,7 +87,7 @@ def backward_bytes(job: Job) -> int:
     decode = max(matrix * job.width + L * F * D * job.width, 4 * FLOAT * matrix + (wide and job.width * matrix))
     peaks = [saved + 3 * FLOAT * L * B * D, saved + L * matrix * job.width + decode]
     for s in range(L):
-        held = L * matrix * job.width + pair
+        held = L * matrix * job.width + pair + FLOAT * L * F
         decoder = F * (L - s) * D
         gating = matrix * (job.width + 8 * FLOAT + (wide and 2 * job.width))
         own = 3 * matrix * job.width + decoder * (job.width + wide)

@@ -121,7 +121,7 @@ def gate_gradients(
         through = near.mul_(g).mul_(threshold / clt.bandwidth)
         grad_threshold = -through.sum(1)
         if clt.straight_through_pre:
-            grad_pre = grad_pre + through
+            grad_pre.add_(through)
     if loss.pre_activation:
         below = _below(z, threshold, dead, loss)
         grad_norm = grad_norm + grad_pre_activation * below.sum(1)

@@ -175,7 +175,7 @@ class Write(torch.autograd.Function):
         for block, r in zip(to_s, writers):
             block.copy_(step.decoders[r][:, s - r])
         multiply_into(y[:, s], features[:, writers[0] * F : (s + 1) * F], to_s)
-        ctx.save_for_backward(product, b_enc, theta, W_dec)
+        ctx.save_for_backward(product, b_enc, theta, W_dec, step.norms[s])
         ctx.weight, ctx.s, ctx.step = W_dec, s, step
         ctx.mark_dirty(y)
         ctx.mark_non_differentiable(gated.active)
@@ -184,8 +184,8 @@ class Write(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y: Tensor, grad_sparsity: Tensor, grad_pre_activation: Tensor, _):  # type: ignore[override]
-        product, b_enc, theta, W_dec = ctx.saved_tensors
-        T, step, norm = W_dec.shape[1], ctx.step, ctx.step.norms[ctx.s]
+        product, b_enc, theta, W_dec, norm = ctx.saved_tensors
+        T, step = W_dec.shape[1], ctx.step
         dead = None if step.dead is None else step.dead[ctx.s]
         written = grad_y[:, ctx.s : ctx.s + T].to(product.dtype).flatten(1)  # (B, T * D)
         grad_features = W_dec.flatten(1).to(product.dtype) @ written.t()  # (F, B)

@@ -40,8 +40,9 @@ def test_layouts_compute_the_same(run):
 
 
 RULES = {
-    "topk": "clt.activation=topk clt.k=6 loss.sparsity=0",
-    "batchtopk": "clt.activation=batchtopk clt.k=20 clt.by_norm=true loss.sparsity=0 loss.aux=0.1 loss.dead_window=254",
+    "topk": "clt.activation=topk clt.k=6 loss.sparsity=0 loss.target_l0=null",
+    "batchtopk": "clt.activation=batchtopk clt.k=20 clt.by_norm=true loss.sparsity=0 "
+    "loss.target_l0=null loss.aux=0.1 loss.dead_window=254",
     "target_l0": "loss.target_l0=20 loss.sparsity_ramp=0.2 loss.pre_activation=0.01 loss.pre_activation_kind=dead "
     "loss.dead_window=254",
 }

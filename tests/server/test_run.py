@@ -142,9 +142,10 @@ def test_a_server_that_is_stopped_while_it_prepares_leaves_nobody_at_work(
     long = tmp_path / "long.jsonl"  # so that it prepares for a quarter of a minute, and is caught at it
     long.write_text(Path(config().text.source).read_text() * 100)
     keys = [f"text.source={long}", "text.heldout_documents=6000", "data.heldout_tokens=100000", "lm.batch_windows=1"]
-    made = config("server.rows=150", "server.statistics_tokens=100", "server.port=47114", *keys)
+    keys += ["server.port=21114"]  # the system gives no connection a port below 32768, so that it is free
+    made = config("server.rows=150", "server.statistics_tokens=100", *keys)
     process = start(made, tmp_path, command, sigint)
-    eventually(lambda: (Path(made.data.store) / "server" / "lock").exists())
+    eventually(lambda: process.poll() is not None or (Path(made.data.store) / "server" / "lock").exists())
     process.send_signal(number)
     told = process.communicate(timeout=60)[1]  # ends when nobody has its stderr any more
     assert process.returncode == status, told
@@ -157,7 +158,7 @@ def test_a_server_that_serves_ends_on_either_signal_and_leaves_nothing(
     own_config: Config, tmp_path: Path, number: int, status: tuple[int, ...], workers: int
 ) -> None:
     """Also while it sends, and with SIGINT inherited as ignored."""
-    own_config.server.workers, own_config.server.port = workers, 47115 + workers
+    own_config.server.workers, own_config.server.port = workers, 21115 + workers
     process = start(own_config, tmp_path, CLT_SERVE)
     client = ActivationClient(f"http://127.0.0.1:{own_config.server.port}", patience=60)
     stream = client.stream_activations(8)
