@@ -65,6 +65,8 @@ def test_initial_values():
     assert not clt.b_dec.any()
     assert not clt.W_skip.any()
     assert torch.all(clt.threshold == 0.03)
+    assert clt.threshold_floor == 0.01
+    assert CrossLayerTranscoder(4, 64, CLTConfig(d_features=256, threshold=0.002)).threshold_floor == 0.002
 
 
 def test_save_and_load(tmp_path):

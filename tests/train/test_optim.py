@@ -159,3 +159,9 @@ def test_a_failure_is_recorded_with_its_term_and_step(stop):
     }  # fmt: skip
     assert update.skipped == (2 if stop else 1)
     assert all(torch.equal(a, b) for a, b in zip(ours, before)) == stop
+
+
+def test_a_run_keeps_thresholds_at_or_above_the_floor(train):
+    """At this rate Adam would have some of them below 0 after the first step."""
+    weights = train("optim.lr=0.1", "eval.replacement_tokens=0").weights
+    assert weights["threshold"].min() == torch.tensor(0.01)
