@@ -9,6 +9,7 @@ from clt.config import LossConfig
 from clt.train.metrics import Metrics
 
 _GAIN = 10.0  # e-folds of lambda over a run, for each e-fold that L0 is above its curve
+_MOST_GAIN = 0.02  # in one step: L0 follows lambda over some tens of steps
 _DAMPING = 0.3  # e-folds of lambda at once, likewise
 _FALL = 1.1  # L0 falls as lambda ** -1.1 along a linear ramp of a fixed lambda, as measured
 
@@ -38,7 +39,7 @@ class Steering:
         if curve < self.most:
             excess = (metrics.l0().clamp_min(1e-3) / curve).log().clamp(-1, 1)
             self.excess.lerp_(excess, 0.1)
-            self.integral += _GAIN / self.steps * excess
+            self.integral += min(_GAIN / self.steps, _MOST_GAIN) * excess
 
     def tensors(self) -> dict[str, Tensor]:
         """The state that a checkpoint must hold."""
