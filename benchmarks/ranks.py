@@ -1,7 +1,7 @@
 """Ranks for short jobs: each is a process forked from one that has imported what ranks import.
 
 Under torchrun every rank and the agent import torch on their own, which takes longer than a short job. Ranks that are
-forked share the interpreter's hash seed, and nobody starts them again: what depends on either wants torchrun.
+forked share the interpreter's hash seed, and nothing restarts them. A test that depends on either must use torchrun.
 """
 
 from __future__ import annotations

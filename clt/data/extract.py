@@ -100,7 +100,7 @@ def _extract(path: Path, config: Config, part: Part, lm: LanguageModel, progress
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Raise UserError for a store that cannot be written. What is read meanwhile has messages of its own."""
+    """Raise UserError for a store that cannot be written. Errors of reading are UserErrors already, and pass."""
     try:
         yield
     except OSError as error:

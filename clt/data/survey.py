@@ -12,7 +12,7 @@ from clt.data.index import StoreIndex
 from clt.data.shards import TENSOR_DTYPES, dataset_offsets, read_at, row_bytes
 
 _ROWS, _BYTES = 1024, 256 << 20  # read at most
-_ZERO, _TYPICAL = 0.01, 0.1  # shares beyond which a layer is told
+_ZERO, _TYPICAL = 0.01, 0.1  # a layer with more zeros, or a smaller typical distance, gets a warning
 
 
 def survey(path: Path, index: StoreIndex, statistics: dict[str, Any]) -> list[str]:

@@ -32,7 +32,7 @@ def fingerprints(config: Config, part: Part, ask_hub: bool = False) -> dict[str,
     `pinned`'s `text.revision=COMMIT`, if the hub may be asked. Raises UserError when it does not answer.
     """
     files: dict[str, list[Path]] = {}
-    with suppress(UserError):  # not here, or not readable: whoever needs it says so
+    with suppress(UserError):  # a model that is not here has no fingerprint; loading it gives the message
         place, gguf = locate(config.lm.model)
         kinds = {"weights": (gguf,)} if gguf else _KINDS
         files |= {

@@ -103,7 +103,7 @@ def make_kernels(compile: bool) -> SimpleNamespace:
         pinned: dict[str, Any] = {"dynamic_scale_rblock": False}
         if "deterministic" in torch._inductor.list_options():  # type: ignore[attr-defined]
             pinned["deterministic"] = True  # since torch 2.10
-        # Decoders have a shape of their own in every layer, and candidates in every step: one kernel for all.
+        # The shape of decoders differs by layer, and that of candidates by step: one kernel serves all shapes.
         dynamic = (add_scaled_rows, count_above)
         kernels = [torch.compile(kernel, dynamic=kernel in dynamic, options=pinned) for kernel in kernels]
     return SimpleNamespace(**{kernel.__name__: kernel for kernel in kernels})

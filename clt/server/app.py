@@ -80,7 +80,7 @@ def frames(n: int, most: int) -> list[int]:
 
 
 class Ended(Exception):
-    """A stream has begun and cannot go on: its connection is closed. Its client asks again, and is told the cause."""
+    """A stream that has begun cannot go on. Its connection is closed; the client retries and is told the cause."""
 
 
 async def stream(request: Request) -> Response:

@@ -279,7 +279,7 @@ class Buffer:
 
     def stats(self) -> dict[str, Any]:
         """What is worth knowing. rows_generated = valid + open + in_flight + rows_drawn + rows_dropped + rows_lost."""
-        done = self.snapshot()  # first: rows that move on meanwhile are counted twice at worst, and none as lost
+        done = self.snapshot()  # taken first: a row that moves meanwhile is counted twice, never as lost
         full, lines, living = int((self.state == FULL).sum()), self.lines.copy(), self.living()
         drawn, history = int(lines["drawn"].sum()), self.header["history"]
         rows = {
@@ -303,7 +303,7 @@ class Buffer:
 
 
 def _layout(blocks: int, block_rows: int, shape: Shape) -> tuple[np.dtype, np.dtype, int, int]:
-    """What lies before the blocks, and a block, each on pages of its own; where blocks begin, and bytes of the file."""
+    """The dtypes of the header and of a block, both padded to whole pages; the first block's offset; its size."""
     numbers = [(name, "i8") for name in ("generated", "dropped", "refreshed")]
     progress = [("mark", "i8", 3), *numbers, ("filled", "i8", blocks)]
     tables = np.dtype([("header", _HEADER), ("progress", progress, 2), ("state", "i4", blocks)])

@@ -100,7 +100,7 @@ class ActivationClient:
     def stream_activations(
         self, batch_size: int = 256, max_batches: int = _ENDLESS, index: StoreIndex | None = None
     ) -> Iterator[Batch]:
-        """`max_batches` batches, each in memory of its own.
+        """Yield `max_batches` batches. Each has its own memory.
 
         Goes on by itself over broken connections and restarts of the server. No row comes twice: the server gives
         each away once, and one that was lost on the way is lost. With an `index`, rows of another one are an error.

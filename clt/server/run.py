@@ -144,7 +144,7 @@ def load(config: Config) -> Any:
 
 
 def record(config: Config, buffer: Buffer) -> None:
-    """Save the place in the text, for a server that starts when the buffer has gone."""
+    """Save the place in the text. A server that starts without the buffer goes on from it."""
     try:
         place = {"rows": buffer.tag[:64], "mark": buffer.snapshot()["mark"].tolist()}
         write_json(own_folder(config) / "position.json", place)
