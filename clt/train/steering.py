@@ -8,9 +8,9 @@ from torch import Tensor
 from clt.config import LossConfig
 from clt.train.metrics import Metrics
 
-_GAIN = 10.0  # e-folds of lambda over a run, for each e-fold that L0 is above its curve
+_GAIN = 15.0  # e-folds of lambda over a run, for each e-fold that L0 is above its curve
 _MOST_GAIN = 0.02  # in one step: L0 follows lambda over some tens of steps
-_DAMPING = 0.3  # e-folds of lambda at once, likewise
+_AT_ONCE = 1.0  # e-folds of lambda at once, likewise
 _FALL = 1.1  # L0 falls as lambda ** -1.1 along a linear ramp of a fixed lambda, as measured
 
 
@@ -28,7 +28,7 @@ class Steering:
 
     def factor(self) -> Tensor | float:
         """What lambda is multiplied by in the next step; 1 where no L0 is wanted."""
-        return 1.0 if self.wanted is None else (self.integral + _DAMPING * self.excess).exp()
+        return 1.0 if self.wanted is None else (self.integral + _AT_ONCE * self.excess).exp()
 
     def update(self, step: int, metrics: Metrics) -> None:
         """Take in the L0 of step 1, 2, .. All ranks must call it."""
@@ -39,7 +39,8 @@ class Steering:
         if curve < self.most:
             excess = (metrics.l0().clamp_min(1e-3) / curve).log().clamp(-1, 1)
             self.excess.lerp_(excess, 0.1)
-            self.integral += min(_GAIN / self.steps, _MOST_GAIN) * excess
+            # While lambda is small, L0 lags behind its curve whatever lambda is: little of that is taken in.
+            self.integral += min(_GAIN / self.steps, _MOST_GAIN) * risen**2 * excess
 
     def tensors(self) -> dict[str, Tensor]:
         """The state that a checkpoint must hold."""
