@@ -25,7 +25,8 @@ def to_jumprelu(transcoder: CrossLayerTranscoder, x: Tensor) -> CrossLayerTransc
     plain = CLTConfig()
     rule = {name: getattr(plain, name) for name in ("k", "k_start", "by_norm", "threshold")}
     spec = replace(transcoder.spec, activation="jumprelu", **rule)
-    converted = CrossLayerTranscoder(transcoder.n_layers, transcoder.d_acts, spec).to(transcoder.b_dec)
+    converted = CrossLayerTranscoder(transcoder.n_layers, transcoder.d_acts, spec, sites=transcoder.sites)
+    converted = converted.to(transcoder.b_dec)
     converted.load_state_dict(transcoder.state_dict())
     for layer, of_layer in enumerate(x.unbind(1)):
         fired = torch.zeros(transcoder.d_features, dtype=torch.int64, device=x.device)
