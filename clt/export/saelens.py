@@ -1,7 +1,7 @@
 """SAELens' directories (its format 6): one transcoder per layer, `layer_{i}/cfg.json` and `sae_weights.safetensors`.
 
-The weights are W_enc (D, F), b_enc (F,), W_dec (F, D), b_dec (D,), of JumpReLU threshold (F,), and W_skip (D, D) transposed:
-a = relu(pre) * 1[pre > threshold], y = a @ W_dec + b_dec + x @ W_skip.T.
+The weights are W_enc (D, F), b_enc (F,), W_dec (F, D), b_dec (D,), threshold (F,) of JumpReLU, and W_skip (D, D), which
+is transposed: a = relu(pre) * 1[pre > threshold], y = a @ W_dec + b_dec + x @ W_skip.T.
 """
 
 from __future__ import annotations
