@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -176,32 +175,44 @@ class CrossLayerTranscoder(nn.Module):
             dense[s, s : s + weight.shape[1]] = weight.transpose(0, 1)
         return dense
 
-    @torch.no_grad()
+    def layer(self, s: int) -> dict[str, Tensor]:
+        """One layer's W_enc (D, F), b_enc, threshold (F,), W_dec (F, T, D), b_dec (D,), and with `skip` W_skip (D, D)."""
+        skip = {} if self.W_skip is None else {"W_skip": self.W_skip[s]}
+        encoder = {"W_enc": self.W_enc[s], "b_enc": self.b_enc[s], "threshold": self.threshold[0, s]}
+        return encoder | {"W_dec": self.W_dec[s], "b_dec": self.b_dec[s]} | skip
+
     def fold(self) -> CrossLayerTranscoder:
-        """The same function without normalisation, which is folded into the weights in float64.
+        """The same function without normalisation, which is folded into the weights. Raises as `fold_layer`."""
+        spec = replace(self.spec, normalization="none")
+        folded = CrossLayerTranscoder(self.n_layers, self.d_acts, spec, sites=self.sites).to(self.b_dec.device)
+        for s in range(self.n_layers):
+            into = folded.layer(s)
+            for name, tensor in self.fold_layer(s).items():
+                into[name].detach().copy_(tensor)
+        return folded
+
+    @torch.no_grad()
+    def fold_layer(self, s: int) -> dict[str, Tensor]:
+        """`layer` of the same function without normalisation: folded in float64, then float32.
 
         Raises ValueError for `token`, which is not an affine map, and for `by_norm`, whose norms folding changes.
         """
-        norm = deepcopy(self.normalization).double()
         if self.spec.by_norm:
             raise ValueError("clt.by_norm compares decoder norms, which folding changes; convert it to jumprelu first")
+        norm = self.normalization
         if norm.kind == "token":
             raise ValueError("normalization 'token' is not affine and cannot be folded; train with 'layer' or 'dim'")
-        spec = replace(self.spec, normalization="none")
-        folded = CrossLayerTranscoder(self.n_layers, self.d_acts, spec).to(self.b_dec.device)
-        W_enc = self.W_enc.double() / norm.input_sd.unsqueeze(-1)
-        folded.W_enc.copy_(W_enc)
-        folded.b_enc.copy_(self.b_enc.double() - torch.einsum("ld,ldf->lf", norm.input_mean, W_enc))
-        folded.threshold.copy_(self.threshold)
-        for s, weight in enumerate(self.W_dec):
-            folded.W_dec[s].copy_(weight.double() * norm.target_sd[s : s + weight.shape[1]])  # the target layers' scale
-        b_dec = norm.output(self.b_dec.double())
-        if self.W_skip is not None and folded.W_skip is not None:  # both or neither
-            W_skip = self.W_skip.double() / norm.input_sd.unsqueeze(-1) * norm.target_sd.unsqueeze(1)
-            b_dec -= torch.einsum("ld,lde->le", norm.input_mean, W_skip)
-            folded.W_skip.copy_(W_skip)
-        folded.b_dec.copy_(b_dec)
-        return folded
+        mean, sd = norm.input_mean[s].double(), norm.input_sd[s].double().unsqueeze(-1)
+        target_mean, target_sd = norm.target_mean[s].double(), norm.target_sd.double()
+        found = {name: tensor.double() for name, tensor in self.layer(s).items()}
+        W_enc = found["W_enc"] / sd
+        found |= {"W_enc": W_enc, "b_enc": found["b_enc"] - mean @ W_enc}
+        found["W_dec"] = found["W_dec"] * target_sd[s : s + found["W_dec"].shape[1]]  # the target layers' scale
+        found["b_dec"] = found["b_dec"] * target_sd[s] + target_mean
+        if "W_skip" in found:
+            found["W_skip"] = found["W_skip"] / sd * target_sd[s]
+            found["b_dec"] = found["b_dec"] - mean @ found["W_skip"]
+        return {name: tensor.float() for name, tensor in found.items()}
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` and `model.safetensors`."""
