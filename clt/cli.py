@@ -80,6 +80,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--to", choices=["jumprelu"], required=True, help="the rule of the result")
     command.add_argument("--rows", type=int, default=32_768, help="training rows to set thresholds on (%(default)s)")
 
+    command = add("export", _export, "write a transcoder in another tool's format")
+    command.add_argument("source", metavar="RUN", help="run directory, or a checkpoint in one")
+    command.add_argument("--to", choices=["circuit-tracer", "saelens"], required=True, help="the format")
+    command.add_argument("directory", metavar="DIR", help="to write; must not exist")
+    dtypes = ["float32", "bfloat16", "float16"]
+    command.add_argument("--dtype", choices=dtypes, default="float32", help="of the matrices (%(default)s)")
+
     command = add("serve", _serve, "serve activations over HTTP")
     _add_config(command)
     command.add_argument("--config", dest="preset", help="test, production, large-scale, or a YAML file over CONFIG")
@@ -151,7 +158,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 def _convert(arguments: argparse.Namespace) -> None:
     run = _Run(arguments)
-    from clt.export.convert import to_jumprelu
+    from clt.export.convert import evenly, to_jumprelu
     from clt.model.spec import BY_K
     from clt.train.report import table
     from clt.train.run import open_store
@@ -164,15 +171,21 @@ def _convert(arguments: argparse.Namespace) -> None:
     if arguments.rows < 1:
         raise UserError(f"--rows is {arguments.rows}; wanted 1 or more")
     store = open_store(run.config, "train")
-    rows = min(arguments.rows, len(store))
-    x = store[[len(store) * i // rows for i in range(rows)]][:, 0].to(run.transcoder.b_dec)
+    x = evenly(store, arguments.rows)[:, 0].to(run.transcoder.b_dec)
     converted = to_jumprelu(run.transcoder, x)
     for name, transcoder in ((rule, run.transcoder), ("jumprelu", converted)):
         numbers = run.evaluate(transcoder).numbers
         del numbers["dead_fraction"]  # is of the training run
         print(f"{name}:\n{table(numbers)}\n")
     converted.save_pretrained(directory)
-    print(f"The transcoder is in {directory}; thresholds were set on {rows:,} training rows")
+    print(f"The transcoder is in {directory}; thresholds were set on {len(x):,} training rows")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from clt.export.export import export, summary
+
+    facts = export(Path(arguments.source), arguments.to, Path(arguments.directory), arguments.dtype)
+    print(f"{summary(facts)}\nThe export is in {arguments.directory}")
 
 
 class _Run:

@@ -16,7 +16,21 @@ from typing import Annotated, Any, Literal
 from clt.errors import UserError
 from clt.model.spec import CLTConfig, LossConfig, check_loss, check_rule
 from clt.parsing import merge_file, merge_text
-from clt.ranges import ASCENDING, DECAY_RATES, FREE, NAME, NOT_NEGATIVE, PORT, POSITIVE, SEED, SHARE, SITE, free
+from clt.ranges import (
+    ASCENDING,
+    DECAY_RATES,
+    FREE,
+    INPUT_SITE,
+    NAME,
+    NORM_OUTPUT,
+    NOT_NEGATIVE,
+    PORT,
+    POSITIVE,
+    SEED,
+    SHARE,
+    SITE,
+    free,
+)
 
 StorageDtype = Literal["float16", "bfloat16", "float32"]
 
@@ -43,8 +57,8 @@ class LMConfig:
     """Dtype the language model computes in."""
     layers: Annotated[list[int] | None, ASCENDING] = None
     """Layers to explain, in ascending order; null takes all of them."""
-    input_site: Annotated[str | None, SITE] = None
-    """Module whose *input* is the residual before the MLP, e.g. `transformer.h.{layer}.ln_2`; null detects it."""
+    input_site: Annotated[str | None, INPUT_SITE] = None
+    """Module whose *input* is read, or with `.output` its output; null: the norm before the MLP; `norm.output`."""
     output_site: Annotated[str | None, SITE] = None
     """Module whose *output* is added to the residual, e.g. `transformer.h.{layer}.mlp`; null detects it."""
     context: Annotated[int, POSITIVE] = 1024
@@ -294,7 +308,7 @@ def load_config(
     if "@" in (config.data.url or "").partition("://")[2].partition("/")[0]:
         # It would be printed, and written into run directories and to W&B.
         raise UserError("data.url has a user's name or password in it; wanted http://HOST:PORT, and data.token_file")
-    if (config.lm.input_site is None) != (config.lm.output_site is None):
+    if (config.lm.input_site is None) != (config.lm.output_site is None) and config.lm.input_site != NORM_OUTPUT:
         raise UserError("lm.input_site and lm.output_site go together: set both, or neither")
     check_rule(config.clt)
     check_loss(config.loss, config.clt)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import errno
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from clt.errors import UserError, shown
 from clt.ranges import fit
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -65,3 +70,68 @@ def read_object(file: Path, fields: Mapping[str, Any], remedy: str) -> dict[str,
     """`parse_object` of a file. Raises UserError that names the file and the remedy."""
     with reading(file, remedy):
         return parse_object(file.read_bytes(), fields)
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to write into, which gets the name `path` when all is written; an error or Ctrl-C leaves nothing.
+
+    Raises UserError when there is something of that name. What a killed process has left is deleted.
+    """
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path} exists already; delete it, or name another directory")
+    partial = path.with_name(path.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+class TensorFiles:
+    """The tensors of `model.safetensors` in a directory, or of the files that `model.safetensors.index.json` names.
+
+    Shapes are known at once, values are read when asked for. Raises UserError that names the file at fault.
+    """
+
+    def __init__(self, directory: Path, remedy: str) -> None:
+        self.remedy, self.files, self.shapes = remedy, dict[str, Path](), dict[str, list[int]]()
+        self.main = directory / "model.safetensors.index.json"
+        if self.main.exists():
+            parts = read_object(self.main, {"weight_map": dict[str, str]}, remedy)["weight_map"]
+            with reading(self.main, remedy):
+                if odd := [name for name in parts.values() if not re.fullmatch(r"[\w-]+\.safetensors", name)]:
+                    raise ValueError(f"it names {odd[0]!r}, wanted a .safetensors file beside it")
+            names = sorted(set(parts.values()))
+        else:
+            self.main = directory / "model.safetensors"
+            names = [self.main.name]
+        for file in (directory / name for name in names):
+            shapes = tensor_shapes(file, remedy)
+            self.files |= dict.fromkeys(shapes, file)
+            self.shapes |= shapes
+
+    def read(self, name: str, index: int | None = None, *, check: Callable[[str, Tensor], None]) -> Tensor:
+        """A tensor, or its part `index` along the first dimension. `check` raises ValueError for values that cannot be.
+
+        Raises UserError as it does, and when the file is damaged.
+        """
+        from safetensors import safe_open
+
+        file = self.files[name]
+        with reading(file, self.remedy), safe_open(file, "pt") as opened:
+            tensor = opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
+            check(name, tensor)
+        return tensor
+
+
+def tensor_shapes(file: Path, remedy: str) -> dict[str, list[int]]:
+    """The shapes of a safetensors file's tensors, from its header. Raises UserError as `reading`."""
+    from safetensors import safe_open
+
+    with reading(file, remedy), safe_open(file, "pt") as opened:
+        return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 - no mapping

@@ -34,7 +34,12 @@ DECAY_RATES = Range(lambda value: len(value) == 2 and all(0 <= v < 1 for v in va
 ASCENDING = Range(
     lambda value: bool(value) and value == sorted(set(value)) and value[0] >= 0, "ascending layer numbers"
 )
+OUTPUT = ".output"
+"""Behind an input site: the transcoder reads the module's output, not its input."""
+NORM_OUTPUT = "norm.output"
+"""The input site that is the output of the norm before the MLP, whatever its name."""
 SITE = Range(lambda value: "{layer}" in value, "a path with {layer}, e.g. transformer.h.{layer}.mlp")
+INPUT_SITE = Range(lambda value: SITE.holds(value) or value == NORM_OUTPUT, f"{SITE.wanted}, or {NORM_OUTPUT}")
 
 
 @functools.cache

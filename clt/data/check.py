@@ -12,6 +12,7 @@ from clt.config import Config
 from clt.data.index import StoreIndex
 from clt.errors import UserError, mismatches, tell
 from clt.lm.fingerprint import fingerprints
+from clt.ranges import NORM_OUTPUT, OUTPUT
 
 if TYPE_CHECKING:
     from clt.lm.load import LanguageModel
@@ -48,8 +49,12 @@ def differences(index: StoreIndex, config: Config) -> str:
     if lm.layers is None:
         wanted["lm.layers"] = list(range(index.lm_layers or index.n_layers))
     for key in ("lm.input_site", "lm.output_site"):
-        template = wanted.pop(key)
-        if template is not None:
+        template = wanted[key]
+        if template in (None, NORM_OUTPUT):  # by the model's own names, which only the model knows
+            wanted[key] = found[key]
+            if any(site.endswith(OUTPUT) != (template is not None) for site in found[key]):
+                wanted[key] = template
+        else:
             wanted[key] = [template.replace("{layer}", str(layer)) for layer in index.layers]
     return mismatches(found, wanted)
 

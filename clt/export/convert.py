@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from clt.data.store import DiscBuffer
 from clt.model.spec import CLTConfig
 from clt.model.transcoder import CrossLayerTranscoder
 
@@ -14,9 +15,15 @@ _FEATURES = 256  # whose pre-activations are sorted at once
 _ROWS = 4096  # that are encoded at once
 
 
+def evenly(store: DiscBuffer, rows: int) -> Tensor:
+    """At most `rows` rows of a store, evenly spaced over it: (n, 2, L, D)."""
+    rows = min(rows, len(store))
+    return store[[len(store) * i // rows for i in range(rows)]]
+
+
 @torch.no_grad()
 def to_jumprelu(transcoder: CrossLayerTranscoder, x: Tensor) -> CrossLayerTranscoder:
-    """The same weights with thresholds by which each feature fires as often on x (n, L, D) as it does now.
+    """The same weights, shared, with thresholds by which each feature fires as often on x (n, L, D) as it does now.
 
     x are residual streams in model units, n rows. A threshold lies midway between the pre-activations of which one more
     and one fewer would fire; that of a feature which never fires on x is its largest pre-activation. Without
@@ -25,8 +32,10 @@ def to_jumprelu(transcoder: CrossLayerTranscoder, x: Tensor) -> CrossLayerTransc
     plain = CLTConfig()
     rule = {name: getattr(plain, name) for name in ("k", "k_start", "by_norm", "threshold")}
     spec = replace(transcoder.spec, activation="jumprelu", **rule)
-    converted = CrossLayerTranscoder(transcoder.n_layers, transcoder.d_acts, spec).to(transcoder.b_dec)
-    converted.load_state_dict(transcoder.state_dict())
+    with torch.device("meta"):
+        converted = CrossLayerTranscoder(transcoder.n_layers, transcoder.d_acts, spec, sites=transcoder.sites)
+    threshold = torch.empty_like(transcoder.threshold)
+    converted.load_state_dict(transcoder.state_dict() | {"threshold": threshold}, assign=True)  # shares the others
     for layer, of_layer in enumerate(x.unbind(1)):
         fired = torch.zeros(transcoder.d_features, dtype=torch.int64, device=x.device)
         for rows in of_layer.split(_ROWS):

@@ -24,8 +24,8 @@ def capture(
 ) -> Tensor:
     """Run the model on (N, T) token ids up to its last hooked module; returns (N, T, 2, L, D) on its device.
 
-    [..., 0, :, :] is x, the residual stream entering each MLP block (before its norm); [..., 1, :, :] is y, the MLP's
-    output as it is added to the residual stream; both in `dtype`, the model's if None. With `keep` (N, T) bool only the
+    [..., 0, :, :] is x, what the input site of each MLP block holds; [..., 1, :, :] is y, the MLP's output as it is
+    added to the residual stream; both in `dtype`, the model's if None. With `keep` (N, T) bool only the
     n kept tokens are returned, (n, 2, L, D), without another copy. Raises UserError for a hooked module that the
     forward pass does not call, and as `hooked` does.
     """
@@ -75,7 +75,9 @@ def hooked(
     entered: set[int] = set()
 
     def before(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs.get("hidden_states")
+        enter(layer, module, args, args[0] if args else kwargs.get("hidden_states"))
+
+    def enter(layer: int, module: nn.Module, args: tuple[Any, ...], x: Any) -> None:
         on_input(layer, residual(lm, shape, lm.sites[layer].input_path, x))
         entered.add(layer)
 
@@ -92,8 +94,11 @@ def hooked(
     handles = []
     try:
         for layer, site in enumerate(lm.sites):
-            reads, writes = lm.model.get_submodule(site.input_path), lm.model.get_submodule(site.output_path)
-            handles.append(reads.register_forward_pre_hook(partial(before, layer), with_kwargs=True))
+            reads, writes = lm.model.get_submodule(site.input_module), lm.model.get_submodule(site.output_path)
+            if site.reads_output:
+                handles.append(reads.register_forward_hook(partial(enter, layer)))
+            else:
+                handles.append(reads.register_forward_pre_hook(partial(before, layer), with_kwargs=True))
             handles.append(writes.register_forward_hook(partial(after, layer)))
         yield
     finally:

@@ -20,6 +20,14 @@ class Transcoder(Protocol):
         """(N, D) raw residual stream -> (N, F) features of one layer."""
         ...
 
+    def write_layer(self, features: Tensor, written: Tensor, layer: int) -> None:
+        """Add what the features (N, F) of a layer write, to it and to later ones, to `written` (N, L, D), in place."""
+        ...
+
+    def finish(self, written: Tensor, x: Tensor, layer: int) -> Tensor:
+        """What all features wrote to `layer` (N, D), and its own x (N, D) -> (N, D) output of its MLP."""
+        ...
+
     def decode_layer(self, features: Sequence[Tensor], x: Tensor, layer: int) -> Tensor:
         """Features [(N, F)] of layers 0..layer, and `layer`'s own x (N, D) -> (N, D) output of its MLP."""
         ...
@@ -55,12 +63,14 @@ def _merged(original: Tensor, mask: Tensor, replaced: Tensor) -> Tensor:
 
 def replaced_logits(lm: LanguageModel, transcoder: Transcoder, input_ids: Tensor, keep: Tensor) -> Tensor:
     """Logits (N, T, V) with every chosen MLP computed by the transcoder from the live residual stream."""
-    features: list[Tensor] = []  # L x (N * T, F)
+    n_layers = len(lm.sites)
+    written = torch.zeros(input_ids.numel(), n_layers, lm.d_model, device=lm.device)
 
     def replace(layer: int, x: Tensor) -> Tensor:
+        # No layer's features are kept: those of a wide transcoder would take gigabytes.
         rows = x.flatten(0, 1)
-        features.append(transcoder.encode_layer(rows, layer))
-        return transcoder.decode_layer(features, rows, layer).view_as(x)
+        transcoder.write_layer(transcoder.encode_layer(rows, layer), written, layer)
+        return transcoder.finish(written[:, layer].contiguous(), rows, layer).view_as(x)
 
     return run_with_mlps(lm, input_ids, keep, replace)
 
@@ -107,7 +117,9 @@ class ReplacementModel:
         with self.nnsight.trace(input_ids=input_ids, use_cache=False):
             # Inside a trace nnsight runs this body along with the forward pass: modules are visited in its order.
             for layer, site in enumerate(self.lm.sites):
-                x = residual(self.lm, input_ids.shape, site.input_path, self.nnsight.get(site.input_path).input)
+                reads = self.nnsight.get(site.input_module)
+                x = reads.output if site.reads_output else reads.input
+                x = residual(self.lm, input_ids.shape, site.input_path, x)
                 target = self.nnsight.get(site.output_path)
                 rows = x.float().flatten(0, 1)
                 encoded = self.transcoder.encode_layer(rows, layer).unflatten(0, x.shape[:2])

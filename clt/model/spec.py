@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from clt.errors import UserError
-from clt.ranges import NOT_NEGATIVE, POSITIVE, SHARE, WINDOW
+from clt.ranges import INPUT_SITE, NOT_NEGATIVE, POSITIVE, SHARE, SITE, WINDOW
 
 BY_K = ("topk", "batchtopk")
 """The rules that choose how many features fire."""
@@ -42,6 +42,21 @@ class CLTConfig:
     """Send the straight-through gradient to the pre-activation as well (Anthropic, January 2025)."""
     normalization: Literal["layer", "dim", "token", "none"] = "layer"
     """Statistics that inputs and targets are normalised by; `token` is by each input vector's own mean and sd."""
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where a transcoder reads and writes in its language model, in the words of `lm.input_site` and `lm.output_site`.
+
+    Its own runs and imported ones are evaluated there.
+    """
+
+    input_site: Annotated[str | None, INPUT_SITE] = None
+    """Null is the residual stream before the MLP's norm."""
+    output_site: Annotated[str | None, SITE] = None
+    """Null is the MLP's output as it is added to the residual stream."""
+    model: str | None = None
+    """The language model, by its hub id, where the transcoder was imported from files that name it."""
 
 
 def check_rule(clt: CLTConfig, n_layers: int | None = None) -> None:

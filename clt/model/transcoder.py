@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from clt.errors import mismatches, shown
-from clt.files import read_object, reading
+from clt.files import TensorFiles, read_object, reading
 from clt.model.activations import THRESHOLD_FLOOR, fire, theta
 from clt.model.normalization import ALL, Normalization
-from clt.model.spec import CLTConfig, check_rule
+from clt.model.spec import CLTConfig, Sites, check_rule
 from clt.model.topk import per_token
 from clt.ranges import POSITIVE, fit, hints
 
@@ -59,6 +58,7 @@ class CrossLayerTranscoder(nn.Module):
         d_acts: int,
         spec: CLTConfig,
         *,
+        sites: Sites = Sites(),  # noqa: B008 - frozen
         shard: tuple[int, int] = (0, 1),
         sum_shards: Callable[[Tensor], Tensor] = unsharded,
     ) -> None:
@@ -69,8 +69,8 @@ class CrossLayerTranscoder(nn.Module):
         (part, parts), d_features = shard, spec.d_features
         if d_features % parts:
             raise ValueError(f"{d_features} features cannot be split into {parts} equal shards; wanted a divisor")
-        self.spec = spec
-        self.config: dict[str, Any] = {"n_layers": n_layers, "d_acts": d_acts, **asdict(spec)}
+        self.spec, self.sites = spec, sites
+        self.config: dict[str, Any] = {"n_layers": n_layers, "d_acts": d_acts, **asdict(sites), **asdict(spec)}
         L, D, F = n_layers, d_acts, d_features // parts
         self.n_layers, self.d_acts, self.d_features = L, D, F
         self.features = slice(part * F, (part + 1) * F)
@@ -140,6 +140,11 @@ class CrossLayerTranscoder(nn.Module):
                 y = y + features[s] @ self.W_dec[s][:, layer - s]
         return self.finish(y, x, layer)
 
+    def write_layer(self, features: Tensor, y: Tensor, layer: int) -> None:
+        """Add what this shard's features (B, F) of a layer write to y~ (B, L, D), in place."""
+        weight = self.W_dec[layer]  # (F, T, D)
+        y[:, layer : layer + weight.shape[1]] += (features @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+
     def finish(self, y: Tensor, x: Tensor, layer: int | slice = ALL) -> Tensor:
         """What this shard's features write to y~, and x in model units -> yhat in model units.
 
@@ -170,32 +175,44 @@ class CrossLayerTranscoder(nn.Module):
             dense[s, s : s + weight.shape[1]] = weight.transpose(0, 1)
         return dense
 
-    @torch.no_grad()
+    def layer(self, s: int) -> dict[str, Tensor]:
+        """One layer's W_enc (D, F), b_enc, threshold (F,), W_dec (F, T, D), b_dec (D,), and with `skip` W_skip (D, D)."""
+        skip = {} if self.W_skip is None else {"W_skip": self.W_skip[s]}
+        encoder = {"W_enc": self.W_enc[s], "b_enc": self.b_enc[s], "threshold": self.threshold[0, s]}
+        return encoder | {"W_dec": self.W_dec[s], "b_dec": self.b_dec[s]} | skip
+
     def fold(self) -> CrossLayerTranscoder:
-        """The same function without normalisation, which is folded into the weights in float64.
+        """The same function without normalisation, which is folded into the weights. Raises as `fold_layer`."""
+        spec = replace(self.spec, normalization="none")
+        folded = CrossLayerTranscoder(self.n_layers, self.d_acts, spec, sites=self.sites).to(self.b_dec.device)
+        for s in range(self.n_layers):
+            into = folded.layer(s)
+            for name, tensor in self.fold_layer(s).items():
+                into[name].detach().copy_(tensor)
+        return folded
+
+    @torch.no_grad()
+    def fold_layer(self, s: int) -> dict[str, Tensor]:
+        """`layer` of the same function without normalisation: folded in float64, then float32.
 
         Raises ValueError for `token`, which is not an affine map, and for `by_norm`, whose norms folding changes.
         """
-        norm = deepcopy(self.normalization).double()
         if self.spec.by_norm:
             raise ValueError("clt.by_norm compares decoder norms, which folding changes; convert it to jumprelu first")
+        norm = self.normalization
         if norm.kind == "token":
             raise ValueError("normalization 'token' is not affine and cannot be folded; train with 'layer' or 'dim'")
-        spec = replace(self.spec, normalization="none")
-        folded = CrossLayerTranscoder(self.n_layers, self.d_acts, spec).to(self.b_dec.device)
-        W_enc = self.W_enc.double() / norm.input_sd.unsqueeze(-1)
-        folded.W_enc.copy_(W_enc)
-        folded.b_enc.copy_(self.b_enc.double() - torch.einsum("ld,ldf->lf", norm.input_mean, W_enc))
-        folded.threshold.copy_(self.threshold)
-        for s, weight in enumerate(self.W_dec):
-            folded.W_dec[s].copy_(weight.double() * norm.target_sd[s : s + weight.shape[1]])  # the target layers' scale
-        b_dec = norm.output(self.b_dec.double())
-        if self.W_skip is not None and folded.W_skip is not None:  # both or neither
-            W_skip = self.W_skip.double() / norm.input_sd.unsqueeze(-1) * norm.target_sd.unsqueeze(1)
-            b_dec -= torch.einsum("ld,lde->le", norm.input_mean, W_skip)
-            folded.W_skip.copy_(W_skip)
-        folded.b_dec.copy_(b_dec)
-        return folded
+        mean, sd = norm.input_mean[s].double(), norm.input_sd[s].double().unsqueeze(-1)
+        target_mean, target_sd = norm.target_mean[s].double(), norm.target_sd.double()
+        found = {name: tensor.double() for name, tensor in self.layer(s).items()}
+        W_enc = found["W_enc"] / sd
+        found |= {"W_enc": W_enc, "b_enc": found["b_enc"] - mean @ W_enc}
+        found["W_dec"] = found["W_dec"] * target_sd[s : s + found["W_dec"].shape[1]]  # the target layers' scale
+        found["b_dec"] = found["b_dec"] * target_sd[s] + target_mean
+        if "W_skip" in found:
+            found["W_skip"] = found["W_skip"] / sd * target_sd[s]
+            found["b_dec"] = found["b_dec"] - mean @ found["W_skip"]
+        return {name: tensor.float() for name, tensor in found.items()}
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` and `model.safetensors`."""
@@ -207,34 +224,69 @@ class CrossLayerTranscoder(nn.Module):
         (directory / "config.json").write_text(json.dumps(self.config, indent=2, allow_nan=False) + "\n")
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> CrossLayerTranscoder:
-        """Read what `save_pretrained` wrote.
+    def from_pretrained(cls, directory: str | Path, *, lazy: bool = False) -> CrossLayerTranscoder:
+        """Read what `save_pretrained` or `clt import` wrote.
+
+        lazy: W_enc and W_dec are read a layer at a time, by the methods that work on one layer: one layer of a large
+        transcoder fits where the whole does not. It cannot be trained or saved.
 
         Raises UserError when a file is missing or damaged, when the two do not agree (before memory is taken for what
         config.json says), and for values that no training leaves: nan, inf, scales that are not positive.
         """
-        from safetensors import safe_open
-
-        config, weights = Path(directory) / "config.json", Path(directory) / "model.safetensors"
+        config = Path(directory) / "config.json"
         remedy = "copy it again from where save_pretrained wrote it, or take an earlier checkpoint"
-        fields, size = hints(CLTConfig), Annotated[int, POSITIVE]
+        of_spec, of_sites, size = hints(CLTConfig), hints(Sites), Annotated[int, POSITIVE]
+        fields = of_spec | of_sites
         tree = read_object(config, {"n_layers": size, "d_acts": size}, remedy)
         with reading(config, remedy):
             L, D = tree.pop("n_layers"), tree.pop("d_acts")
             if odd := tree.keys() - fields.keys():
                 raise ValueError(f"unknown {', '.join(map(shown, sorted(odd)))}; wanted {', '.join(fields)}")
-            spec = CLTConfig(**{name: fit(name, fields[name], value) for name, value in tree.items()})
+            values = {name: fit(name, fields[name], value) for name, value in tree.items()}
+            spec = CLTConfig(**{name: values[name] for name in values.keys() & of_spec.keys()})
+            sites = Sites(**{name: values[name] for name in values.keys() & of_sites.keys()})
             check_rule(spec, L)
-        with reading(weights, remedy), safe_open(weights, "pt") as file:
-            headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            found = {name: header.get_shape() for name, header in headers.items()}
-            _compare(found, {"W_enc": [L, D, spec.d_features], f"W_dec.{L - 1}": [spec.d_features, 1, D]})
+        files = TensorFiles(Path(directory), remedy)
+        with reading(files.main, remedy):
+            _compare(files.shapes, {"W_enc": [L, D, spec.d_features], f"W_dec.{L - 1}": [spec.d_features, 1, D]})
             with torch.device("meta"):
-                model = cls(L, D, spec)
-            _compare(found, dict.fromkeys(found) | {name: list(t.shape) for name, t in model.state_dict().items()})
-            model = model.to_empty(device="cpu")
-            model.load_state_dict({name: _checked(name, file.get_tensor(name)) for name in headers})
+                model = cls(L, D, spec, sites=sites)
+            shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+            _compare(files.shapes, dict.fromkeys(files.shapes) | shapes)
+        if lazy:
+            model._read_on_demand(files)
+        model = model.to_empty(device="cpu")
+        model.load_state_dict({name: files.read(name, check=check_values) for name in model.state_dict()})
         return model
+
+    def _read_on_demand(self, files: TensorFiles) -> None:
+        """Put readers in the place of W_enc and W_dec."""
+
+        def reader(read: Callable[[int], Tensor]) -> _OnDemand:
+            return _OnDemand(lambda layer: read(layer).to(self.b_dec), self.n_layers)
+
+        del self.W_enc, self.W_dec
+        self.W_enc = reader(lambda layer: files.read("W_enc", layer, check=check_values))  # type: ignore[assignment]
+        self.W_dec = reader(lambda layer: files.read(f"W_dec.{layer}", check=check_values))  # type: ignore[assignment]
+
+
+class _OnDemand:
+    """A weight's layers, each read when it is asked for. The last one read is kept, and dropped before the next."""
+
+    def __init__(self, read: Callable[[int], Tensor], layers: int) -> None:
+        self.read, self.layers = read, layers
+        self.layer, self.kept = -1, torch.empty(0)
+
+    def __len__(self) -> int:
+        return self.layers
+
+    def __getitem__(self, layer: int) -> Tensor:
+        if not 0 <= layer < self.layers:
+            raise IndexError(layer)
+        if layer != self.layer:
+            self.kept = torch.empty(0)
+            self.kept, self.layer = self.read(layer), layer
+        return self.kept
 
 
 def _compare(found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -242,8 +294,8 @@ def _compare(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         raise ValueError(f"not the tensors of config.json: {odd}")
 
 
-def _checked(name: str, tensor: Tensor) -> Tensor:
-    """The tensor, when it can be one of a transcoder's; ValueError otherwise. Thresholds may be negative."""
+def check_values(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless the tensor can be one of a transcoder's. Thresholds may be negative."""
     if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{name} is {tensor.dtype}, wanted floating-point numbers of 16 to 64 bits")
     low, high = tensor.aminmax()  # of a tensor with a nan both are nan
@@ -251,7 +303,6 @@ def _checked(name: str, tensor: Tensor) -> Tensor:
         raise ValueError(f"{name} has a value that is nan or inf")
     if name.endswith("_sd") and low <= 0:
         raise ValueError(f"{name} has the value {low.item():g}, wanted positive scales")
-    return tensor
 
 
 def uniform(bound: float, *shape: int) -> Tensor:

@@ -179,10 +179,10 @@ def _reconstruct(transcoder: CrossLayerTranscoder, x: Tensor, fired: Tensor) -> 
     Layer by layer: the features of all layers of a wide transcoder would take gigabytes.
     """
     y = torch.zeros(x.shape, dtype=transcoder.b_dec.dtype, device=x.device)
-    for s, weight in enumerate(transcoder.W_dec):  # (F, T, D)
+    for s in range(transcoder.n_layers):
         features = transcoder.encode_layer(x[:, s], s)
         fired[s] += (features > 0).sum(0)
-        y[:, s : s + weight.shape[1]] += (features @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+        transcoder.write_layer(features, y, s)
     return transcoder.finish(y, x)
 
 

@@ -20,7 +20,7 @@ from clt.data.statistics import Statistics
 from clt.data.store import DiscBuffer
 from clt.errors import UserError, mismatches
 from clt.model.loss import Objective
-from clt.model.spec import check_rule
+from clt.model.spec import Sites, check_rule
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.parsing import to_yaml
 from clt.train import distributed as dist
@@ -94,7 +94,10 @@ def build(config: Config, index: StoreIndex, statistics: Statistics, feature: Ax
         )
     torch.manual_seed(config.run.seed)
     shard = (feature.rank, feature.size)
-    transcoder = CrossLayerTranscoder(index.n_layers, index.d_acts, config.clt, shard=shard, sum_shards=feature.sum)
+    sites = Sites(config.lm.input_site, config.lm.output_site)
+    transcoder = CrossLayerTranscoder(
+        index.n_layers, index.d_acts, config.clt, sites=sites, shard=shard, sum_shards=feature.sum
+    )
     transcoder.normalization.set(
         statistics.input_mean, statistics.input_sd, statistics.target_mean, statistics.target_sd
     )

@@ -281,6 +281,7 @@ def test_a_disk_that_fills_up(config: MakeConfig, lm: LanguageModel, small_disk:
         ("lm.layers=[0, 2]", r"\[0, 1, 2\]", r"\[0, 2\]"),
         ("lm.context=32", "16", "32"),
         ("lm.input_site=h.{layer}.x", r"\['transformer.h.0.ln_2', .*\]", r"\['h.0.x', 'h.1.x', 'h.2.x'\]"),
+        ("lm.input_site=norm.output", r"\['transformer.h.0.ln_2', .*\]", "'norm.output'"),
         ("data.dtype=bfloat16", "'float16'", "'bfloat16'"),
         ("data.heldout_tokens=149", "150", "149"),
         ("data.seed=4", "0", "4"),

@@ -33,6 +33,13 @@ class CrossLayer(nn.Module):
     def decode_layer(self, features: Sequence[Tensor], x: Tensor, layer: int) -> Tensor:
         assert len(features) == layer + 1
         written = torch.stack([f @ self.decoders[source, layer] for source, f in enumerate(features)]).sum(0)
+        return self.finish(written, x, layer)
+
+    def write_layer(self, features: Tensor, written: Tensor, layer: int) -> None:
+        for target in range(layer, len(self.decoders)):
+            written[:, target] += features @ self.decoders[layer, target]
+
+    def finish(self, written: Tensor, x: Tensor, layer: int) -> Tensor:
         return written + x @ self.skips[layer]
 
 

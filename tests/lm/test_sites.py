@@ -1,12 +1,19 @@
 """Hook sites: the table, paths given by hand, and what the errors say."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
+import torch
+from torch import Tensor
 
+from clt.config import LMConfig
 from clt.errors import UserError
+from clt.lm.capture import capture
 from clt.lm.load import LanguageModel
-from clt.lm.sites import ARCHITECTURES, Site, find_sites
+from clt.lm.replacement import nnsight_logits, replaced_logits
+from clt.lm.sites import ARCHITECTURES, Site, at_sites, find_sites
+from tests.lm.test_replacement import CrossLayer, kept
 
 
 def test_every_architecture_of_the_table_is_tested(lm: LanguageModel) -> None:
@@ -39,3 +46,45 @@ def test_an_unknown_architecture_says_what_is_known_and_what_to_do(tiny: Callabl
     with pytest.raises(UserError, match=r"'mamba' \(known: gpt2, .*gemma3_text, gemma3\); set lm\.input_site"):
         find_sites(model, [0])
     assert len(find_sites(model, [0], "transformer.h.{layer}.ln_2", "transformer.h.{layer}.mlp")) == 1
+
+
+def test_the_output_of_the_norm_is_what_the_mlp_reads(
+    tiny: Callable[..., LanguageModel], lm: LanguageModel, input_ids: Tensor
+) -> None:
+    """Of any architecture: the table's norm, applied to the residual stream."""
+    sites = find_sites(lm.model, lm.layers, "norm.output")
+    norms = [lm.model.get_submodule(site.input_module) for site in sites]
+    assert [site._replace(input_path=site.input_module) for site in sites] == lm.sites
+    residual = capture(lm, input_ids)[:, :, 0].unbind(2)
+    captured = capture(dataclasses.replace(lm, sites=sites), input_ids)[:, :, 0].unbind(2)
+    for norm, before, after in zip(norms, residual, captured):
+        torch.testing.assert_close(norm(before), after)
+
+
+def test_a_transcoder_of_the_norms_output_replaces_mlps_alike_through_hooks_and_nnsight(
+    tiny: Callable[..., LanguageModel], input_ids: Tensor
+) -> None:
+    pytest.importorskip("nnsight")
+    lm = tiny("gpt2", input_site="transformer.h.{layer}.ln_2.output", output_site="transformer.h.{layer}.mlp")
+    assert lm.sites == tiny("gpt2", input_site="norm.output").sites
+    transcoder, keep = CrossLayer(3, lm.d_model), kept(input_ids)
+    hooked = replaced_logits(lm, transcoder, input_ids, keep)
+    torch.testing.assert_close(hooked, nnsight_logits(lm, transcoder, input_ids, keep), rtol=1e-4, atol=1e-5)
+    assert (hooked - replaced_logits(tiny("gpt2"), transcoder, input_ids, keep)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("config", "transcoder", "found"),
+    [
+        ((None, None), (None, None), (None, None)),
+        ((None, None), ("norm.output", None), ("norm.output", None)),
+        (("norm.output", None), (None, None), (None, None)),
+        (("h.{layer}.ln", "h.{layer}.mlp"), (None, None), ("h.{layer}.ln", "h.{layer}.mlp")),
+        (("h.{layer}.ln.output", "h.{layer}.mlp"), (None, None), ("h.{layer}.ln", "h.{layer}.mlp")),
+        (("h.{layer}.ln", "h.{layer}.mlp"), ("norm.output", None), ("h.{layer}.ln.output", "h.{layer}.mlp")),
+        (("h.{layer}.ln", "h.{layer}.mlp"), ("a.{layer}", "b.{layer}"), ("a.{layer}", "b.{layer}")),
+    ],
+)
+def test_a_transcoder_is_read_where_it_was_trained(config: tuple, transcoder: tuple, found: tuple) -> None:
+    lm = at_sites(LMConfig(input_site=config[0], output_site=config[1]), *transcoder)
+    assert (lm.input_site, lm.output_site) == found

@@ -1,0 +1,246 @@
+"""`clt export`: a trained transcoder in another tool's format, compared with the training forward as it is written.
+
+What is exported has no normalisation, which is folded into the weights, and is relu or jumprelu.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clt.config import Config, load_config
+from clt.data.index import INDEX, StoreIndex
+from clt.errors import UserError, size_text
+from clt.export import circuit_tracer, saelens
+from clt.export.compare import compare
+from clt.export.convert import evenly, to_jumprelu
+from clt.files import new_directory
+from clt.lm.sites import ARCHITECTURES
+from clt.model.spec import BY_K
+from clt.model.transcoder import CrossLayerTranscoder
+from clt.train import checkpoint, tensorfile
+from clt.train.run import open_store
+
+_ROWS_TO_CONVERT = 32_768  # of the training store
+_ROWS_TO_COMPARE = 1024  # of the held-out store
+
+
+@dataclass
+class Trained:
+    """A transcoder and the run that it is of."""
+
+    transcoder: CrossLayerTranscoder
+    config: Config
+    index: StoreIndex | None
+    """Of the held-out store; None when that is gone."""
+
+    @property
+    def model(self) -> str:
+        """The language model's hub id, or of a local one the last part of its path."""
+        local = self.index is not None and self.index.revision is None
+        name = self.config.lm.model
+        return Path(name).name.removesuffix(".gguf") if local or Path(name).exists() else name
+
+
+def find(source: Path) -> Trained:
+    """A run's newest checkpoint, or the transcoder in a directory inside a run. Raises UserError when there is none."""
+    if (source / "config.yaml").is_file():
+        steps = checkpoint.steps(source / "checkpoints")
+        if not steps:
+            raise UserError(f"{source} has no checkpoint; wanted a run that has written one")
+        run, path = source, source / "checkpoints" / f"step_{steps[-1]:08d}"
+    else:
+        path = source.resolve()
+        parents = [parent for parent in path.parents[:2] if (parent / "config.yaml").is_file()]
+        if not (path / "config.json").is_file() or not parents:
+            raise UserError(f"{source} is neither a run (config.yaml) nor a checkpoint in one; wanted one of the two")
+        run = parents[0]
+    config = load_config(run / "config.yaml")
+    load = checkpoint.load_transcoder if (path / "state.json").is_file() else CrossLayerTranscoder.from_pretrained
+    there = (Path(config.data.store) / "heldout" / INDEX).is_file()
+    return Trained(load(path), config, open_store(config, "heldout").index if there else None)
+
+
+def export(source: Path, to: str, directory: Path, dtype: str) -> dict[str, Any]:
+    """Write the transcoder of a run or checkpoint into a new directory, in format `to`, and its README.md.
+
+    Matrices are stored in `dtype`, biases and thresholds in float32. Returns what the README says. Raises UserError for
+    what the format cannot hold or its tool would misread, and when the directory exists or the disk is too small; then,
+    and when it is interrupted, it leaves nothing.
+    """
+    trained = find(source)
+    check(trained, to)
+    with new_directory(directory) as partial:
+        transcoder = _without_k(trained)
+        _check_room(transcoder, partial, dtype)
+        form = circuit_tracer if to == "circuit-tracer" else saelens
+        for name, tensors in form.files(transcoder):
+            _write(partial / name, tensors, getattr(torch, dtype))
+        for name, text in _configs(trained, transcoder, to).items():
+            (partial / name).write_text(text)
+        facts = _facts(trained, transcoder, to, dtype)
+        if trained.index is not None:
+            rows = evenly(open_store(trained.config, "heldout"), _ROWS_TO_COMPARE).float()
+            read = lambda s: form.read_layer(partial, s)  # noqa: E731
+            facts["comparison"] = compare(trained.transcoder, read, rows[:, 0], rows[:, 1])
+        (partial / "README.md").write_text(card(facts))
+    return facts
+
+
+def check(trained: Trained, to: str) -> None:
+    """Raise UserError for what cannot be exported."""
+    transcoder, lm = trained.transcoder, trained.config.lm
+    if transcoder.spec.normalization == "token":
+        raise UserError(
+            "clt.normalization is token, which divides each input by its own norm and cannot be folded into weights; "
+            "wanted a run with layer, dim or none"
+        )
+    if (lm.input_site, lm.output_site) not in [(None, None), *ARCHITECTURES.values()]:
+        raise UserError(
+            f"the run's sites are lm.input_site={lm.input_site} and lm.output_site={lm.output_site}; wanted the "
+            "residual before the MLP's norm and what the MLP adds to it, as clt/lm/sites.py names them: other tools "
+            "know these as hook_resid_mid and hook_mlp_out, and would read another place without a word"
+        )
+    if to == "circuit-tracer":
+        _check_layers(trained)
+    elif not circuit_tracer.per_layer(transcoder):
+        raise UserError(
+            "SAELens has transcoders of one layer alone, and these features write to later layers too; wanted a run "
+            "with clt.cross_layer=false, or --to circuit-tracer"
+        )
+
+
+def _check_layers(trained: Trained) -> None:
+    index, layers = trained.index, trained.config.lm.layers
+    if index is not None:
+        count = index.lm_layers or index.n_layers
+        layers = None if index.layers == list(range(count)) else index.layers
+    if layers is not None:
+        raise UserError(
+            f"the transcoder is of lm.layers={layers}, not of all layers of the language model. circuit-tracer numbers "
+            "the layers of a directory from 0 and wants every one: it would put these into the first MLPs' places, or "
+            "end in an index error; wanted a run with lm.layers=null, or --to saelens with clt.cross_layer=false"
+        )
+
+
+def _without_k(trained: Trained) -> CrossLayerTranscoder:
+    """The transcoder as relu or jumprelu."""
+    transcoder, config = trained.transcoder, trained.config
+    rule = transcoder.spec.activation
+    if rule not in BY_K:
+        return transcoder
+    if not (store := Path(config.data.store) / "train" / INDEX).is_file():
+        raise UserError(
+            f"{store} does not exist. Other tools have no {rule}: thresholds are set on rows of the run's training "
+            "store; put it back, or extract it again with `clt extract RUN/config.yaml`"
+        )
+    return to_jumprelu(transcoder, evenly(open_store(config, "train"), _ROWS_TO_CONVERT)[:, 0].float())
+
+
+def _check_room(transcoder: CrossLayerTranscoder, directory: Path, dtype: str) -> None:
+    whole = transcoder.n_layers * (transcoder.n_layers + 1) // 2  # of a CLT, windows are filled up with zeros
+    written = transcoder.n_layers if circuit_tracer.per_layer(transcoder) else whole
+    matrices = transcoder.W_enc.numel() + transcoder.d_features * transcoder.d_acts * written
+    if transcoder.W_skip is not None:
+        matrices += transcoder.W_skip.numel()
+    wanted = matrices * getattr(torch, dtype).itemsize
+    if (free := shutil.disk_usage(directory).free) < wanted * 1.01:
+        raise UserError(
+            f"{directory.parent} has {size_text(free)} free, the export takes {size_text(wanted)}; free space, or name "
+            "a directory on another disk"
+        )
+
+
+def _write(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """One safetensors file: matrices in `dtype`, vectors as they are. Raises UserError where dtype is too narrow."""
+    parts = {}
+    for name, tensor in tensors.items():
+        stored = tensor.to(dtype if tensor.dim() > 1 else tensor.dtype).contiguous()
+        if not stored.isfinite().all():
+            raise UserError(
+                f"{name} has values up to {tensor.abs().max():g}, beyond the range of --dtype {str(dtype)[6:]}; "
+                "wanted bfloat16 or float32"
+            )
+        parts[name] = tensorfile.Part(stored, tuple(stored.shape))
+    path.parent.mkdir(exist_ok=True)
+    tensorfile.create(path, parts)
+    tensorfile.write(path, parts)
+
+
+def _configs(trained: Trained, transcoder: CrossLayerTranscoder, to: str) -> dict[str, str]:
+    if to == "circuit-tracer":
+        return {"config.yaml": circuit_tracer.config(transcoder, trained.model)}
+    layers = range(transcoder.n_layers) if trained.index is None else trained.index.layers
+    context = trained.config.lm.context
+    return {
+        f"layer_{s}/cfg.json": saelens.config(transcoder, trained.model, layer, context)
+        for s, layer in enumerate(layers)
+    }
+
+
+def _facts(trained: Trained, exported: CrossLayerTranscoder, to: str, dtype: str) -> dict[str, Any]:
+    """What there is to say of an export, but for the comparison: None where there are no rows to compare on."""
+    spec, notes = trained.transcoder.spec, []
+    if exported is not trained.transcoder:
+        notes.append(
+            f"Trained with {spec.activation} (k = {spec.k}). The export has a threshold per feature instead, by which "
+            "each fires as often on training rows as before; on a single token it may fire otherwise."
+        )
+    reach = max(weight.shape[1] for weight in exported.W_dec)
+    if to == "circuit-tracer" and 1 < reach < exported.n_layers:
+        notes.append(f"Features write to at most {reach} layers, their own included: later ones are stored as zeros.")
+    if exported.W_skip is not None and to == "circuit-tracer" and not circuit_tracer.per_layer(exported):
+        notes.append(circuit_tracer.SKIP_IS_NOT_READ)
+    if to == "circuit-tracer" and trained.index is not None and trained.index.input_sites[0].startswith("gpt_neox."):
+        notes.append(
+            "transformer-lens has no hook_resid_mid in a GPT-NeoX whose attention and MLP run in parallel (Pythia), so "
+            "that circuit-tracer cannot attribute through this transcoder."
+        )
+    return {
+        "format": to,
+        "model": trained.model,
+        "revision": trained.index.revision if trained.index is not None else trained.config.lm.revision,
+        "layers": exported.n_layers,
+        "width": exported.d_acts,
+        "features": exported.d_features,
+        "cross_layer": not circuit_tracer.per_layer(exported),
+        "activation": exported.spec.activation,
+        "trained_activation": spec.activation,
+        "dtype": dtype,
+        "notes": notes,
+        "comparison": None,
+    }
+
+
+def summary(facts: dict[str, Any]) -> str:
+    """What an export is and how it compares, as lines of text."""
+    kind = "cross-layer transcoder" if facts["cross_layer"] else "per-layer transcoders"
+    size = f"{facts['layers']} layers, width {facts['width']}, {facts['features']} features a layer"
+    lines = [f"{kind} of {facts['model']}: {size}, {facts['activation']}, {facts['dtype']}", *facts["notes"]]
+    if (found := facts["comparison"]) is None:
+        return "\n".join([*lines, "Not compared with the training forward: the run's held-out store is missing."])
+
+    def number(value: float | None) -> str:
+        return "none" if value is None else f"{value:.4g}"
+
+    fve = f"{number(found['fve'])} and {number(found['fve_exported'])}"
+    return "\n".join(
+        [
+            *lines,
+            f"Compared with the training forward on {found['rows']:,} held-out rows:",
+            f"  features that fire in one alone    {found['fired_otherwise']:,} of {found['fired']:,}",
+            f"  largest difference of a feature    {found['feature_difference']:.2g} of the layer's largest",
+            f"  largest difference of an output    {found['difference']:.2g} of the layer's root mean square",
+            f"  fraction of variance explained     {fve}",
+        ]
+    )
+
+
+def card(facts: dict[str, Any]) -> str:
+    """README.md of an export."""
+    return f"# Transcoder of {facts['model']}, in the format of {facts['format']}\n\n```\n{summary(facts)}\n```\n"
