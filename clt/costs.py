@@ -154,8 +154,8 @@ def _auxk_peaks(job: Job) -> list[int]:
 def _backward_peaks(job: Job) -> list[int]:
     """In the backward pass at each layer: the earlier layers' products and the gradients of the later layers'
     pre-activations, the inputs, the gradient of y~ and the decoders' norms, and beside them either (B, F) in float32
-    eight times (seven where nothing is learned of thresholds; up to three more with the pre-activation loss), or the layer's
-    own gradients. AuxK's whole gradients to this and the earlier layers wait to be added. From the second
+    eight times (seven where nothing is learned of thresholds; up to three more with the pre-activation loss), or the
+    layer's own gradients. AuxK's whole gradients to this and the earlier layers wait to be added. From the second
     micro-batch on, the gradient to a parameter is not written into its place, but beside it.
     """
     L, D, F, _ = job.local
