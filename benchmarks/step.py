@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import machine, scale
-from benchmarks.scale import Job
+from benchmarks import machine
 from benchmarks.textbook import Textbook
 from clt.config import load_config
+from clt.costs import Job, backward_bytes, flops, moved_bytes, state_bytes
 from clt.data.store import DiscBuffer
 from clt.data.writer import write_store
 from clt.memory import keep_freed_memory
@@ -29,22 +29,10 @@ from clt.train.run import build
 WARMUP = 2
 
 
-def unavoidable_bytes(job: Job) -> int:
-    """Bytes that a step must move besides its matrix products' operands.
-
-    Adam reads weight, gradient and two moments and writes three (28 bytes a parameter), the gradient's norm reads it
-    (4), a cast to `width` reads 4 and writes `width`. Pre-activations, features and their gradient are each written
-    and read, and the batch is read.
-    """
-    L, D, F, B = job.local
-    cast = 4 + job.width if job.width < 4 else 0
-    return scale.parameters(job) * (28 + 4 + cast) + 6 * B * L * F * job.width + 2 * B * L * D * 4
-
-
 def formula_memory(job: Job) -> int:
     """Bytes that a step needs at its peak: weights, gradients, moments, what it works in, and the float32 batch."""
     L, D, _, B = job.local
-    return scale.state_bytes(job) + scale.backward_bytes(job) + 2 * B * L * D * 4
+    return state_bytes(job) + backward_bytes(job) + 2 * B * L * D * 4
 
 
 def measure(
@@ -69,9 +57,9 @@ def measure(
     turns = [(machine.seconds(lambda: step(batch), device), product(3)) for _ in range(timed_steps)]
     job = Job(L, D, F, B, width=dtype.itemsize)
     took, limit = (statistics.median(values) for values in zip(*turns))
-    limit, work = limit * 1e12, scale.flops(job)
+    limit, work = limit * 1e12, flops(job)
     precision = {value: key for key, value in machine.PRECISIONS.items()}[dtype]
-    roofline = max(work / limit, unavoidable_bytes(job) / (copy_gb_per_s * 1e9))
+    roofline = max(work / limit, moved_bytes(job) / (copy_gb_per_s * 1e9))
     formula = {} if "textbook" in case["variant"] else {"formula_memory_gb": formula_memory(job) / 1e9}
     return {
         **case,

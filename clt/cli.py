@@ -93,6 +93,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--ssl-certfile", help="TLS certificate (uvicorn's option)")
     command.add_argument("--ssl-keyfile", help="TLS key (uvicorn's option)")
 
+    command = add("plan", _plan, "what a config will cost in memory, disk and time, and the layouts that fit")
+    _add_config(command)
+    command.add_argument("--gpus", type=int, help="GPUs (default: as few as fit)")
+    command.add_argument("--memory", type=float, default=80, help="memory of a GPU in 1e9 bytes (%(default)s)")
+    command.add_argument(
+        "--tflops", type=float, default=989, help="peak of a GPU in dense bf16 (an H100's %(default)s)"
+    )
+    command.add_argument("--share", type=float, default=0.4, help="share of the peak that products reach (%(default)s)")
+    command.add_argument("--layers", type=int, help="layers of a language model whose config is not on this machine")
+    command.add_argument("--width", type=int, help="its residual width")
+
     _add_config(add("config", _print_config, "print a config with every default resolved"))
 
     arguments, rest = parser.parse_known_args(argv)
@@ -133,6 +144,24 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if arguments.verify:
         verify(arguments.store)
         print("every shard's checksum is as the index says")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    config, names = _config(arguments), ("gpus", "memory", "tflops", "share")
+    for name in (*names, "layers", "width"):
+        if (value := getattr(arguments, name)) is not None and not 0 < value < 1e9:
+            raise UserError(f"--{name} is {value}; wanted a positive number")
+    if (arguments.layers is None) != (arguments.width is None):
+        raise UserError("--layers and --width go together: give both, or neither")
+    from clt.lm.shape import Shape, read_shape
+    from clt.plan import Machine, plan
+
+    shape = Shape(len(config.lm.layers or range(arguments.layers)), arguments.width) if arguments.layers else None
+    machine = Machine(**{name: getattr(arguments, name) for name in names})
+    text, refusal = plan(config, shape or read_shape(config.lm), machine)
+    print(printable(text))
+    if refusal is not None:
+        raise UserError(refusal)
 
 
 def _serve(arguments: argparse.Namespace) -> None:

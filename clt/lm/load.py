@@ -20,7 +20,7 @@ from clt.lm.sites import Site, find_sites
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ASSETS = PACKAGE / "assets"  # the embedded language model and its text
 MOST_LAYERS = 1000  # of a language model; published ones have up to about 200
@@ -56,13 +56,7 @@ def load_language_model(config: LMConfig, device: torch.device | str = "cpu") ->
     _fuse_gelu(model)
     model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
     text_config = model.config.get_text_config()  # a multimodal model's language part
-    count = text_config.num_hidden_layers
-    layers = list(range(count)) if config.layers is None else config.layers
-    if layers[-1] >= count:  # they ascend
-        raise UserError(
-            f"lm.layers={layers} does not fit {config.model!r}, which has {count} layers: wanted numbers up to "
-            f"{count - 1}, or null for all of them"
-        )
+    layers = chosen_layers(config, text_config.num_hidden_layers)
     return LanguageModel(
         model=model,
         tokenizer=tokenizer,
@@ -73,6 +67,17 @@ def load_language_model(config: LMConfig, device: torch.device | str = "cpu") ->
         revision=_commit(source, config.revision),
         tokenizer_hash=hash_tokenizer(tokenizer),
     )
+
+
+def chosen_layers(config: LMConfig, count: int) -> list[int]:
+    """The layers to explain, ascending, of a model that has `count`. Raises UserError for one that it lacks."""
+    layers = list(range(count)) if config.layers is None else config.layers
+    if layers[-1] >= count:  # they ascend
+        raise UserError(
+            f"lm.layers={layers} does not fit {config.model!r}, which has {count} layers: wanted numbers up to "
+            f"{count - 1}, or null for all of them"
+        )
+    return layers
 
 
 def _fuse_gelu(model: PreTrainedModel) -> None:
@@ -124,10 +129,14 @@ def _in_package(name: str) -> Path:
     raise UserError(f"lm.model={name!r}: the installed package {package!r} has no file {file!r}")
 
 
-def _load_pretrained(
-    config: LMConfig, source: str, gguf: str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def load_settings(
+    config: LMConfig, source: str, gguf: str | None, *, local: bool = False
+) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """The model's own config, as transformers has it, and the options for loading the rest of the model.
+
+    source, gguf: of `locate`; local: without asking a hub. Raises UserError.
+    """
+    from transformers import AutoConfig
 
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
     if gguf is not None:
@@ -139,13 +148,22 @@ def _load_pretrained(
                 "pip install 'clt-trainer[gguf]'"
             )
     with _loading("the config", config.model):
-        settings = AutoConfig.from_pretrained(source, **options)
+        settings = AutoConfig.from_pretrained(source, local_files_only=local, **options)
         count = settings.get_text_config().num_hidden_layers
     if type(count) is not int or not 1 <= count <= MOST_LAYERS:  # each is made before the weights are looked at
         raise UserError(
             f"the config of lm.model={config.model!r} asks for {count!r:.40} layers, wanted 1 to {MOST_LAYERS}: mend "
             "its config.json"
         )
+    return settings, options
+
+
+def _load_pretrained(
+    config: LMConfig, source: str, gguf: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    settings, options = load_settings(config, source, gguf)
     with _loading("the model", config.model):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,

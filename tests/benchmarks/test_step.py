@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import report, scale, step
+from benchmarks import report, step
+from clt.costs import Job, flops, moved_bytes
 
 SIZES = {"L": 3, "D": 4, "F": 16, "B": 64}
-JOB = scale.Job(3, 4, 16, 64, width=4)
+JOB = Job(3, 4, 16, 64, width=4)
 
 
 @pytest.mark.parametrize("variant", ["ours", "textbook"])
@@ -18,7 +19,7 @@ def test_a_measured_step(variant: str) -> None:
     assert row["tokens_per_s"] * row["seconds"] == pytest.approx(64)
     assert row["share_of_peak"] == pytest.approx(row["tflops"] / row["peak_tflops"])
     assert 0 < row["share_of_peak"] <= row["roofline_share"] < 1
-    work, moved = scale.flops(JOB) / (row["peak_tflops"] * 1e12), step.unavoidable_bytes(JOB) / 10e9
+    work, moved = flops(JOB) / (row["peak_tflops"] * 1e12), moved_bytes(JOB) / 10e9
     assert row["roofline_seconds"] == pytest.approx(max(work, moved))
     assert ("formula_memory_gb" in row) == (variant == "ours")
 

@@ -10,7 +10,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from benchmarks import data_path, report, scale, step, throughput
+from benchmarks import data_path, report, step, throughput
+from clt.costs import Job
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +43,7 @@ def test_the_default_steps_of_a_gpu_fit_into_80_gb(quick: bool, count: int) -> N
     assert len(found) == count, "each takes half a minute, of ten"
     for case in found:
         L, D, F, B = (case[key] for key in "LDFB")
-        wanted = step.formula_memory(scale.Job(L, D, F, B))
+        wanted = step.formula_memory(Job(L, D, F, B))
         if "textbook" in case["variant"]:
             wanted = (16 + 3 * 4) * L * L * F * D + 6 * 4 * B * L * F
         assert wanted < 76e9, case

@@ -1,0 +1,59 @@
+"""What a plan must know of a language model, without its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from clt.config import LMConfig
+from clt.errors import UserError
+from clt.lm.load import chosen_layers, load_settings, locate
+
+
+class Shape(NamedTuple):
+    """The layers that are explained and the residual width; and of a model whose config is at hand, its size."""
+
+    n_layers: int
+    d_acts: int
+    parameters: int | None = None
+    flops_per_token: int | None = None  # of a forward pass up to the last layer that is explained
+
+
+def read_shape(config: LMConfig) -> Shape:
+    """The shape of `lm.model`, from its config alone. Asks no hub.
+
+    FLOPs are 2 a weight of the layers that run, and 4 * width for each token of the context that attention reads.
+    Raises UserError when the config is not on this machine or cannot be read, and for layers that the model lacks.
+    """
+    source, gguf = locate(config.model)
+    if not Path(source).exists():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            found = try_to_load_from_cache(source, "config.json", revision=config.revision)
+        except HFValidationError:
+            found = None
+        if not isinstance(found, str):
+            raise UserError(
+                f"config.json of lm.model={config.model!r} is not on this machine: `hf download {source} config.json` "
+                "fetches it; or give the model's shape with --layers and --width"
+            )
+    from transformers import AutoModelForCausalLM
+
+    settings, _ = load_settings(config, source, gguf, local=True)
+    text = settings.get_text_config()
+    layers = chosen_layers(config, text.num_hidden_layers)
+    with torch.device("meta"):  # shapes without memory
+        model: Any = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    head = model.get_output_embeddings()
+    unused = {
+        m.weight: m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding) or m is head
+    }  # no products
+    total = sum(parameter.numel() for parameter in model.parameters())
+    ran = layers[-1] + 1
+    body = (total - sum(unused.values())) * ran // text.num_hidden_layers
+    return Shape(len(layers), text.hidden_size, total, 2 * body + 4 * ran * config.context * text.hidden_size)
