@@ -29,7 +29,7 @@ from clt.files import read_object, reading
 FORMAT_VERSION = 1
 FEATURES = "features"
 """The directory of the files, in a run's."""
-_SUMMARY, _ARRAYS, _VOCABULARY, _INDEX = "summary.json", "summary.safetensors", "vocabulary.json.gz", "index.json.gz"
+SUMMARY, _ARRAYS, _VOCABULARY, _INDEX = "summary.json", "summary.safetensors", "vocabulary.json.gz", "index.json.gz"
 _REMEDY = "delete its directory and run `clt features RUN` again"
 
 ARRAYS = {
@@ -52,7 +52,7 @@ def cantor(layer: int, feature: int) -> int:
 def pack(record: dict[str, Any]) -> bytes:
     """A record as it stands in a layer's file."""
     text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    data = zlib.compress(text.encode(), 6)
+    data = zlib.compress(text.encode(), 4)  # half the time of 6, 6% more bytes
     return len(data).to_bytes(4, "little") + data
 
 
@@ -90,7 +90,7 @@ def write_summary(
         text = json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
         write_whole(directory / name, gzip.compress(text.encode(), mtime=0))  # without the time: the same bytes
     write_whole(directory / _ARRAYS, save({name: np.ascontiguousarray(arrays[name], ARRAYS[name]) for name in ARRAYS}))
-    write_json(directory / _SUMMARY, {"format_version": FORMAT_VERSION, **summary})
+    write_json(directory / SUMMARY, {"format_version": FORMAT_VERSION, **summary})
 
 
 class Features:
@@ -102,15 +102,16 @@ class Features:
     def __init__(self, directory: str | Path) -> None:
         """directory: `RUN/features`."""
         self.directory = Path(directory)
-        if not (self.directory / _SUMMARY).is_file():
-            raise UserError(f"{self.directory} has no {_SUMMARY}; make the features with `clt features RUN`")
+        if not (self.directory / SUMMARY).is_file():
+            raise UserError(f"{self.directory} has no {SUMMARY}; make the features with `clt features RUN`")
         fields = {"format_version": int, "n_layers": int, "d_features": int, "tokens": int}
-        self.summary = read_object(self.directory / _SUMMARY, fields, _REMEDY)
+        self.summary = read_object(self.directory / SUMMARY, fields, _REMEDY)
         """What summary.json says."""
         if (version := self.summary["format_version"]) != FORMAT_VERSION:
             raise UserError(f"{self.directory} has format version {version}, wanted {FORMAT_VERSION}; {_REMEDY}")
         self.n_layers: int = self.summary["n_layers"]
         self.d_features: int = self.summary["d_features"]
+        self.tokens: int = self.summary["tokens"]
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
