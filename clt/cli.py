@@ -87,6 +87,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtypes = ["float32", "bfloat16", "float16"]
     command.add_argument("--dtype", choices=dtypes, default="float32", help="of the matrices (%(default)s)")
 
+    command = add("features", _features, "write what each feature of a run fires on, and what it writes")
+    command.add_argument("run_dir", help="run directory")
+    command.add_argument("--step", type=int, help="checkpoint to look at (default: the newest)")
+    command.add_argument("--part", choices=["heldout", "train"], default="heldout", help="text to read (%(default)s)")
+    what = "tokens of it to read, or all that there are (%(default)s)"
+    command.add_argument("--tokens", type=int, default=1_000_000, help=what)
+
     command = add("serve", _serve, "serve activations over HTTP")
     _add_config(command)
     command.add_argument("--config", dest="preset", help="test, production, large-scale, or a YAML file over CONFIG")
@@ -217,14 +224,40 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"{summary(facts)}\nThe export is in {arguments.directory}")
 
 
+def _features(arguments: argparse.Namespace) -> None:
+    config, directory, step = _checkpoint(arguments)
+    if arguments.tokens < 1:
+        raise UserError(f"--tokens is {arguments.tokens}; wanted 1 or more")
+    from clt.explore.features import make_features
+
+    features = make_features(config, directory, step, arguments.part, arguments.tokens)
+    fired = int((features.arrays["count"] > 0).sum())
+    print(
+        f"{features.directory}: {features.arrays['count'].size:,} features, of which {fired:,} fire on "
+        f"{features.tokens:,} tokens of {features.summary['part']} text"
+    )
+
+
+def _checkpoint(arguments: argparse.Namespace) -> tuple[Config, Path, int]:
+    """The config and the directory of a run, and the step of the checkpoint that is asked for."""
+    directory = Path(arguments.run_dir)
+    if not (directory / "config.yaml").is_file():
+        raise UserError(f"{directory} has no config.yaml; wanted the run.dir of a training run")
+    config = load_config(directory / "config.yaml")
+    from clt.train import checkpoint
+
+    steps = checkpoint.steps(directory / "checkpoints")
+    step = arguments.step if arguments.step is not None else max(steps, default=None)
+    if step is None or step not in steps:
+        raise UserError(f"{directory} has no checkpoint of step {step}; found {steps or 'none'}")
+    return config, directory, step
+
+
 class _Run:
     """A checkpoint of a run, and what evaluates it. Raises UserError when something is missing or does not fit."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.directory = Path(arguments.run_dir)
-        if not (self.directory / "config.yaml").is_file():
-            raise UserError(f"{self.directory} has no config.yaml; wanted the run.dir of a training run")
-        self.config = load_config(self.directory / "config.yaml")
+        self.config, self.directory, self.step = _checkpoint(arguments)
         import torch
 
         from clt.data.check import check_files
@@ -236,11 +269,6 @@ class _Run:
         from clt.train.optim import autocast_dtype
         from clt.train.run import open_store
 
-        steps = checkpoint.steps(self.directory / "checkpoints")
-        step = arguments.step if arguments.step is not None else max(steps, default=None)
-        if step is None or step not in steps:
-            raise UserError(f"{self.directory} has no checkpoint of step {step}; found {steps or 'none'}")
-        self.step: int = step
         accumulate_in_float32()  # as in training
         world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         path = self.directory / "checkpoints" / f"step_{self.step:08d}"

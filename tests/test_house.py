@@ -10,7 +10,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 # Data flows one way: a package may import those above it (and itself), never those below.
-FLOW = ["lm", "data", "server", "model", "train", "export"]
+FLOW = ["lm", "data", "server", "model", "train", "export", "explore"]
 
 
 def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:

@@ -1,0 +1,173 @@
+"""`clt features RUN`: what each feature of a run fires on and writes, as the files of clt/explore/files.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from tqdm import tqdm
+
+from clt.config import Config
+from clt.data.check import check_files, check_model
+from clt.data.index import INDEX, read_index
+from clt.data.lock import locked
+from clt.errors import UserError, mismatches, size_text, tell
+from clt.explore.collect import collect
+from clt.explore.direct import direct_logits, final_norm, softcap, token_texts
+from clt.explore.files import ARRAYS, FEATURES, SUMMARY, Features, write_summary
+from clt.explore.firings import GROUP, GROUP_BYTES
+from clt.explore.records import LOGITS, TOP, Source, write_records
+from clt.lm.documents import Part
+from clt.lm.fingerprint import fingerprints, pinned
+from clt.lm.load import LanguageModel, load_language_model
+from clt.memory import keep_freed_memory
+from clt.model.transcoder import CrossLayerTranscoder
+from clt.train import checkpoint
+from clt.train.optim import autocast_dtype
+
+_WORK = "firings"  # the directory, in that of the features, that is deleted when they are complete
+
+
+def make_features(config: Config, run: Path, step: int, part: Part, tokens: int, progress: bool = True) -> Features:
+    """Make or finish the features of a run's checkpoint on the first `tokens` tokens of one part of the config's text.
+
+    Whole windows are read. The files depend on neither interruptions nor the number of processes. Raises UserError when
+    they are there already of something else, when the language model does not fit, and as `collect`.
+    """
+    directory, device = run / FEATURES, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = autocast_dtype(config.train.precision, device)
+    path = run / "checkpoints" / f"step_{step:08d}"
+    windows = -(-tokens // config.lm.context)
+    identity: dict[str, Any] = {
+        "step": step,
+        "checksums": (checkpoint.read_state(path)["checksums"] or {}).get(checkpoint.MODEL),
+        "part": part,
+        "text": dataclasses.asdict(config.text),
+        "windows": windows,
+        "lm.context": config.lm.context,
+        "lm.batch_windows": config.lm.batch_windows,
+        "precision": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        **fingerprints(config, part, ask_hub=True),
+    }
+    directory.mkdir(exist_ok=True)
+    with locked(directory, "being made", "RUN"):
+        if not (directory / SUMMARY).exists():
+            lm = load_language_model(config.lm, device)
+            transcoder = checkpoint.load_transcoder(path).to(device).requires_grad_(False)
+            _check(config, part, lm, transcoder)
+            _make(directory, config, part, lm, transcoder, windows, identity, f"{run.name}-{step}", progress)
+        features = Features(directory)
+        if odd := mismatches(features.summary["identity"], identity):
+            raise UserError(f"{directory} holds features of something else: {odd}; delete it to make them again")
+        shutil.rmtree(directory / _WORK, ignore_errors=True)
+    return features
+
+
+def _check(config: Config, part: Part, lm: LanguageModel, transcoder: CrossLayerTranscoder) -> None:
+    """Raise UserError when the language model is not the one that the run was trained on."""
+    found, wanted = (len(lm.layers), lm.d_model), (transcoder.n_layers, transcoder.d_acts)
+    if found != wanted:
+        raise UserError(f"{lm.name!r} has activations of (L, D) = {found}, the checkpoint was trained on {wanted}")
+    store = Path(config.data.store) / part
+    if (store / INDEX).exists():
+        index = read_index(store)
+        check_files(index, config)
+        check_model(index, lm)
+    else:
+        tell(f"warning: {store} is not there, so whether model and text are those of the run is not checked")
+
+
+def _make(
+    directory: Path,
+    config: Config,
+    part: Part,
+    lm: LanguageModel,
+    transcoder: CrossLayerTranscoder,
+    windows: int,
+    identity: dict[str, Any],
+    transcoder_id: str,
+    progress: bool,
+) -> None:
+    keep_freed_memory()
+    L, F = transcoder.n_layers, transcoder.d_features
+    size = sum(tensor.nbytes for module in (lm.model, transcoder) for tensor in module.state_dict().values())
+    workers = min(L, len(os.sched_getaffinity(0)))
+    tell(
+        f"{L * F} features; memory: {size_text(size)} for both models, then up to {size_text(GROUP * GROUP_BYTES)} in "
+        f"each of {workers} processes that write the records"
+    )
+    precision = getattr(torch, identity["precision"])
+    config = pinned(config, part, identity)
+    firings = collect(directory / _WORK, config, part, lm, transcoder, precision, windows, identity, progress)
+    texts = token_texts(lm)
+    counts = np.stack([of_layer.counts(F) for of_layer in firings.layers])
+    source = Source(firings, counts, texts, transcoder_id, int(firings.keep.sum()))
+    _write_all(directory, source, _direct(lm, transcoder), workers, progress)
+    layers = [load_file(_made(directory, s)) for s in range(L)]
+    summary = {
+        "transcoder_id": transcoder_id,
+        "step": identity["step"],
+        "model": lm.name,
+        "layers": lm.layers,
+        "n_layers": L,
+        "d_features": F,
+        "part": part,
+        "text": identity["text"],
+        "context": config.lm.context,
+        "tokens": source.tokens,
+        "windows": len(firings.token) // config.lm.context,
+        "documents": len(np.unique(firings.document)),
+        "final_norm": final_norm(lm),
+        "softcap": softcap(lm),
+        "identity": identity,
+    }
+    arrays = {name: np.stack([layer[name] for layer in layers]) for name in ARRAYS}
+    write_summary(directory, [layer["offsets"].tolist() for layer in layers], arrays, texts, summary)
+    if summary["documents"] < TOP:
+        tell(
+            f"warning: the text has {summary['documents']} documents, and a feature has at most one example of each: "
+            "more come of a .jsonl file with shorter ones"
+        )
+
+
+def _made(directory: Path, layer: int) -> Path:
+    return directory / _WORK / f"layer_{layer}.made"
+
+
+def _direct(lm: LanguageModel, transcoder: CrossLayerTranscoder) -> Iterator[dict[str, np.ndarray]]:
+    """What `write_records` takes as `direct`, layer by layer."""
+    count = min(LOGITS, len(lm.tokenizer))
+    for decoder, logits in zip(transcoder.W_dec, direct_logits(lm, transcoder, count)):
+        yield {"norms": torch.linalg.vector_norm(decoder, dim=2).cpu().numpy(), **logits._asdict()}
+
+
+def _write_all(
+    directory: Path, source: Source, direct: Iterator[dict[str, np.ndarray]], workers: int, progress: bool
+) -> None:
+    """`write_records` of the layers that are not made yet, each by a process."""
+    L, F = source.counts.shape
+    work = [
+        (directory, _made(directory, s), s, source, of_layer)
+        for s, of_layer in enumerate(direct)
+        if not _made(directory, s).exists()
+    ]
+    with tqdm(total=L * F, initial=(L - len(work)) * F, unit="feature", desc="records", disable=not progress) as bar:
+        if workers == 1:
+            for arguments in work:
+                write_records(*arguments)
+                bar.update(F)
+            return
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            for future in as_completed([pool.submit(write_records, *arguments) for arguments in work]):
+                future.result()
+                bar.update(F)
