@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clt.config import DEFAULT_CONFIG, Config, load_config
+from clt.config import DEFAULT_CONFIG, Config, environment_overrides, load_config
 from clt.errors import UserError, printable, tell
 from clt.parsing import to_yaml
 
@@ -175,7 +175,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     try:
         for package in ("starlette", "uvicorn"):
             importlib.import_module(package)
-        from clt.server.run import environment_overrides, serve
+        from clt.server.run import serve
     except ImportError as error:
         raise UserError(f"clt serve needs {error.name}: pip install 'clt-trainer[serve]'") from error
     config = _config(arguments, arguments.preset, environment_overrides())

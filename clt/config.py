@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from clt.errors import UserError
 from clt.model.spec import CLTConfig, LossConfig, check_loss, check_rule
-from clt.parsing import merge_file, merge_text
+from clt.parsing import merge_file, merge_text, names
 from clt.ranges import (
     ASCENDING,
     DECAY_RATES,
@@ -279,6 +280,8 @@ _CONFIGS = PACKAGE / "configs"  # where a wheel has them; in a checkout they lie
 DEFAULT_CONFIG = (_CONFIGS if _CONFIGS.is_dir() else PACKAGE.parent / "configs") / "quickstart.yaml"
 PRESETS = {name: PACKAGE / "server" / "presets" / f"{name}.yaml" for name in ("test", "production", "large-scale")}
 """Sizes of the activation server, by name."""
+SERVER_VARIABLES = {f"CLT_SERVER_{name.upper()}": f"server.{name}" for name in names(ServerConfig)}
+"""Variables of the environment that set a field, and which."""
 
 
 def load_config(
@@ -313,6 +316,25 @@ def load_config(
     check_rule(config.clt)
     check_loss(config.loss, config.clt)
     return config
+
+
+def environment_overrides() -> list[str]:
+    """What SERVER_VARIABLES set, as overrides of a config. Raises UserError for a CLT_SERVER_ that sets nothing."""
+    for name in os.environ:
+        if name.startswith("CLT_SERVER_") and name not in {*SERVER_VARIABLES, "CLT_SERVER_TOKEN"}:
+            known = ", ".join(["CLT_SERVER_TOKEN", *SERVER_VARIABLES])
+            raise UserError(f"{name} in the environment sets nothing; known: {known}")
+    return [f"{key}={os.environ[name]}" for name, key in SERVER_VARIABLES.items() if name in os.environ]
+
+
+def environment_config() -> Config:
+    """The config that CLT_CONFIG (a YAML file, or a preset over DEFAULT_CONFIG) and SERVER_VARIABLES ask for.
+
+    Raises UserError as `load_config`.
+    """
+    path = os.environ.get("CLT_CONFIG", "test")
+    file, preset = (DEFAULT_CONFIG, path) if path in PRESETS else (path, None)
+    return load_config(file, preset=preset, environment=environment_overrides())
 
 
 def identity(config: Config) -> dict[str, Any]:

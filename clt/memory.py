@@ -1,10 +1,11 @@
-"""How malloc keeps freed memory, and whether the machine has enough memory."""
+"""How malloc keeps freed memory; memory that processes share, if the machine has enough."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import shutil
+import stat
 from pathlib import Path
 
 from clt.errors import UserError, size_text
@@ -28,7 +29,42 @@ def keep_freed_memory(at_most: int = -1) -> None:
         libc.mallopt(_TRIM_THRESHOLD, at_most)
 
 
-def check_memory(size: int, folder: Path) -> None:
+def allocate(path: Path, size: int, begin: bytes) -> None:
+    """Make a file of `size` bytes, which begin with these, in a file system in memory; in the place of any other.
+
+    Raises UserError when the memory is not there.
+    """
+    _check_memory(size, path.parent)
+    partial = path.with_name(f"{path.name}.partial")
+    descriptor = open_own(partial, os.O_CREAT)
+    try:
+        os.truncate(descriptor, 0)
+        os.posix_fallocate(descriptor, 0, size)  # claimed now: later it would be a SIGBUS
+    except OSError as error:
+        partial.unlink()
+        raise UserError(_too_large(size, f"it cannot be allocated ({error.strerror})")) from error
+    os.pwrite(descriptor, begin, 0)
+    os.close(descriptor)
+    os.rename(partial, path)
+
+
+def open_own(path: Path, flags: int = 0) -> int:
+    """A descriptor of a file that is this user's alone; FileNotFoundError when there is none, UserError for others."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o600)
+        found = os.fstat(descriptor)
+        if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077:
+            return descriptor
+        os.close(descriptor)
+        told = f"is {stat.filemode(found.st_mode)} of user {found.st_uid}"
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        told = f"cannot be opened ({error.strerror})"  # a link, a directory
+    raise UserError(f"{path} {told}; wanted a regular file of this user with mode 600: remove it, or set server.name")
+
+
+def _check_memory(size: int, folder: Path) -> None:
     """Raise UserError when `size` bytes are more than the file system in memory at `folder`, the machine or the
     container's limit have left."""
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -43,10 +79,10 @@ def check_memory(size: int, folder: Path) -> None:
         free["the container's memory"] = int(text) - int(used.read_text()) + int(cache["inactive_file"])
     place = min(free, key=lambda name: free[name])
     if free[place] < size:
-        raise UserError(too_large(size, f"{place} has {size_text(free[place])} free"))
+        raise UserError(_too_large(size, f"{place} has {size_text(free[place])} free"))
 
 
-def too_large(size: int, found: str) -> str:
+def _too_large(size: int, found: str) -> str:
     """What to say of a shared buffer that does not fit."""
     return (
         f"the shared buffer needs {size_text(size)} but {found}: lower server.rows, choose fewer lm.layers, or give "

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from clt.config import Config
 from clt.data.check import check_files, check_model, check_store
@@ -18,6 +19,7 @@ from clt.data.index import INDEX, STATISTICS, StoreIndex, read_index, write_inde
 from clt.data.sampler import batch_rows
 from clt.data.statistics import Moments, Statistics
 from clt.data.store import DiscBuffer
+from clt.errors import UserError
 from clt.files import reading
 from clt.lm.fingerprint import fingerprints
 from clt.lm.forward import Rows, check_finite, forward_text
@@ -27,6 +29,19 @@ if TYPE_CHECKING:
 
 _ASKED = "statistics.json"  # how many rows the statistics were asked of: a short text has fewer
 _STORE_BATCH = 4096  # rows of a store that come at once
+
+
+def load(config: Config) -> LanguageModel:
+    """The language model, on `server.device`. Raises UserError for a GPU that is not there."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from clt.lm.load import load_language_model
+
+    gpu = torch.cuda.is_available()
+    if config.server.device == "gpu" and not gpu:
+        raise UserError("server.device=gpu but no CUDA device is available; set server.device=cpu")
+    disable_progress_bar()  # a log is no place for it, and its semaphore outlives a process that is killed
+    return load_language_model(config.lm, "cuda" if gpu and config.server.device != "cpu" else "cpu")
 
 
 def from_model(
@@ -81,16 +96,14 @@ def from_store(config: Config, epoch: int = 0, step: int = 0) -> Iterator[tuple[
         step += 1
 
 
-def describe_feed(
-    config: Config, directory: Path, load: Callable[[], LanguageModel], progress: bool = False
-) -> StoreIndex:
+def describe_feed(config: Config, directory: Path, progress: bool = False) -> StoreIndex:
     """The index of the rows to be served: a training store's, or (no rows, no shards) of those a model will give.
 
-    What is missing of held-out rows and, in `directory`, of statistics is made with the model that `load` gives. Raises
-    UserError as `extract` does, and for stores of another config.
+    What is missing of held-out rows and, in `directory`, of statistics is made. Raises UserError as `extract` does, and
+    for stores of another config.
     """
     heldout = Path(config.data.store) / "heldout"
-    lm = None if (heldout / INDEX).exists() else load()
+    lm = None if (heldout / INDEX).exists() else load(config)
     found = extract(config, "heldout", lm, progress)
     if config.server.source == "store":
         index = read_index(directory)
@@ -100,7 +113,7 @@ def describe_feed(
     files = fingerprints(config, "train", ask_hub=True)
     index = dataclasses.replace(found, text={**found.text, "part": "train"}, rows=0, shards=[], fingerprints=files)
     if not _has_statistics(config, directory, index):
-        lm = lm or load()
+        lm = lm or load(config)
         check_model(found, lm)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / INDEX).unlink(missing_ok=True)

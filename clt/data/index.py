@@ -143,12 +143,14 @@ def read_statistics(file: Path, framework: str, shape: tuple[int, int] | None = 
         raise UserError(f"statistics {file} are missing; copy or extract the store again")
     with reading(file, "copy or extract the store again"), safe_open(str(file), framework=framework) as tensors:
         found = {name: tensors.get_tensor(name) for name in STATISTICS_TENSORS}
-        _check_statistics(found, shape or tuple(found["input_mean"].shape))
+        check_statistics(found, shape or tuple(found["input_mean"].shape))
         return found
 
 
-def _check_statistics(found: dict[str, Any], shape: tuple[int, ...]) -> None:
-    """Raise ValueError, naming the tensor, for statistics that no rows can have."""
+def check_statistics(found: dict[str, Any], shape: tuple[int, ...]) -> None:
+    """Raise ValueError, naming the tensor, for statistics that no rows of `shape` (L, D) can have."""
+    if found.keys() != set(STATISTICS_TENSORS):
+        raise ValueError(f"found {', '.join(sorted(found))}, wanted {', '.join(STATISTICS_TENSORS)}")
     for name, tensor in found.items():
         wanted, kind = ((), "int64") if name == "rows" else (shape, "float64")
         is_kind = str(tensor.dtype).removeprefix("torch.") == kind

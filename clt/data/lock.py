@@ -1,4 +1,4 @@
-"""One process at a time in a directory: the kernel releases the lock when its process ends."""
+"""One process at a time, in a directory or at a byte of a file: the kernel frees the lock when its process ends."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import fcntl
 import functools
 import os
 import socket
+import struct
 import sys
 import threading
 import time
@@ -15,41 +16,77 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from clt.errors import UserError
+from clt.errors import UserError, tell
 
 LOCK = "lock"
 _NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # as NFS without lockd and Lustre without -o flock answer
+_TICK = 0.1  # seconds between two tries to get a lock
 _BEAT, _STALE = 5.0, 20.0  # seconds: between signs of life, and without one until a holder counts as dead
 _SETTLE = 1.0  # seconds until a claim is read again: of two processes that write one at once, the later stands
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux
+
+
+class ByteLocks:
+    """Locks of single bytes of an open file, on Linux; nobody waits for one.
+
+    They belong to the open file description, so that they hold among threads and in whatever PID namespace.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def hold(self, at: int) -> bool:
+        """Lock a byte; False when it is locked by another description."""
+        with contextlib.suppress(BlockingIOError, PermissionError):  # both mean that
+            self._call(fcntl.F_OFD_SETLK, fcntl.F_WRLCK, at)
+            return True
+        return False
+
+    def drop(self, at: int) -> None:
+        """Unlock a byte."""
+        self._call(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, at)
+
+    def taken(self, at: int) -> bool:
+        """Whether a byte is locked by another description."""
+        return self._call(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, at) != fcntl.F_UNLCK
+
+    def _call(self, command: int, kind: int, at: int) -> int:
+        return _FLOCK.unpack(fcntl.fcntl(self.descriptor, command, _FLOCK.pack(kind, os.SEEK_SET, at, 1, 0)))[0]
 
 
 @contextlib.contextmanager
-def locked(path: Path, doing: str = "being extracted", key: str = "data.store", wait: bool = False) -> Iterator[None]:
+def locked(path: Path, doing: str = "being extracted", key: str = "data.store", wait: float = 0.0) -> Iterator[None]:
     """Keep other processes from `doing` the same in directory `path`.
 
-    If another process holds the lock, wait for it, or without `wait` raise a UserError that names it and, as the way
-    out, config field `key`. The lock file says who holds the lock and is deleted afterwards. The file that a killed
-    process leaves is not locked. Where the file system has no flock, a holder touches the file every few seconds: one
-    that stopped is dead after 20 s.
+    If another process holds the lock, say so and wait for it, for `wait` seconds at most; then raise a UserError that
+    names it and, as the way out, config field `key`. The lock file says who holds the lock and is deleted afterwards.
+    The file that a killed process leaves is not locked. Where the file system has no flock, a holder touches the file
+    every few seconds: one that stopped is dead after 20 s.
     """
+    end, told = time.monotonic() + wait, False
     while True:
         with open(path / LOCK, "a+") as file, contextlib.ExitStack() as held:
             own = None
             try:
-                if _flock(file.fileno(), wait):
+                if _flock(file.fileno()):
                     if os.fstat(file.fileno()).st_nlink == 0:
                         continue  # its last holder deleted it before it was locked here
                     file.truncate(0)
                     print(_own_name(), end="", file=file, flush=True)
                 else:
                     _warn_without_flock(path)
-                    own = held.enter_context(_heartbeat(path / LOCK, wait))
+                    own = held.enter_context(_heartbeat(path / LOCK))
             except BlockingIOError as error:
                 file.seek(0)
-                raise UserError(
-                    f"{path} is {doing} by {file.read() or 'another process'}: wait until it is done and run this "
-                    f"again, end it, or set {key} to another directory"
-                ) from error
+                found = f"{path} is {doing} by {file.read() or 'another process'}"
+                if time.monotonic() > end:
+                    remedy = f"wait until it is done and run this again, end it, or set {key} to another directory"
+                    raise UserError(f"{found}: {remedy}") from error
+                if not told:
+                    tell(f"waiting: {found}")
+                told = True
+                time.sleep(_TICK)
+                continue
             try:
                 yield
             finally:
@@ -62,10 +99,10 @@ def _own_name() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def _flock(descriptor: int, wait: bool) -> bool:
+def _flock(descriptor: int) -> bool:
     """Lock the file; False where the file system cannot. Raises BlockingIOError when another holds it."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in _NO_FLOCK:
             raise
@@ -84,14 +121,12 @@ def _warn_without_flock(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _heartbeat(file: Path, wait: bool) -> Iterator[str]:
+def _heartbeat(file: Path) -> Iterator[str]:
     """Hold the lock by touching its file; gives what stands in it. Raises BlockingIOError when another holds it."""
     claim = f"{_own_name()} since {datetime.now().isoformat()}"
     while _text(file) != claim:
         if _text(file) and _alive(file):
-            if not wait:
-                raise BlockingIOError
-            continue
+            raise BlockingIOError
         file.write_text(claim)
         time.sleep(_SETTLE)
     ended = threading.Event()

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from clt.data.index import STATISTICS_TENSORS, read_statistics, write_whole
+from clt.data.index import STATISTICS_TENSORS, check_statistics, read_statistics, write_whole
 
 _CHUNK = 256  # rows converted to float64 at once: they fit a CPU's cache and fill a GPU
 
@@ -33,6 +34,16 @@ class Statistics:
     def load(cls, file: str | Path, shape: tuple[int, int] | None = None) -> Statistics:
         """Read statistics of (L, D) = `shape`, or any. Raises UserError as `read_statistics`."""
         tensors = read_statistics(Path(file), "pt", shape)
+        return cls(**{**tensors, "rows": int(tensors["rows"])})
+
+    @classmethod
+    def parse(cls, data: bytes, shape: tuple[int, int]) -> Statistics:
+        """The statistics of (L, D) = `shape` in the bytes of such a file. Raises ValueError for anything else."""
+        try:
+            tensors = load(data)
+        except (SafetensorError, KeyError, RuntimeError, TypeError) as error:  # the last three for unknown dtypes
+            raise ValueError(f"no safetensors: {error}") from error
+        check_statistics(tensors, shape)
         return cls(**{**tensors, "rows": int(tensors["rows"])})
 
 

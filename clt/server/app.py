@@ -31,12 +31,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from xxhash import xxh3_64_hexdigest
 
+from clt.config import environment_config
 from clt.data.index import STATISTICS, read_index
 from clt.data.store import DiscBuffer
 from clt.memory import keep_freed_memory
 from clt.server.client import read_token
 from clt.server.generator import end_with_parent, lead
-from clt.server.run import close_buffer, environment_config, folder, is_loopback, open_buffer
+from clt.server.run import close_buffer, folder, is_loopback, open_buffer
 from clt.server.wire import COLUMNS, Part, Shape, frame, frame_bytes, part_of, tensor_of
 
 log = logging.getLogger("uvicorn.error")

@@ -10,12 +10,9 @@ and a block whose holder dies before it is freed is still full.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
 import secrets
-import stat
-import struct
 import time
 import weakref
 from collections.abc import Iterator
@@ -24,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
+from clt.data.lock import ByteLocks
 from clt.errors import UserError
-from clt.memory import check_memory, too_large
+from clt.memory import allocate, open_own
 from clt.server.wire import COLUMNS, ITEM_BYTES, Part, Shape, cut, empty_part
 
 FREE, OPEN, FULL = range(3)
 GENERATOR, LEADER, _LINES = ((1 << 40) + i for i in range(3))
 """Locks beside those of the blocks; serving process i holds _LINES + i while it lives."""
 FOLDER = Path("/dev/shm")
-_FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux
 _MAGIC, _WORKERS = "cltblk03", 128
 Mark = tuple[int, int, int]
 _COLUMNS = np.dtype(list(COLUMNS.items()))  # of a row, together: to write to four places takes the generator longer
@@ -52,10 +49,10 @@ class Buffer:
 
     def __init__(self, name: str) -> None:
         self.path = FOLDER / f"clt-{name}"
-        self._fd = _open(self.path)
-        weakref.finalize(self, os.close, self._fd)  # else a buffer that was removed keeps its memory
-        size = os.fstat(self._fd).st_size
-        memory = mmap.mmap(self._fd, 0) if size > _HEADER.itemsize else bytes(_HEADER.itemsize)
+        descriptor = open_own(self.path)
+        weakref.finalize(self, os.close, descriptor)  # else a buffer that was removed keeps its memory
+        self.locks, size = ByteLocks(descriptor), os.fstat(descriptor).st_size
+        memory = mmap.mmap(descriptor, 0) if size > _HEADER.itemsize else bytes(_HEADER.itemsize)
         self.header = np.ndarray((), _HEADER, memory)
         texts = (self.header[name].item().decode("latin-1") for name in ("magic", "tag", "segment", "dtype"))
         (magic, self.tag, self.segment, dtype), sizes = texts, self.header["sizes"].tolist()
@@ -83,37 +80,13 @@ class Buffer:
         """
         assert 0 < sizes[2] <= sizes[0] < 1 << 31, sizes
         tables, _, _, size = _layout(sizes[0], sizes[1], shape)
-        begin, partial = np.zeros((), tables), FOLDER / f"clt-{name}.partial"
+        begin = np.zeros((), tables)
         for key, value in {"magic": _MAGIC, "tag": tag, "segment": secrets.token_hex(8), "dtype": shape.dtype,
                            "sizes": (*sizes, *shape[:2]), "state": "starting"}.items():  # fmt: skip
             begin["header"][key] = value
         begin["progress"]["mark"] = mark
-        check_memory(size, FOLDER)
-        descriptor = _open(partial, os.O_CREAT)
-        try:
-            os.truncate(descriptor, 0)
-            os.posix_fallocate(descriptor, 0, size)  # claimed now: later it would be a SIGBUS
-        except OSError as error:
-            partial.unlink()
-            raise UserError(too_large(size, f"it cannot be allocated ({error.strerror})")) from error
-        os.pwrite(descriptor, begin.tobytes(), 0)
-        os.close(descriptor)
-        os.rename(partial, FOLDER / f"clt-{name}")
+        allocate(FOLDER / f"clt-{name}", size, begin.tobytes())
         return cls(name)
-
-    def hold(self, at: int) -> bool:
-        """Lock a byte; False when another process (or another Buffer) has locked it."""
-        with contextlib.suppress(BlockingIOError, PermissionError):  # both mean that
-            self._lock(fcntl.F_OFD_SETLK, fcntl.F_WRLCK, at)
-            return True
-        return False
-
-    def drop(self, at: int) -> None:
-        """Unlock a byte."""
-        self._lock(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, at)
-
-    def _lock(self, command: int, kind: int, at: int) -> int:
-        return _FLOCK.unpack(fcntl.fcntl(self._fd, command, _FLOCK.pack(kind, os.SEEK_SET, at, 1, 0)))[0]
 
     @property
     def progress(self) -> np.ndarray:
@@ -232,16 +205,16 @@ class Buffer:
         full = np.flatnonzero(self.state == FULL)
         start = self.random.integers(len(full)) if len(full) else 0
         for at in range(len(full)):
-            if self.hold(block := int(full[(start + at) % len(full)])):
+            if self.locks.hold(block := int(full[(start + at) % len(full)])):
                 if self.state[block] == FULL:
                     return block
-                self.drop(block)
+                self.locks.drop(block)
         return None
 
     def _free(self, block: int, count: str) -> None:
         self.line[count] += self.block_rows
         self.state[block] = FREE
-        self.drop(block)
+        self.locks.drop(block)
 
     def refresh(self) -> int:
         """Drop all rows; returns how many. Generator and serving processes drop theirs before they go on."""
@@ -252,16 +225,14 @@ class Buffer:
             dropped += self.block_rows
         return dropped
 
-    def is_current(self) -> bool:
-        """Whether the file of that name is still this buffer: another server may have made a new one."""
-        with contextlib.suppress(FileNotFoundError):
-            return os.path.samestat(os.stat(self.path), os.fstat(self._fd))
-        return False
+    def removed(self) -> bool:
+        """Whether the file has gone, or another has taken its name."""
+        return os.fstat(self.locks.descriptor).st_nlink == 0
 
     def join(self) -> None:
         """Take a line among the serving processes. Raises UserError when there is none."""
         for number in range(_WORKERS):
-            if self.hold(_LINES + number):
+            if self.locks.hold(_LINES + number):
                 self._own, self.line = number, self.lines[number]  # the counts of a dead one go on
                 self.line["clients"] = self.line["held"] = 0
                 return
@@ -269,13 +240,12 @@ class Buffer:
 
     def leave(self) -> None:
         """The opposite, where it has joined."""
-        self.drop(_LINES + self._own)
+        self.locks.drop(_LINES + self._own)
         self._own = _WORKERS
 
     def living(self) -> np.ndarray:
         """The lines of the serving processes that live, as they are now."""
-        held = (self._lock(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, _LINES + i) != fcntl.F_UNLCK for i in range(_WORKERS))
-        return self.lines[[i for i, other in enumerate(held) if other or i == self._own]]
+        return self.lines[[i for i in range(_WORKERS) if i == self._own or self.locks.taken(_LINES + i)]]
 
     def stats(self) -> dict[str, Any]:
         """What is worth knowing. rows_generated = valid + open + in_flight + rows_drawn + rows_dropped + rows_lost."""
@@ -313,19 +283,3 @@ def _layout(blocks: int, block_rows: int, shape: Shape) -> tuple[np.dtype, np.dt
     size = -(-body.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
     block = np.dtype({"names": ["body"], "formats": [body], "itemsize": size})
     return tables, block, first, first + blocks * size
-
-
-def _open(path: Path, flags: int = 0) -> int:
-    """A descriptor of a file that is this user's alone; FileNotFoundError when there is none, UserError for others."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o600)
-        found = os.fstat(descriptor)
-        if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077:
-            return descriptor
-        os.close(descriptor)
-        told = f"is {stat.filemode(found.st_mode)} of user {found.st_uid}"
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        told = f"cannot be opened ({error.strerror})"  # a link, a directory
-    raise UserError(f"{path} {told}; wanted a regular file of this user with mode 600: remove it, or set server.name")

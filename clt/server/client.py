@@ -26,8 +26,6 @@ from typing import Any, TypeVar
 from urllib.parse import urlencode
 
 import numpy as np
-import safetensors.torch
-import torch
 
 from clt.data.index import StoreIndex, parse_index
 from clt.data.statistics import Statistics
@@ -276,16 +274,11 @@ class _Answer(io.RawIOBase):
 
     def statistics(self, dims: tuple[int, int]) -> Statistics:
         """All of it: statistics (L, D)."""
+        data = self.whole(32 * dims[0] * dims[1] + (1 << 16))
         try:
-            tensors = safetensors.torch.load(self.whole(32 * dims[0] * dims[1] + (1 << 16)))
-            found = Statistics(rows=int(tensors.pop("rows")), **tensors)
-        except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError, TypeError) as error:
-            raise ServerError(f"found no statistics: {error}") from error
-        right = all(each.shape == dims and each.dtype == torch.float64 for each in tensors.values())
-        right = right and all(bool(each.isfinite().all()) for each in tensors.values())
-        if not right or found.rows < 1 or min(found.input_sd.min(), found.target_sd.min()) < 0:
-            raise ServerError(f"found other statistics than finite ones {dims} of 1 row or more")
-        return found
+            return Statistics.parse(data, dims)
+        except ValueError as error:
+            raise ServerError(f"found no statistics of the server's rows: {error}") from error
 
     def reason(self) -> str:
         """What it says for itself, of a refusal."""

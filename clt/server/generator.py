@@ -15,11 +15,11 @@ import time
 import torch
 
 from clt.config import Config
-from clt.data.feed import from_model, from_store
+from clt.data.feed import from_model, from_store, load
 from clt.errors import UserError, printable
 from clt.memory import keep_freed_memory
 from clt.server.buffer import GENERATOR, LEADER, Buffer
-from clt.server.run import buffer_name, load, record
+from clt.server.run import buffer_name, record
 
 log = logging.getLogger("uvicorn.error")
 _TICK, _FULL = 0.1, 0.005  # seconds between two looks at a lock or the generator, and at a full buffer
@@ -37,7 +37,7 @@ def run(config: Config) -> None:
     end_with_parent(signal.SIGKILL)
     buffer = Buffer(buffer_name(config))
     buffer.say("starting", pid=os.getpid())
-    while not buffer.hold(GENERATOR):  # the last leader's, which the kernel is ending
+    while not buffer.locks.hold(GENERATOR):  # the last leader's, which the kernel is ending
         time.sleep(_TICK)
     threading.Thread(target=note, args=(config, buffer), daemon=True).start()
     torch.set_num_threads(max(torch.get_num_threads() - 1, 1))  # one core is the servers'
@@ -73,7 +73,7 @@ def note(config: Config, buffer: Buffer) -> None:
 async def lead(config: Config, buffer: Buffer) -> None:
     """Once no other serving process does: keep a generator running, restarted with back-off. Ends with its task."""
     spawn, delay = multiprocessing.get_context("spawn"), 0.25
-    while not buffer.hold(LEADER):
+    while not buffer.locks.hold(LEADER):
         await asyncio.sleep(_TICK)
     while True:
         child, began = spawn.Process(target=run, args=(config,), name="clt-generator", daemon=True), time.monotonic()

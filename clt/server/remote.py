@@ -90,7 +90,7 @@ def fetch_heldout(config: Config) -> None:
     fields = {key: value for key, value in dataclasses.asdict(store.index).items() if key not in _OWN}
     fields["text"]["part"] = "heldout"
     path.mkdir(parents=True, exist_ok=True)
-    with locked(path, wait=True):  # many runs may start at once on one file system
+    with locked(path, wait=_PATIENCE):  # many runs may start at once on one file system
         if not (path / INDEX).exists():
             n, done = config.data.heldout_tokens, 0
             rows = empty_part(n, store.shape)  # in memory once: they may be most of what there is

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import os
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import uvicorn
 
-from clt.config import DEFAULT_CONFIG, PRESETS, Config, ServerConfig, load_config
+from clt.config import SERVER_VARIABLES, Config
 from clt.data.feed import describe_feed
 from clt.data.index import write_json, write_whole
 from clt.data.lock import locked
 from clt.errors import UserError, size_text, tell
 from clt.files import read_object, reading
-from clt.parsing import names, to_yaml
+from clt.parsing import to_yaml
 from clt.server.buffer import Buffer
 from clt.server.client import read_token
 from clt.server.wire import Shape
@@ -72,7 +69,7 @@ def open_buffer(config: Config, join: bool = True) -> Buffer:
     the config, memory that is missing, and a running server of another config on this buffer.
     """
     own_folder(config).mkdir(parents=True, exist_ok=True)
-    with _alone(config, _PREPARE_SECONDS):
+    with locked(own_folder(config), wait=_PREPARE_SECONDS):
         buffer = None
         with contextlib.suppress(FileNotFoundError):
             buffer = Buffer(buffer_name(config))
@@ -91,34 +88,18 @@ def open_buffer(config: Config, join: bool = True) -> Buffer:
 def close_buffer(config: Config, buffer: Buffer) -> None:
     """Leave the buffer; the last one records the place in the text and removes the buffer."""
     try:
-        with _alone(config, _CLOSE_SECONDS):
+        with locked(own_folder(config), wait=_CLOSE_SECONDS):
             buffer.leave()
-            if len(buffer.living()) == 0 and buffer.is_current():
+            if len(buffer.living()) == 0 and not buffer.removed():
                 record(config, buffer)
-                buffer.path.unlink(missing_ok=True)
+                buffer.path.unlink()
     except (UserError, OSError) as error:  # e.g. the folder has gone
         tell(f"{buffer.path} is left behind: {error}")
 
 
-def _alone(config: Config, seconds: float) -> contextlib.ExitStack:
-    """While no other process opens or closes the buffer; such a one is waited for, and that is said."""
-    end, told, stack = time.monotonic() + seconds, False, contextlib.ExitStack()
-    while True:
-        try:
-            stack.enter_context(locked(own_folder(config)))
-            return stack
-        except UserError as error:
-            if time.monotonic() > end:
-                raise
-            if not told:
-                tell(f"waiting: {error}")
-            told = True
-            time.sleep(0.1)
-
-
 def _create(config: Config) -> Buffer:
     mark, server = _position(config), config.server
-    index = describe_feed(config, folder(config), functools.partial(load, config), sys.stderr.isatty())
+    index = describe_feed(config, folder(config), sys.stderr.isatty())
     shape = Shape(index.n_layers, index.d_acts, index.dtype)
     block_rows = max(1, min(_BLOCK_BYTES // shape.row_bytes, server.rows // _BLOCKS))
     blocks = max(2, server.rows // block_rows)
@@ -128,19 +109,6 @@ def _create(config: Config) -> Buffer:
         f"shared buffer: {blocks} blocks of {block_rows} rows {shape}, {size}; clients take three blocks each beside it"
     )
     return Buffer.create(buffer_name(config), (blocks, block_rows, open_blocks), shape, tag(config), mark)
-
-
-def load(config: Config) -> Any:
-    """The language model, on `server.device`. Raises UserError for a GPU that is not there."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from clt.lm.load import load_language_model
-
-    gpu = torch.cuda.is_available()
-    if config.server.device == "gpu" and not gpu:
-        raise UserError("server.device=gpu but no CUDA device is available; set server.device=cpu")
-    disable_progress_bar()  # a log is no place for it, and its semaphore outlives a process that is killed
-    return load_language_model(config.lm, "cuda" if gpu and config.server.device != "cpu" else "cpu")
 
 
 def record(config: Config, buffer: Buffer) -> None:
@@ -160,22 +128,6 @@ def _position(config: Config) -> tuple[int, int, int]:
     with reading(file, anew):
         first, second, third = found["mark"]
     return (first, second, third) if found["rows"] == tag(config)[:64] else (0, 0, 0)
-
-
-def environment_overrides() -> list[str]:
-    """What CLT_SERVER_<FIELD> set, as overrides of a config."""
-    known = {f"CLT_SERVER_{field.upper()}": f"server.{field}" for field in names(ServerConfig)}
-    for name in os.environ:
-        if name.startswith("CLT_SERVER_") and name not in {*known, "CLT_SERVER_TOKEN"}:
-            raise UserError(f"{name} in the environment sets nothing; known: CLT_SERVER_TOKEN, {', '.join(known)}")
-    return [f"{key}={os.environ[name]}" for name, key in known.items() if name in os.environ]
-
-
-def environment_config() -> Config:
-    """The config that the environment asks for; raises UserError as `load_config` does."""
-    path = os.environ.get("CLT_CONFIG", "test")
-    file, preset = (DEFAULT_CONFIG, path) if path in PRESETS else (path, None)
-    return load_config(file, preset=preset, environment=environment_overrides())
 
 
 def is_loopback(host: str) -> bool:
@@ -203,8 +155,8 @@ def serve(config: Config, **options: Any) -> None:
         file = own_folder(config) / f"serve-{port}.yaml"  # stays, for new workers
         write_whole(file, to_yaml(config).encode())
         os.environ["CLT_CONFIG"] = str(file)
-        for field in names(ServerConfig):  # they are in the config already, below the command line's
-            os.environ.pop(f"CLT_SERVER_{field.upper()}", None)
+        for name in SERVER_VARIABLES:  # they are in the config already, below the command line's
+            os.environ.pop(name, None)
         uvicorn.run("clt.server.app:app", host=host, port=port, workers=config.server.workers, ws="none",
                     http="clt.server.protocol:Protocol", access_log=False, server_header=False,
                     timeout_graceful_shutdown=_GRACE_SECONDS, **options)  # fmt: skip

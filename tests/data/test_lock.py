@@ -59,7 +59,7 @@ def test_waiting_for_the_lock_of_another_process(tmp_path: Path) -> None:
 
 
 def _hold(path: Path) -> str:
-    with locked(path, wait=True):
+    with locked(path, wait=60):
         return (path / "lock").read_text().partition(" on ")[0]
 
 

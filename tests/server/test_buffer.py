@@ -124,14 +124,14 @@ def generate(name: str) -> None:
 
 def test_a_removed_buffer_is_not_taken_for_another_and_keeps_no_memory(name: str) -> None:
     buffer, before = Buffer.create(name, (BLOCKS, BLOCK_ROWS, OPEN_BLOCKS), SHAPE), len(os.listdir("/proc/self/fd"))
-    assert buffer.is_current()
+    assert not buffer.removed()
     buffer.path.unlink()
-    assert not buffer.is_current()
+    assert buffer.removed()
     other = Buffer.create(name, (BLOCKS, BLOCK_ROWS, OPEN_BLOCKS), SHAPE)
-    assert not buffer.is_current()
+    assert buffer.removed()
     del buffer
     assert len(os.listdir("/proc/self/fd")) == before
-    assert other.is_current()
+    assert not other.removed()
 
 
 @given(st.lists(st.tuples(st.sampled_from(["put", "draw", "refresh"]), st.integers(1, BLOCK_ROWS)), max_size=60))

@@ -115,7 +115,7 @@ def test_a_process_that_is_frozen_with_a_block_stops_nobody_and_loses_nothing_wh
         "import sys, time; from clt.server.buffer import *; b = Buffer(sys.argv[1])\n"
         "while b._claim() is None: pass\nprint('held', flush=True); time.sleep(600)"
     )
-    assert not Buffer(name).hold(LEADER), "who leads is told by the lock, not by a pid, which means little to others"
+    assert not Buffer(name).locks.hold(LEADER), "the lock tells who leads: a pid means little to others"
     with subprocess.Popen([sys.executable, "-c", code, name], stdout=subprocess.PIPE) as frozen:
         assert frozen.stdout is not None
         frozen.stdout.readline()

@@ -13,11 +13,12 @@ import torch
 
 from clt.config import PRESETS, Config, load_config
 from clt.data.extract import extract
+from clt.data.feed import load
 from clt.data.lock import locked
 from clt.errors import UserError
 from clt.parsing import to_yaml
 from clt.server.client import ActivationClient
-from clt.server.run import buffer_name, close_buffer, load, open_buffer, own_folder, record, tag
+from clt.server.run import buffer_name, close_buffer, open_buffer, own_folder, record, tag
 from tests.server.conftest import ROOT, eventually
 
 MakeConfig = Callable[..., Config]
