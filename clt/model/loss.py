@@ -120,7 +120,7 @@ class Objective(nn.Module):
         dead (L, F) bool: for the terms of dead features.
         """
         clt, norm, device = self.transcoder, self.transcoder.normalization, activations.device.type
-        (B, _, L, D), exact = activations.shape, clt.b_dec.dtype
+        (B, _, L, _), exact = activations.shape, clt.b_dec.dtype
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else exact
         with torch.autocast(device, enabled=False):
             x = self.kernels.normalized(norm, activations, dtype)

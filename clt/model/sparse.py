@@ -4,8 +4,8 @@
     y~[b]  += a[f, b] * W_dec[s][f], over the pairs of token b                              decode
     dW_dec[s][f] = sum a[f, b] * dy~[b], dW_enc[s][:, f] = sum dpre[f, b] * x~_s[b]         over the pairs of feature f
 
-It computes the same numbers as clt/model/step.py. Products of the encoder are dense, and freed once the pairs are known.
-A pair that is not listed has no gradient, so terms with one (`pre_activation`, `aux`) need the dense step.
+It computes the same numbers as clt/model/step.py. Products of the encoder are dense, and freed once the pairs are
+known. A pair that is not listed has no gradient, so terms with one (`pre_activation`, `aux`) need the dense step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 
 from clt.model.activations import theta
 from clt.model.kernels import Lists, by_token, kernels_for
-from clt.model.spec import CLTConfig
 from clt.model.step import NO_NORM, Step
 
 

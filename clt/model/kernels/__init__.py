@@ -47,6 +47,25 @@ class PairGradients(NamedTuple):
     threshold: Tensor
 
 
+class Rows(NamedTuple):
+    """One layer's decoder, its moments, and what is kept of it for the next step."""
+
+    weight: Tensor  # (F, T, D)
+    mean: Tensor  # (F, T, D)
+    square: Tensor  # (F, T, D)
+    norms: Tensor  # (F,): of the rows
+    narrow: Tensor | None  # (F, T, D): the weight in the products' dtype
+
+
+class AdamStep(NamedTuple):
+    """A step of Adam. The device knows whether to skip it, which is all that such a step does."""
+
+    number: Tensor  # (): 1, 2, .., this one included
+    skip: Tensor  # () bool
+    divisor: Tensor  # (): what gradients are divided by, for clipping and for the loss scale
+    lr: float
+
+
 def by_token(lists: Lists, tokens: int) -> ByToken:
     """Sort the pairs that fire by token. The sort is stable: the same order, and so the same sums, every time."""
     ordered, order = torch.where(lists.values != 0, lists.tokens, tokens).sort(stable=True)

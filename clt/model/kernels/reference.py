@@ -1,4 +1,4 @@
-"""The sparse step in torch: what the Triton kernels are compared with, and the CPU's path. The host waits for counts."""
+"""The sparse step in torch: what the Triton kernels are compared with, and the CPU's path. It waits for the device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from clt.model.kernels import ByToken, Lists, PairGradients
+from clt.model.kernels import AdamStep, ByToken, Lists, PairGradients, Rows
 
 
 def select(
@@ -75,6 +75,26 @@ def pair_gradients(
 def encoder_gradient(out: Tensor, x: Tensor, lists: Lists, grad_pre: Tensor) -> None:
     """The gradient to W_enc (D, F) into out, of x~ (B, D) and the gradient to the pairs' pre-activations (C,)."""
     out.copy_(_bags(lists.tokens, x.to(out.dtype), lists.offsets, grad_pre).t())
+
+
+def adam_rows(
+    rows: Rows, grad: Tensor, through_norm: Tensor, step: AdamStep, betas: tuple[float, float], eps: float
+) -> None:
+    """Adam (arXiv 1412.6980) on decoder rows, in place, of the gradient (grad + weight * through_norm) / divisor.
+
+    grad (F, T, D), through_norm (F,): as of `decoder_gradients`, which then need not add the second. Also renews what
+    the next step reads: norms (F,), and the narrow copy.
+    """
+    if step.skip:
+        return
+    g = (grad + rows.weight * through_norm.view(-1, 1, 1)) / step.divisor
+    rows.mean.lerp_(g, 1 - betas[0])
+    rows.square.lerp_(g * g, 1 - betas[1])
+    size, correction = step.lr / (1 - betas[0] ** step.number), (1 - betas[1] ** step.number).rsqrt()
+    rows.weight.sub_(size * rows.mean / (rows.square.sqrt() * correction + eps))
+    rows.norms.copy_(torch.linalg.vector_norm(rows.weight.flatten(1), dim=1))
+    if rows.narrow is not None:
+        rows.narrow.copy_(rows.weight)
 
 
 def _bags(index: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
