@@ -1,5 +1,8 @@
 """Launches the Triton kernels. Functions, arguments and results are those of `reference`, in float32; nothing waits."""
 
+# A launch is typed as a call of the kernel, whose constants are of a type of their own.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 from functools import partial

@@ -94,7 +94,7 @@ def gate_pairs(
         saturation = tl.sigmoid(2 * of_row * value)
         g = of_penalty * 4 * (1 - saturation) * saturation * of_row
         place = addends + pair
-        for _ in tl.static_range(ADDENDS):
+        for _ in tl.static_range(ADDENDS):  # pyright: ignore[reportGeneralTypeIssues]
             g += tl.load(place, mask=inside, other=0.0)
             place += capacity
         pre = tl.where(value != 0, g, 0.0)
