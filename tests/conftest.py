@@ -43,7 +43,7 @@ def no_gpu_for_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-OPTIONAL = "nnsight wandb starlette uvicorn httptools uvloop datasets gguf accelerate xdist"
+OPTIONAL = "triton nnsight wandb starlette uvicorn httptools uvloop datasets gguf accelerate xdist"
 HIDING = f"""
 from importlib.machinery import PathFinder
 find, hidden = PathFinder.find_spec, set({OPTIONAL.split()})

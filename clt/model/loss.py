@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clt.model.aux import auxk
+from clt.model.sparse import SparseEncode, SparseWrite, select
 from clt.model.spec import LossConfig
 from clt.model.step import Encode, Skip, SquaredError, Step, Target, Write, make_kernels
 from clt.model.topk import Layer, batch_threshold, token_thresholds
@@ -72,6 +73,7 @@ class Losses(NamedTuple):
     l0_per_layer: Tensor  # (L,)
     fired: Tensor  # (L, F) bool: features that fired at least once
     threshold: Tensor  # that of the scores of all layers, with `batchtopk`; else 0
+    listed: Tensor | None  # (L,): pairs of features and tokens that fire or are near; of the sparse step
 
 
 class SumOverShards(torch.autograd.Function):
@@ -101,6 +103,7 @@ class Objective(nn.Module):
         super().__init__()
         self.transcoder, self.loss = transcoder, loss
         self.kernels = make_kernels(compile)
+        self.capacity: int | None = None  # pairs of features and tokens that the sparse step has room for; None: dense
         self.gradient_memory: Callable[[Tensor], Tensor | None] = lambda parameter: None  # autograd makes it
         self.sum_ranks: Callable[[Tensor], Tensor] = unsharded  # in place, over all ranks, for `batchtopk`
 
@@ -117,22 +120,18 @@ class Objective(nn.Module):
         dead (L, F) bool: for the terms of dead features.
         """
         clt, norm, device = self.transcoder, self.transcoder.normalization, activations.device.type
-        (B, _, L, D), exact = activations.shape, clt.b_dec.dtype
+        (B, _, L, _), exact = activations.shape, clt.b_dec.dtype
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else exact
         with torch.autocast(device, enabled=False):
             x = self.kernels.normalized(norm, activations, dtype)
-            features = x.new_empty(B, L * clt.d_features)
             with torch.no_grad():  # the gradient through a norm is part of Write's
                 norms = [clt.norm(layer) for layer in range(L)]
             step = Step(clt.spec, self.loss, self.kernels, self.gradient_memory, list(clt.W_dec), norms, dead)
-            products = Encode.apply(x, clt.W_enc, step)
-            threshold, by_layer = self._thresholds(products, norms, k)
-            y, sums = x.new_empty(B, L, D, dtype=exact if clt.shards > 1 else dtype), []
-            weights = zip(products, clt.b_enc.unbind(), by_layer, clt.W_dec)  # type: ignore[arg-type]
-            for s, of_layer in enumerate(weights):
-                y, *sums_of_layer = Write.apply(y, *of_layer, features, s, step)  # type: ignore[misc]
-                sums.append(sums_of_layer)
-            del features
+            if self.capacity is None:
+                y, products, sums, threshold = self._dense(x, step, k)
+                listed = None
+            else:
+                y, products, sums, threshold, listed = self._sparse(x, step, k, self.capacity)
             if clt.shards > 1:
                 y = SumOverShards.apply(y, clt.sum_shards)
             if clt.W_skip is not None:
@@ -148,10 +147,46 @@ class Objective(nn.Module):
             for name, term in TERMS.items():
                 value = term(batch)
                 total, values[name] = total + coefficients[name] * value, value.detach()
-        return Losses(total, values, mse_per_layer.detach(), active.sum(1) / B, active > 0, threshold)
+        return Losses(total, values, mse_per_layer.detach(), active.sum(1) / B, active > 0, threshold, listed)
+
+    def _dense(
+        self, x: Tensor, step: Step, k: float | None
+    ) -> tuple[Tensor, tuple[Tensor, ...], list[list[Tensor]], Tensor]:
+        """y~ (B, L, D) of x~ (B, L, D), without the bias and the skip; products; the sums of Write; the threshold."""
+        clt, (B, L, D) = self.transcoder, x.shape
+        features = x.new_empty(B, L * clt.d_features)
+        products = Encode.apply(x, clt.W_enc, step)
+        threshold, by_layer = self._thresholds(products, step.norms, k)
+        y, sums = x.new_empty(B, L, D, dtype=clt.b_dec.dtype if clt.shards > 1 else x.dtype), []
+        weights = zip(products, clt.b_enc.unbind(), by_layer, clt.W_dec)  # type: ignore[arg-type]
+        for s, of_layer in enumerate(weights):
+            y, *sums_of_layer = Write.apply(y, *of_layer, features, s, step)  # type: ignore[misc]
+            sums.append(sums_of_layer)
+        return y, products, sums, threshold  # type: ignore[return-value]
+
+    def _sparse(
+        self, x: Tensor, step: Step, k: float | None, capacity: int
+    ) -> tuple[Tensor, tuple[Tensor, ...], list[list[Tensor]], Tensor, Tensor]:
+        """As `_dense`, by lists of at most `capacity` pairs a layer, and `Losses.listed`; nan if a layer has more."""
+        clt = self.transcoder
+        with torch.no_grad():
+            products = Encode.apply(x, clt.W_enc, step)
+        threshold, by_layer = self._thresholds(products, step.norms, k)  # type: ignore[arg-type]
+        with torch.no_grad():
+            layers = zip(products, clt.b_enc.unbind(), by_layer, step.norms)  # type: ignore[arg-type]
+            lists = [select(*of_layer, step, capacity) for of_layer in layers]
+            listed = torch.stack([of_layer.listed for of_layer in lists])
+            spoiled = torch.where(listed.max() > capacity, torch.nan, clt.b_dec.new_zeros(()))
+            del products
+        values = SparseEncode.apply(x, clt.W_enc, lists, step)
+        y, sums = torch.zeros_like(x, dtype=clt.b_dec.dtype), []
+        for s, of_layer in enumerate(zip(values, clt.b_enc.unbind(), by_layer, clt.W_dec, lists)):  # type: ignore[arg-type]
+            y, penalty = SparseWrite.apply(y, *of_layer, s, step, x.dtype)  # type: ignore[misc]
+            sums.append([penalty + spoiled, torch.zeros_like(penalty), lists[s].active])
+        return y, (), sums, threshold, listed
 
     def _thresholds(
-        self, products: tuple[Tensor, ...], norms: list[Tensor], k: float | None
+        self, products: tuple[Tensor, ...], norms: Sequence[Tensor], k: float | None
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """`Losses.threshold`, and each layer's, which broadcasts against (F, B)."""
         clt, none = self.transcoder, self.transcoder.threshold.new_zeros(())

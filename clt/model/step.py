@@ -26,7 +26,7 @@ from clt.model.normalization import Normalization
 from clt.model.spec import CLTConfig, LossConfig
 from clt.model.topk import count_above, maxima, scores_and_maxima
 
-_NO_NORM = 1e-30  # a decoder row that is shorter counts as zero
+NO_NORM = 1e-30  # a decoder row that is shorter counts as zero
 
 
 class Target(NamedTuple):
@@ -195,7 +195,7 @@ class Write(torch.autograd.Function):
         grad_W_dec = None
         if ctx.needs_input_grad[4]:  # else it is frozen
             # A zero row's subgradient is 0; computed, it would be nan under a loss scale.
-            through_norm = (grad.norm / norm).masked_fill_(norm < _NO_NORM, 0).view(-1, 1, 1)
+            through_norm = (grad.norm / norm).masked_fill_(norm < NO_NORM, 0).view(-1, 1, 1)
             memory = step.gradient_memory(ctx.weight)
             grad_W_dec = torch.empty_like(W_dec) if memory is None else memory
             weight = W_dec.detach()  # a parameter's sizes count as fixed: each layer would have its own kernel compiled

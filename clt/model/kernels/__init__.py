@@ -1,0 +1,79 @@
+"""What the sparse step computes besides the encoder's products, on lists of the features that fire.
+
+`reference` is torch, and the CPU's path; `gpu` launches the Triton kernels of `lists`, `rows` and `adam`. Both have the
+same functions, of the same arguments.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Lists(NamedTuple):
+    """The (feature, token) pairs of one layer that a step needs: those that fire, and those near their threshold.
+
+    They are ordered by feature, then by token. Arrays have room for C pairs, of which the first offsets[F] count.
+    """
+
+    offsets: Tensor  # (F + 1,) int32: the pairs of feature f are offsets[f] .. offsets[f + 1] - 1
+    tokens: Tensor  # (C,) int32
+    features: Tensor  # (C,) int32
+    values: Tensor  # (C,): the feature a; 0 where it does not fire, and beyond the last pair
+    through: Tensor | None  # (C,): theta / bw near the threshold, else 0; None where thresholds are not learned
+    penalty: Tensor  # (F,): the sum over tokens of tanh(scale * a)
+    shrink: Tensor  # (F,): the sum over tokens of (1 - tanh(scale * a)^2) * a
+    active: Tensor  # (F,): for how many tokens each feature fires
+    listed: Tensor  # () int64: how many pairs there are; those beyond C were left out
+
+
+class ByToken(NamedTuple):
+    """The pairs that fire, ordered by token, then by feature."""
+
+    offsets: Tensor  # (B + 1,) int32
+    features: Tensor  # (C,) int32
+    values: Tensor  # (C,)
+
+
+class PairGradients(NamedTuple):
+    """To the pre-activations of pairs (C,), and to bias and threshold (F,), summed over tokens."""
+
+    pre: Tensor
+    bias: Tensor
+    threshold: Tensor
+
+
+class Rows(NamedTuple):
+    """One layer's decoder, its moments, and what is kept of it for the next step."""
+
+    weight: Tensor  # (F, T, D)
+    mean: Tensor  # (F, T, D)
+    square: Tensor  # (F, T, D)
+    norms: Tensor  # (F,): of the rows
+    narrow: Tensor | None  # (F, T, D): the weight in the products' dtype
+
+
+class AdamStep(NamedTuple):
+    """A step of Adam. The device knows whether to skip it, which is all that such a step does."""
+
+    number: Tensor  # (): 1, 2, .., this one included
+    skip: Tensor  # () bool
+    divisor: Tensor  # (): what gradients are divided by, for clipping and for the loss scale
+    lr: float
+
+
+def by_token(lists: Lists, tokens: int) -> ByToken:
+    """Sort the pairs that fire by token. The sort is stable: the same order, and so the same sums, every time."""
+    ordered, order = torch.where(lists.values != 0, lists.tokens, tokens).sort(stable=True)
+    bounds = torch.arange(tokens + 1, dtype=torch.int32, device=ordered.device)
+    offsets = torch.searchsorted(ordered, bounds, out_int32=True)
+    return ByToken(offsets, lists.features[order], lists.values[order])
+
+
+def kernels_for(device: torch.device) -> ModuleType:
+    """Triton's on CUDA, torch's elsewhere."""
+    return importlib.import_module(f"{__name__}.{'gpu' if device.type == 'cuda' else 'reference'}")

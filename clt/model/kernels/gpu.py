@@ -1,0 +1,170 @@
+"""Launches the Triton kernels. Functions, arguments and results are those of `reference`, in float32; nothing waits."""
+
+# A launch is typed as a call of the kernel, whose constants are of a type of their own.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from clt.model.kernels import AdamStep, ByToken, Lists, PairGradients, Rows
+from clt.model.kernels.adam import adam_rows as adam_kernel
+from clt.model.kernels.lists import count_pairs, fill_pairs, gate_pairs
+from clt.model.kernels.rows import add_pieces, add_rows
+
+PIECE = 256  # pairs that one program adds up
+COLUMNS = 1024  # of a row, that one program adds up
+PAIRS = 4  # that it reads at once
+FUSION = {"enable_fp_fusion": True}  # a * b + c rounds once; the default differs between versions of Triton
+TOKENS = 1024  # that a program of `select` reads at once
+
+
+def select(
+    product: Tensor,
+    bias: Tensor,
+    limit: Tensor,
+    of_token: Tensor | None,
+    scale: Tensor,
+    bandwidth: float | None,
+    capacity: int,
+) -> Lists:
+    """As the reference's. product's rows may lie apart, but its tokens are contiguous."""
+    (F, B), device = product.shape, product.device
+    assert product.stride(1) == 1, product.stride()
+    half, near = (bandwidth or 0.0) / 2, bandwidth is not None
+    block = min(TOKENS, triton.next_power_of_2(B))
+    inputs = (product, bias, limit, limit if of_token is None else of_token)
+    shape = {"BY_TOKEN": of_token is not None, "NEAR": near, "BLOCK": block, "num_warps": 8} | FUSION
+    counts = torch.empty(F, dtype=torch.int32, device=device)
+    count_pairs[(F,)](*inputs, counts, B, product.stride(0), half, **shape)
+    ends = counts.cumsum(0)
+    # A count of pairs above 2^31 is beyond every capacity, but must not wrap around.
+    firsts = (ends - counts).clamp_max(2**30).int()
+    whole = partial(torch.empty, capacity, device=device)
+    tokens, features = whole(dtype=torch.int32), whole(dtype=torch.int32)
+    features.zero_()  # `by_token` carries those beyond the last pair along
+    values = torch.zeros(capacity, device=device)
+    through = whole(dtype=torch.float32) if near else None
+    penalty, shrink, active = torch.empty(3, F, device=device).unbind()
+    lists = (tokens, features, values, values if through is None else through, penalty, shrink, active)
+    fill_pairs[(F,)](*inputs, scale, firsts, *lists, B, product.stride(0), half, capacity, **shape)
+    offsets = torch.cat([ends.new_zeros(1), ends]).clamp_max(capacity).int()
+    return Lists(offsets, tokens, features, values, through, penalty, shrink, active, ends[-1])
+
+
+def decode(y: Tensor, W_dec: Tensor, pairs: ByToken) -> None:
+    """As the reference's: y (B, T, D), contiguous in its last two dimensions, of float32."""
+    pieces = _cut(pairs.offsets, len(pairs.values))
+    _add_rows(_rows(y), _rows(W_dec), pairs.features, pairs.values, pairs.offsets, pieces, add=True)
+
+
+def decoder_gradients(out: Tensor, W_dec: Tensor, through_norm: Tensor, written: Tensor, lists: Lists) -> Tensor:
+    """As the reference's."""
+    pieces = _cut(lists.offsets, len(lists.values))
+    own = (_rows(W_dec), through_norm)
+    dots = _add_rows(_rows(out), written, lists.tokens, lists.values, lists.offsets, pieces, own=own)
+    assert dots is not None
+    return dots
+
+
+def pair_gradients(
+    lists: Lists, grad_features: Tensor, scale: Tensor, grad_sparsity: Tensor, through_pre: bool
+) -> PairGradients:
+    """As the reference's."""
+    near, (addends, capacity) = lists.through is not None, grad_features.shape
+    pre = torch.empty_like(lists.values)
+    bias, threshold = torch.empty(2, len(scale), device=pre.device).unbind()
+    through = lists.through if near else lists.values
+    inputs = (lists.offsets, lists.values, through, grad_features, scale, grad_sparsity)
+    gate_pairs[(len(scale),)](
+        *inputs, pre, bias, threshold, capacity,
+        ADDENDS=addends, NEAR=near, THROUGH_PRE=through_pre, BLOCK=32, num_warps=1, **FUSION,
+    )  # fmt: skip
+    return PairGradients(pre, bias, threshold)
+
+
+def encoder_gradient(out: Tensor, x: Tensor, lists: Lists, grad_pre: Tensor) -> None:
+    """As the reference's."""
+    by_feature = torch.empty(len(lists.offsets) - 1, x.shape[1], device=x.device)
+    pieces = _cut(lists.offsets, len(lists.values))
+    _add_rows(by_feature, x, lists.tokens, grad_pre, lists.offsets, pieces)
+    out.copy_(by_feature.t())
+
+
+def adam_rows(
+    rows: Rows, grad: Tensor, through_norm: Tensor, step: AdamStep, betas: tuple[float, float], eps: float
+) -> None:
+    """As the reference's; all of float32 and contiguous but the narrow copy's dtype."""
+    weight, number = _rows(rows.weight), step.number.double()
+    size, correction = step.lr / (1 - betas[0] ** number), (1 - betas[1] ** number).rsqrt()
+    scalars = torch.stack([step.skip.double(), step.divisor.double(), size, correction]).float()
+    adam_kernel[(len(weight),)](
+        weight, grad, rows.mean, rows.square, weight if rows.narrow is None else rows.narrow, rows.norms,
+        through_norm, scalars, weight.shape[1], *betas, eps,
+        NARROW=rows.narrow is not None, COLUMNS=min(COLUMNS, triton.next_power_of_2(weight.shape[1])), **FUSION,
+    )  # fmt: skip
+
+
+class _Pieces(NamedTuple):
+    """How lists are cut into pieces of at most PIECE pairs; an empty list has one piece, too."""
+
+    row_of: Tensor  # of each program: its list, M when there is no piece for it
+    last: Tensor  # (M,): the programs up to a list's last piece
+    last_slot: Tensor  # (M,): likewise, of the lists with several pieces
+    counts: Tensor  # (M,)
+    heavy: Tensor  # the lists with several pieces, then M
+
+
+def _cut(offsets: Tensor, capacity: int) -> _Pieces:
+    counts = ((offsets.diff() + (PIECE - 1)) // PIECE).clamp_min(1)
+    last, several = counts.cumsum(0), counts > 1
+    programs = torch.arange(len(counts) + capacity // PIECE, device=offsets.device)
+    heavy = torch.arange(1, max(1, capacity // PIECE) + 1, device=offsets.device)
+    return _Pieces(
+        torch.searchsorted(last, programs, right=True, out_int32=True),
+        last.int(),
+        (counts * several).cumsum(0).int(),
+        counts,
+        torch.searchsorted(several.cumsum(0), heavy, out_int32=True),
+    )
+
+
+def _add_rows(
+    out: Tensor,
+    source: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    pieces: _Pieces,
+    *,
+    add: bool = False,
+    own: tuple[Tensor, Tensor] | None = None,
+) -> Tensor | None:
+    """out (M, N), or out + it with `add`, of source (_, N) by lists; with `own` its dots (ceil(N / COLUMNS), C)."""
+    (M, N), capacity = out.shape, len(weights)
+    columns = min(COLUMNS, triton.next_power_of_2(N))
+    blocks = triton.cdiv(N, columns)
+    slots = out.new_empty(max(1, 2 * (capacity // PIECE)), N)
+    dots = None if own is None else out.new_empty(blocks, capacity)
+    weight, scale = (out, out) if own is None else own
+    shape = {"ADD": add, "OWN": own is not None, "COLUMNS": columns} | FUSION
+    add_rows[(len(pieces.row_of), blocks)](
+        out, slots, source, weight, scale, index, weights, out if dots is None else dots,
+        offsets, pieces.row_of, pieces.last, pieces.last_slot, pieces.counts,
+        M, N, out.stride(0), source.stride(0), capacity, PIECE=PIECE, PAIRS=PAIRS, **shape,
+    )  # fmt: skip
+    add_pieces[(len(pieces.heavy), blocks)](
+        out, slots, weight, scale, pieces.heavy, pieces.last_slot, pieces.counts, M, N, out.stride(0), **shape
+    )
+    return dots
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """tensor (M, T, D) as (M, T * D), sharing memory."""
+    M, T, D = tensor.shape
+    return tensor.view(M, T * D)

@@ -1,0 +1,108 @@
+"""The sparse step in torch: what the Triton kernels are compared with, and the CPU's path. It waits for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from clt.model.kernels import AdamStep, ByToken, Lists, PairGradients, Rows
+
+
+def select(
+    product: Tensor,
+    bias: Tensor,
+    limit: Tensor,
+    of_token: Tensor | None,
+    scale: Tensor,
+    bandwidth: float | None,
+    capacity: int,
+) -> Lists:
+    """The pairs of product (F, B) and bias (F,) above theta; with a bandwidth, also those near it.
+
+    theta is limit (F,), or of_token (B,) / limit. The penalty is of scale (F,) * a. A nan counts as firing, so that it
+    reaches the loss.
+    """
+    z = product + bias.unsqueeze(1)
+    theta = limit.unsqueeze(1) if of_token is None else of_token / limit.unsqueeze(1)
+    on = ~(z <= theta.clamp_min(0))
+    near = torch.zeros_like(on) if bandwidth is None else (z - theta).abs() < bandwidth / 2
+    features, tokens = (on | near).nonzero(as_tuple=True)
+    listed, features, tokens = torch.tensor(len(features)), features[:capacity], tokens[:capacity]
+    offsets = torch.searchsorted(features, torch.arange(len(bias) + 1), out_int32=True)
+    values = (z * on)[features, tokens]
+    through = None if bandwidth is None else near[features, tokens] * (limit / bandwidth)[features]
+    saturation = (2 * scale[features] * values).sigmoid()
+    penalty = _row_sums(features, 2 * saturation - 1, len(bias))
+    shrink = _row_sums(features, 4 * (1 - saturation) * saturation * values, len(bias))
+    active = _row_sums(features, (values != 0).to(values.dtype), len(bias))
+    return Lists(offsets, tokens.int(), features.int(), values, through, penalty, shrink, active, listed)
+
+
+def decode(y: Tensor, W_dec: Tensor, pairs: ByToken) -> None:
+    """Add to y (B, T, D) what the pairs write by W_dec (F, T, D)."""
+    y += _bags(pairs.features, W_dec.flatten(1), pairs.offsets, pairs.values).view_as(y)
+
+
+def decoder_gradients(out: Tensor, W_dec: Tensor, through_norm: Tensor, written: Tensor, lists: Lists) -> Tensor:
+    """The gradient to W_dec (F, T, D) into out, and to the features of all pairs as addends (n, C).
+
+    written (B, T * D): the gradient to y~; through_norm (F,): what times W_dec is the gradient through its norm.
+    """
+    weight, written = W_dec.flatten(1), written.to(W_dec.dtype)
+    out.copy_(_bags(lists.tokens, written, lists.offsets, lists.values).view_as(out))
+    out.addcmul_(W_dec, through_norm.view(-1, 1, 1))
+    pieces = zip(lists.features.split(1024), lists.tokens.split(1024))
+    dots = [(weight[features] * written[tokens]).sum(1) for features, tokens in pieces]
+    return torch.cat([*dots, weight.new_zeros(0)]).unsqueeze(0)
+
+
+def pair_gradients(
+    lists: Lists, grad_features: Tensor, scale: Tensor, grad_sparsity: Tensor, through_pre: bool
+) -> PairGradients:
+    """As `gate_gradients`, of the pairs: grad_features are addends (n, C), grad_sparsity () is that to the penalty."""
+    saturation = (2 * scale[lists.features] * lists.values).sigmoid()
+    slope = 4 * (1 - saturation) * saturation
+    g = grad_features.sum(0) + grad_sparsity * slope * scale[lists.features]
+    pre, threshold = g * (lists.values != 0), torch.zeros_like(g)
+    if lists.through is not None:
+        threshold = -lists.through * g
+        pre = pre - threshold if through_pre else pre
+    bias, threshold = (_row_sums(lists.features, each, len(scale)) for each in (pre, threshold))
+    return PairGradients(pre, bias, threshold)
+
+
+def encoder_gradient(out: Tensor, x: Tensor, lists: Lists, grad_pre: Tensor) -> None:
+    """The gradient to W_enc (D, F) into out, of x~ (B, D) and the gradient to the pairs' pre-activations (C,)."""
+    out.copy_(_bags(lists.tokens, x.to(out.dtype), lists.offsets, grad_pre).t())
+
+
+def adam_rows(
+    rows: Rows, grad: Tensor, through_norm: Tensor, step: AdamStep, betas: tuple[float, float], eps: float
+) -> None:
+    """Adam (arXiv 1412.6980) on decoder rows, in place, of the gradient (grad + weight * through_norm) / divisor.
+
+    grad (F, T, D), through_norm (F,): as of `decoder_gradients`, which then need not add the second. Also renews what
+    the next step reads: norms (F,), and the narrow copy.
+    """
+    if step.skip:
+        return
+    g = (grad + rows.weight * through_norm.view(-1, 1, 1)) / step.divisor
+    rows.mean.lerp_(g, 1 - betas[0])
+    rows.square.lerp_(g * g, 1 - betas[1])
+    size, correction = step.lr / (1 - betas[0] ** step.number), (1 - betas[1] ** step.number).rsqrt()
+    rows.weight.sub_(size * rows.mean / (rows.square.sqrt() * correction + eps))
+    rows.norms.copy_(torch.linalg.vector_norm(rows.weight.flatten(1), dim=1))
+    if rows.narrow is not None:
+        rows.narrow.copy_(rows.weight)
+
+
+def _bags(index: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """For each i: the sum over j in offsets[i] .. offsets[i + 1] - 1 of weights[j] * rows[index[j]]."""
+    count = int(offsets[-1])
+    weights = weights[:count].to(rows.dtype)
+    return embedding_bag(index[:count], rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+def _row_sums(features: Tensor, values: Tensor, n: int) -> Tensor:
+    return values.new_zeros(n).index_add_(0, features, values)
