@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RATES = {"quickstart": (5e-3, 1e-2, 2e-2), "smollm2-135m": (2e-3, 4e-3, 8e-3)}
-RATES_BY_K = {"quickstart": (2e-3, 4e-3, 8e-3), "smollm2-135m": (1e-3, 2e-3, 4e-3)}
+RATES_BY_K = {"quickstart": (4e-3, 8e-3, 1.6e-2), "smollm2-135m": (1e-3, 2e-3, 4e-3)}
 REFERENCE = 40  # the wanted L0 that learning rates are compared at
 SECOND_SEED = (20, 40)
 KEYS = ("l0_total", "nmse", "fve", "ce_recovered", "kl", "top1_agreement", "dead_fraction", "wall_seconds")
