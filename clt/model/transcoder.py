@@ -176,7 +176,7 @@ class CrossLayerTranscoder(nn.Module):
         return dense
 
     def layer(self, s: int) -> dict[str, Tensor]:
-        """One layer's W_enc (D, F), b_enc, threshold (F,), W_dec (F, T, D), b_dec (D,), and with `skip` W_skip (D, D)."""
+        """One layer's W_enc (D, F), b_enc, threshold (F,), W_dec (F, T, D), b_dec (D,); with `skip`, W_skip (D, D)."""
         skip = {} if self.W_skip is None else {"W_skip": self.W_skip[s]}
         encoder = {"W_enc": self.W_enc[s], "b_enc": self.b_enc[s], "threshold": self.threshold[0, s]}
         return encoder | {"W_dec": self.W_dec[s], "b_dec": self.b_dec[s]} | skip
