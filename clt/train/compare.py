@@ -152,7 +152,8 @@ def plot(evaluations: dict[str, Evaluation], file: Path) -> None:
         for name, evaluation in evaluations.items():
             axes.plot(evaluation.tensors[key].tolist(), marker=".", label=name)
         axes.set(xlabel=xlabel, title=title)
-        axes.set_ylim(bottom=0)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     panels[-1].legend(loc="upper right", fontsize="small")
     figure.savefig(file, dpi=120)
 
