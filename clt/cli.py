@@ -69,10 +69,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("store", help="directory with an index.json")
     command.add_argument("--verify", action="store_true", help="recompute every shard's checksum")
 
-    command = add("eval", _eval, "evaluate a run's checkpoint again")
-    command.add_argument("run_dir", help="run directory")
-    command.add_argument("--step", type=int, help="checkpoint to evaluate (default: the newest)")
+    command = add("eval", _eval, "evaluate a run's checkpoint again, or any transcoders on the text of a config")
+    words = "run directory; with --transcoder or --compare a YAML file, then overrides section.key=value"
+    command.add_argument("config", nargs="*", metavar="RUN", help=words)
+    command.add_argument("--step", type=int, help="of RUN, the checkpoint to evaluate (default: the newest)")
     command.add_argument("--nnsight", action="store_true", help="replace the MLPs through nnsight, not forward hooks")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--transcoder", metavar="DIR", nargs=1, help="a run, a checkpoint or an imported transcoder")
+    which.add_argument("--compare", metavar="DIR", nargs="+", help="several of them, side by side")
+    command.add_argument("--out", help="directory for their evaluation.json and comparison.png (default: evaluation)")
+
+    command = add("import", _import, "read a transcoder in another tool's format")
+    command.add_argument("source", help="directory, or user/name[/folder][@revision] on the Hugging Face hub")
+    command.add_argument("directory", metavar="DIR", help="to write; must not exist")
+    _add_config(command)
 
     command = add("convert", _convert, "turn a topk or batchtopk run into a JumpReLU transcoder")
     command.add_argument("run_dir", help="run directory")
@@ -183,7 +193,19 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    run = _Run(arguments)
+    directories = arguments.transcoder or arguments.compare
+    if directories:
+        for option in ("step", "nnsight"):
+            if getattr(arguments, option):
+                raise UserError(f"--{option} is of a run; leave it out with --transcoder and --compare")
+        from clt.train.compare import conclude as conclude_comparison
+        from clt.train.compare import evaluate_transcoders
+
+        conclude_comparison(evaluate_transcoders(_config(arguments), directories), Path(arguments.out or "evaluation"))
+        return
+    if len(arguments.config) != 1 or arguments.out:
+        raise UserError(f"found {' '.join(arguments.config) or 'nothing'}; wanted one run directory, or --transcoder")
+    run = _Run(arguments.config[0], arguments.step)
     from clt.lm.replacement import nnsight_logits
     from clt.train.report import conclude
 
@@ -193,7 +215,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    run = _Run(arguments)
+    run = _Run(arguments.run_dir, arguments.step)
     from clt.export.convert import evenly, to_jumprelu
     from clt.model.spec import BY_K
     from clt.train.report import table
@@ -217,6 +239,14 @@ def _convert(arguments: argparse.Namespace) -> None:
     print(f"The transcoder is in {directory}; thresholds were set on {len(x):,} training rows")
 
 
+def _import(arguments: argparse.Namespace) -> None:
+    config = _config(arguments) if arguments.config else None
+    from clt.export.importer import import_transcoder
+
+    remarks = import_transcoder(arguments.source, Path(arguments.directory), config)
+    print("\n".join([*remarks, f"The transcoder is in {arguments.directory}"]))
+
+
 def _export(arguments: argparse.Namespace) -> None:
     from clt.export.export import export, summary
 
@@ -225,7 +255,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _features(arguments: argparse.Namespace) -> None:
-    config, directory, step = _checkpoint(arguments)
+    config, directory, step = _checkpoint(arguments.run_dir, arguments.step)
     if arguments.tokens < 1:
         raise UserError(f"--tokens is {arguments.tokens}; wanted 1 or more")
     from clt.explore.features import make_features
@@ -238,16 +268,16 @@ def _features(arguments: argparse.Namespace) -> None:
     )
 
 
-def _checkpoint(arguments: argparse.Namespace) -> tuple[Config, Path, int]:
-    """The config and the directory of a run, and the step of the checkpoint that is asked for."""
-    directory = Path(arguments.run_dir)
+def _checkpoint(run: str, step: int | None) -> tuple[Config, Path, int]:
+    """The config and the directory of a run, and `step`, or that of the newest checkpoint. Raises UserError for none."""
+    directory = Path(run)
     if not (directory / "config.yaml").is_file():
         raise UserError(f"{directory} has no config.yaml; wanted the run.dir of a training run")
     config = load_config(directory / "config.yaml")
     from clt.train import checkpoint
 
     steps = checkpoint.steps(directory / "checkpoints")
-    step = arguments.step if arguments.step is not None else max(steps, default=None)
+    step = max(steps, default=None) if step is None else step
     if step is None or step not in steps:
         raise UserError(f"{directory} has no checkpoint of step {step}; found {steps or 'none'}")
     return config, directory, step
@@ -256,8 +286,8 @@ def _checkpoint(arguments: argparse.Namespace) -> tuple[Config, Path, int]:
 class _Run:
     """A checkpoint of a run, and what evaluates it. Raises UserError when something is missing or does not fit."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.config, self.directory, self.step = _checkpoint(arguments)
+    def __init__(self, directory: str, step: int | None) -> None:
+        self.config, self.directory, self.step = _checkpoint(directory, step)
         import torch
 
         from clt.data.check import check_files

@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 
 from clt.export.compare import Layer
 from clt.model.transcoder import CrossLayerTranscoder
+from clt.ranges import NORM_OUTPUT
 
 _SET = {"b_enc": "b_enc", "b_dec": "b_dec", "threshold": "activation_function.threshold"}
 
@@ -39,7 +40,8 @@ def per_layer(transcoder: CrossLayerTranscoder) -> bool:
 def config(transcoder: CrossLayerTranscoder, model: str) -> str:
     """The text of config.yaml."""
     kind = "transcoder_set" if per_layer(transcoder) else "cross_layer_transcoder"
-    hooks = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
+    reads = "mlp.hook_in" if transcoder.sites.input_site == NORM_OUTPUT else "hook_resid_mid"
+    hooks = {"feature_input_hook": reads, "feature_output_hook": "hook_mlp_out"}
     return yaml.safe_dump({"model_kind": kind, "model_name": model, **hooks}, sort_keys=False)
 
 

@@ -50,11 +50,12 @@ def compare(
     for s, weight in enumerate(transcoder.W_dec):
         layer = read(s)
         features, exported = transcoder.encode_layer(x[:, s], s), layer.encode(x[:, s])
-        both = (features > 0) & (exported > 0)
-        fired += int((features > 0).sum())
-        fired_otherwise += int(((features > 0) ^ (exported > 0)).sum())
+        on, on_exported = features > 0, exported != 0
+        fired += int(on.sum())
+        fired_otherwise += int((on ^ on_exported).sum())
         largest = features.max().clamp_min(torch.finfo().tiny)
-        feature_difference = torch.maximum(feature_difference, ((features - exported).abs() * both).max() / largest)
+        differences = (features - exported).abs() * (on & on_exported)
+        feature_difference = torch.maximum(feature_difference, differences.max() / largest)
         _write(ours, features, weight, s)
         _write(theirs, exported, layer.W_dec, s)
         theirs[:, s] += layer.skip(x[:, s])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clt.config import Config, load_config
+from clt.config import Config, DataConfig, LMConfig, load_config
 from clt.data.index import INDEX, StoreIndex
 from clt.errors import UserError, size_text
 from clt.export import circuit_tracer, saelens
@@ -23,6 +23,7 @@ from clt.files import new_directory
 from clt.lm.sites import ARCHITECTURES
 from clt.model.spec import BY_K
 from clt.model.transcoder import CrossLayerTranscoder
+from clt.ranges import NORM_OUTPUT
 from clt.train import checkpoint, tensorfile
 from clt.train.run import open_store
 
@@ -48,7 +49,10 @@ class Trained:
 
 
 def find(source: Path) -> Trained:
-    """A run's newest checkpoint, or the transcoder in a directory inside a run. Raises UserError when there is none."""
+    """A run's newest checkpoint, the transcoder in a directory inside a run, or one that `clt import` wrote.
+
+    Raises UserError when there is none.
+    """
     if (source / "config.yaml").is_file():
         steps = checkpoint.steps(source / "checkpoints")
         if not steps:
@@ -57,13 +61,28 @@ def find(source: Path) -> Trained:
     else:
         path = source.resolve()
         parents = [parent for parent in path.parents[:2] if (parent / "config.yaml").is_file()]
-        if not (path / "config.json").is_file() or not parents:
+        if not (path / "config.json").is_file():
             raise UserError(f"{source} is neither a run (config.yaml) nor a checkpoint in one; wanted one of the two")
+        if not parents:
+            return _imported(path)
         run = parents[0]
     config = load_config(run / "config.yaml")
     load = checkpoint.load_transcoder if (path / "state.json").is_file() else CrossLayerTranscoder.from_pretrained
     there = (Path(config.data.store) / "heldout" / INDEX).is_file()
     return Trained(load(path), config, open_store(config, "heldout").index if there else None)
+
+
+def _imported(path: Path) -> Trained:
+    """A transcoder that is of no run."""
+    transcoder = CrossLayerTranscoder.from_pretrained(path)
+    sites = transcoder.sites
+    if sites.model is None:
+        raise UserError(
+            f"{path} lies in no run (config.yaml), and its config.json names no language model; write there, as model, "
+            "the hub id of the one that it was trained on"
+        )
+    lm = LMConfig(model=sites.model, input_site=sites.input_site, output_site=sites.output_site)
+    return Trained(transcoder, Config(lm=lm, data=DataConfig(store=str(path))), None)
 
 
 def export(source: Path, to: str, directory: Path, dtype: str) -> dict[str, Any]:
@@ -100,7 +119,8 @@ def check(trained: Trained, to: str) -> None:
             "clt.normalization is token, which divides each input by its own norm and cannot be folded into weights; "
             "wanted a run with layer, dim or none"
         )
-    if (lm.input_site, lm.output_site) not in [(None, None), *ARCHITECTURES.values()]:
+    known = [(None, None), *ARCHITECTURES.values(), *([(NORM_OUTPUT, None)] if to == "circuit-tracer" else [])]
+    if (lm.input_site, lm.output_site) not in known:
         raise UserError(
             f"the run's sites are lm.input_site={lm.input_site} and lm.output_site={lm.output_site}; wanted the "
             "residual before the MLP's norm and what the MLP adds to it, as clt/lm/sites.py names them: other tools "

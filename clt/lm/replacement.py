@@ -20,12 +20,12 @@ class Transcoder(Protocol):
         """(N, D) raw residual stream -> (N, F) features of one layer."""
         ...
 
-    def write_layer(self, features: Tensor, written: Tensor, layer: int) -> None:
-        """Add what the features (N, F) of a layer write, to it and to later ones, to `written` (N, L, D), in place."""
+    def write_layer(self, features: Tensor, y: Tensor, layer: int) -> None:
+        """Add what the features (N, F) of a layer write, to it and to later ones, to y (N, L, D), in place."""
         ...
 
-    def finish(self, written: Tensor, x: Tensor, layer: int) -> Tensor:
-        """What all features wrote to `layer` (N, D), and its own x (N, D) -> (N, D) output of its MLP."""
+    def finish(self, y: Tensor, x: Tensor, layer: int) -> Tensor:
+        """What all features wrote to `layer`, y (N, D), and its own x (N, D) -> (N, D) output of its MLP."""
         ...
 
     def decode_layer(self, features: Sequence[Tensor], x: Tensor, layer: int) -> Tensor:

@@ -77,14 +77,14 @@ class CrossLayerTranscoder(nn.Module):
         self.shards, self.sum_shards = parts, sum_shards
         # The whole of each tensor is drawn and this shard's part kept: the same weights however they are sharded.
         bound_enc, bound_dec = d_features**-0.5, (L * D) ** -0.5
-        self.W_enc = nn.Parameter(uniform(bound_enc, L, D, d_features)[:, :, self.features].clone())
+        self.W_enc: nn.Parameter = nn.Parameter(uniform(bound_enc, L, D, d_features)[:, :, self.features].clone())
         self.b_enc = nn.Parameter(torch.zeros(L, F))
         self.threshold = nn.Parameter(
             torch.full((1, L, F), spec.threshold), requires_grad=spec.activation == "jumprelu"
         )
         self.threshold_floor = min(THRESHOLD_FLOOR, spec.threshold)
         reach = (spec.window or L) if spec.cross_layer else 1
-        self.W_dec = nn.ParameterList(
+        self.W_dec: nn.ParameterList = nn.ParameterList(
             uniform(bound_dec, d_features, min(reach, L - s), D)[self.features].clone() for s in range(L)
         )
         self.b_dec = nn.Parameter(torch.zeros(L, D))
@@ -176,7 +176,7 @@ class CrossLayerTranscoder(nn.Module):
         return dense
 
     def layer(self, s: int) -> dict[str, Tensor]:
-        """One layer's W_enc (D, F), b_enc, threshold (F,), W_dec (F, T, D), b_dec (D,), and with `skip` W_skip (D, D)."""
+        """One layer's W_enc (D, F), b_enc, threshold (F,), W_dec (F, T, D), b_dec (D,); with `skip`, W_skip (D, D)."""
         skip = {} if self.W_skip is None else {"W_skip": self.W_skip[s]}
         encoder = {"W_enc": self.W_enc[s], "b_enc": self.b_enc[s], "threshold": self.threshold[0, s]}
         return encoder | {"W_dec": self.W_dec[s], "b_dec": self.b_dec[s]} | skip

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -48,6 +48,24 @@ class Evaluation(NamedTuple):
     numbers: dict[str, Any]
     tensors: dict[str, Tensor]
 
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], more: dict[str, Any]) -> Evaluation:
+        """Those tensors, all but `density` as numbers too, and `more` numbers."""
+        numbers = {
+            key: [or_null(value) for value in tensor.tolist()] if tensor.dim() else or_null(tensor.item())
+            for key, tensor in tensors.items()
+            if key != "density"
+        }
+        return cls(numbers | more, tensors)
+
+
+class Rows(Protocol):
+    """Held-out activations: slices of rows are (n, 2, L, D), inputs and targets."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
 
 class Evaluator:
     """Evaluates transcoders on the held-out rows and, unless `eval.replacement_tokens` is 0, on held-out text.
@@ -80,10 +98,7 @@ class Evaluator:
         data, feature, config = self.world.data, self.world.feature, self.config
         share: dict[str, Any] = {"data": data, "progress": progress}
         tensors = evaluate_activations(transcoder, self.heldout, autocast=self.dtype, **share)
-        numbers: dict[str, Any] = {}
-        for key, tensor in tensors.items():
-            if key != "density":
-                numbers[key] = [or_null(value) for value in tensor.tolist()] if tensor.dim() else or_null(tensor.item())
+        numbers, _ = Evaluation.of(tensors, {})
         if (k := config.clt.k) is not None:
             wanted = k * (transcoder.n_layers if config.clt.activation == "topk" else 1)
             numbers["l0_over_k"] = numbers["l0_total"] / wanted
@@ -114,7 +129,7 @@ def heldout_windows(config: Config, lm: LanguageModel) -> list[Window]:
 @torch.no_grad()
 def evaluate_activations(
     transcoder: CrossLayerTranscoder,
-    buffer: DiscBuffer,
+    buffer: Rows,
     *,
     autocast: torch.dtype = torch.float32,
     data: Axis = ALONE,
@@ -150,9 +165,11 @@ def evaluate_activations(
         progress()
     sums = data.sum(torch.cat([sse, square, total.flatten(), fired.flatten()]))
     if not sums.isfinite().all():
+        where = ("", "")
+        if isinstance(buffer, DiscBuffer):
+            where = (f" in {buffer.path}", f"look for bad rows with `clt inspect --verify {buffer.path}`, or ")
         raise UserError(
-            f"an activation in {buffer.path}, or its reconstruction, is nan or inf; look for bad rows with "
-            f"`clt inspect --verify {buffer.path}`, or use train.precision=fp32"
+            f"an activation{where[0]}, or its reconstruction, is nan or inf; {where[1]}use train.precision=fp32"
         )
     sse, square, total, fired = sums.split([L, L, L * D, fired.numel()])
     fired = transcoder.sum_shards(fired.view(L, -1).contiguous())

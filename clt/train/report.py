@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,9 @@ ROWS = {
     "l0_over_k": "L0 over the wanted one",
     "l0_per_layer": "L0 per layer",
     "dead_fraction": "dead features",
+    "never_fired": "features that never fire here",
+    "dense_fraction": "features that fire on over 10% of tokens",
+    "decoder_mass": "decoder mass by distance in layers, %",
     "top1_agreement": "top-1 agreement with the original model",
     "kl": "KL(original || replaced), nats",
     "ce_original": "cross-entropy, original model, nats",
@@ -101,8 +105,8 @@ ROWS = {
 }
 
 
-def table(numbers: dict[str, Any]) -> str:
-    """The results as two aligned columns; a number without a value is "none"."""
+def table(*results: dict[str, Any], names: Sequence[str] = ()) -> str:
+    """Each of the results as an aligned column, below its name; a number without a value is "none"."""
 
     def show(value: Any) -> str:
         if value is None:
@@ -111,9 +115,15 @@ def table(numbers: dict[str, Any]) -> str:
             return " ".join(f"{v:.1f}" for v in value)
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
-    rows = [(label, show(numbers[key])) for key, label in ROWS.items() if key in numbers]
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label:<{width}}  {value:>12}" for label, value in rows)
+    rows = [["", *names]] if names else []
+    for key, label in ROWS.items():
+        if any(key in numbers for numbers in results):
+            rows.append([label, *(show(numbers.get(key)) for numbers in results)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join([f"{row[0]:<{widths[0]}}", *(f"{v:>{max(12, w)}}" for v, w in zip(row[1:], widths[1:]))])
+        for row in rows
+    )
 
 
 def remarks(numbers: dict[str, Any]) -> str:

@@ -35,12 +35,12 @@ class CrossLayer(nn.Module):
         written = torch.stack([f @ self.decoders[source, layer] for source, f in enumerate(features)]).sum(0)
         return self.finish(written, x, layer)
 
-    def write_layer(self, features: Tensor, written: Tensor, layer: int) -> None:
+    def write_layer(self, features: Tensor, y: Tensor, layer: int) -> None:
         for target in range(layer, len(self.decoders)):
-            written[:, target] += features @ self.decoders[layer, target]
+            y[:, target] += features @ self.decoders[layer, target]
 
-    def finish(self, written: Tensor, x: Tensor, layer: int) -> Tensor:
-        return written + x @ self.skips[layer]
+    def finish(self, y: Tensor, x: Tensor, layer: int) -> Tensor:
+        return y + x @ self.skips[layer]
 
 
 class Swapped(nn.Module):

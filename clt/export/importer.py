@@ -1,0 +1,210 @@
+"""`clt import`: a transcoder in another layout as `config.json` and safetensors of ours, copied one layer at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clt.config import Config
+from clt.data.index import write_json
+from clt.data.shards import is_full_disk
+from clt.errors import UserError, size_text
+from clt.export.layouts import Reader, Source, open_source
+from clt.files import new_directory
+from clt.lm.forward import forward_text
+from clt.lm.load import first_line
+from clt.model.transcoder import CrossLayerTranscoder
+from clt.train import tensorfile
+from clt.train.compare import language_model
+from clt.train.tensorfile import Part
+
+SHARD_BYTES = 5_000_000_000  # of a safetensors file; a larger tensor has a file of its own
+_WANTED = ("config.json", "config.yaml", "W_*.safetensors", "layer_*.safetensors", "params_layer_*.safetensors",
+           "*.mlp/cfg.json", "*.mlp/sae.safetensors")  # fmt: skip
+_TOKENS = 8192  # that the threshold of a joint TopK is set on
+_ROWS = 512  # of them that are encoded at once
+_SIDE = {"W_enc": 0, "b_enc": 0, "threshold": 1, "b_dec": 0, "W_skip": 0}  # the dimension of layers
+_MATRICES = ("W_enc", "W_dec", "W_skip")
+
+
+def import_transcoder(source: str, directory: Path, config: Config | None = None) -> list[str]:
+    """Write the transcoder in `source`, a directory or user/name[/folder][@revision] of the hub, into a new directory.
+
+    config: a language model and its text, to set the threshold of a joint TopK on. Returns what there is to say of the
+    result. Raises UserError for what cannot be imported, and when `directory` exists or the disk is too small; then it
+    leaves nothing.
+    """
+    with new_directory(directory) as partial:
+        found = open_source(Path(source).expanduser() if Path(source).expanduser().is_dir() else fetch(source))
+        if found.k is not None and config is None:
+            raise UserError(
+                f"{source} has no thresholds: its {found.k} largest features of all layers fire, which are only known "
+                "when all layers have run, so that it cannot take the MLPs' places. Give a CONFIG of its language "
+                f"model and a text: clt import {source} {directory} CONFIG sets the threshold by which {found.k} fire "
+                "on average"
+            )
+        writer = _Writer(partial, found, _matrix_dtype(found))
+        read = Reader(found.folder)
+        for layer in range(found.n_layers):
+            writer.write(found.layer(read, layer), layer)
+        remarks = _remarks(found, writer)
+        if found.k is not None and config is not None:
+            transcoder = CrossLayerTranscoder.from_pretrained(partial, lazy=True)
+            thresholds, tokens = _thresholds(found, transcoder, config)
+            for layer, of_layer in enumerate(thresholds):
+                writer.write({"threshold": of_layer}, layer)
+            remarks.append(
+                f"The source lets the {found.k} largest features fire for each token. Here a feature fires above a "
+                f"threshold, by which {found.k} fire on average on {tokens:,} tokens of {config.text.source}"
+            )
+        CrossLayerTranscoder.from_pretrained(partial, lazy=True)
+    return remarks
+
+
+def fetch(source: str) -> Path:
+    """The local copy of `user/name[/folder][@revision]`: only files of known layouts, none of which can run code.
+
+    Raises UserError when the hub does not have it or does not answer.
+    """
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)((?:/(?!\.)[\w.-]+)*)(?:@([\w./-]+))?", source)
+    if match is None:
+        raise UserError(f"there is no directory {source}; wanted one, or user/name[/folder][@revision] of the hub")
+    from huggingface_hub import snapshot_download
+
+    name, folder, revision = match[1], match[2].lstrip("/"), match[3]
+    patterns = [f"{folder}/{pattern}" if folder else pattern for pattern in _WANTED]
+    try:
+        place = snapshot_download(name, revision=revision, allow_patterns=patterns)
+    except Exception as error:  # whatever the hub's client raises
+        if isinstance(error, OSError) and is_full_disk(error):
+            raise
+        raise UserError(
+            f"there is no directory {source}, and the hub gave none: {type(error).__name__}: {first_line(error)} "
+            "Check the spelling and the network; a gated repository needs `hf auth login`"
+        ) from error
+    if not (path := Path(place) / folder).is_dir():
+        raise UserError(f"{name} on the hub has no files of a transcoder in {folder or 'its main folder'}")
+    return path
+
+
+class _Writer:
+    """The files of a transcoder, made in full at once and filled layer by layer; what is not written is 0."""
+
+    def __init__(self, directory: Path, source: Source, dtype: torch.dtype) -> None:
+        """dtype: of the matrices. Raises UserError when the disk is too small."""
+        with torch.device("meta"):
+            model = CrossLayerTranscoder(source.n_layers, source.d_acts, source.spec, sites=source.sites)
+        self.dtypes = {
+            name: dtype if name.partition(".")[0] in _MATRICES else torch.float32 for name in model.state_dict()
+        }
+        tensors = {name: tensor.to(self.dtypes[name]) for name, tensor in model.state_dict().items()}
+        self.size = sum(tensor.nbytes for tensor in tensors.values())
+        if (free := shutil.disk_usage(directory).free) < self.size * 1.01:
+            raise UserError(
+                f"{directory.parent} has {size_text(free)} free, the transcoder takes {size_text(self.size)}; free "
+                "space, or name a directory on another disk"
+            )
+        groups: list[dict[str, Tensor]] = [{}]
+        for name, tensor in tensors.items():
+            if groups[-1] and sum(t.nbytes for t in groups[-1].values()) + tensor.nbytes > SHARD_BYTES:
+                groups.append({})
+            groups[-1][name] = tensor
+        names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+        names = names if len(groups) > 1 else ["model.safetensors"]
+        self.files = {
+            directory / name: {key: Part(tensor, tuple(tensor.shape), writes=False) for key, tensor in group.items()}
+            for name, group in zip(names, groups)
+        }
+        for path, parts in self.files.items():
+            tensorfile.create(path, parts)
+        if len(groups) > 1:
+            index = {key: name for name, group in zip(names, groups) for key in group}
+            tree = {"metadata": {"total_size": self.size}, "weight_map": index}
+            write_json(directory / "model.safetensors.index.json", tree)
+        scales = {name: torch.ones(tensors[name].shape) for name in tensors if name.endswith("_sd")}
+        self._put({name: Part(tensor, tuple(tensor.shape)) for name, tensor in scales.items()})
+        (directory / "config.json").write_text(json.dumps(model.config, indent=2, allow_nan=False) + "\n")
+
+    def write(self, tensors: dict[str, Tensor], layer: int) -> None:
+        """Write tensors of one layer, named and shaped as in `Source.layer`."""
+        parts = {}
+        for name, tensor in tensors.items():
+            key = f"W_dec.{layer}" if name == "W_dec" else name
+            dim = _SIDE.get(name)
+            for _ in range(0 if dim is None else dim + 1):
+                tensor = tensor.unsqueeze(0)
+            whole = next(blank[key].shape for blank in self.files.values() if key in blank)
+            stored = tensor.to(self.dtypes[key]).contiguous()
+            parts[key] = Part(stored, whole, dim, layer if dim is not None else 0)
+        self._put(parts)
+
+    def _put(self, parts: dict[str, Part]) -> None:
+        for path, blank in self.files.items():
+            if mine := {name: part for name, part in parts.items() if name in blank}:
+                tensorfile.write(path, blank | mine)
+
+
+def _matrix_dtype(source: Source) -> torch.dtype:
+    """The source's, if it has one for all matrices, else float32. Compares the shapes of all layers on the way."""
+    read = Reader(source.folder, values=False)
+    if source.norms is not None:
+        source.norms(read)
+    layers = [source.layer(read, layer) for layer in range(source.n_layers)]
+    found = {layer[name].dtype for layer in layers for name in layer if name in _MATRICES}
+    (dtype, *others) = found
+    return dtype if not others and dtype in (torch.bfloat16, torch.float16) else torch.float32
+
+
+@torch.no_grad()
+def _thresholds(source: Source, transcoder: CrossLayerTranscoder, config: Config) -> tuple[Tensor, int]:
+    """Thresholds (L, F) above which `source.k` features a token fire on average, and on how many tokens.
+
+    transcoder: the source with thresholds of 0. A score is a feature times its norm; one threshold is for all scores,
+    as that of BatchTopK (arXiv 2412.06410).
+    """
+    assert source.k is not None
+    assert source.norms is not None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    norms, transcoder = source.norms(Reader(source.folder)).float(), transcoder.to(device)
+    lm = language_model(config, transcoder, device)
+    wide = dataclasses.replace(config, data=dataclasses.replace(config.data, dtype="float32"))
+    pieces, tokens = [], 0
+    for _, rows in forward_text(wide, "train", lm):
+        pieces.append(rows.activations[:, 0].cpu())
+        tokens += len(pieces[-1])
+        if tokens >= _TOKENS:
+            break
+    x = torch.cat(pieces)[:_TOKENS]  # (n, L, D)
+    most = source.k * len(x)
+    largest = torch.zeros(0, device=device)
+    for layer in range(source.n_layers):
+        for rows in x[:, layer].split(_ROWS):
+            scores = transcoder.encode_layer(rows.to(device), layer) * norms[layer].to(device)
+            largest = torch.cat([largest, scores[scores > 0]])
+            if len(largest) > most:
+                largest = largest.topk(most + 1, sorted=False).values
+    tau = float(largest.min()) if len(largest) > most else 0.0
+    return tau / norms.clamp_min(1e-30), len(x)
+
+
+def _remarks(source: Source, writer: _Writer) -> list[str]:
+    spec, sites = source.spec, source.sites
+    rule = f"{spec.activation}, k {spec.k}" if spec.k else spec.activation
+    dtype = str(writer.dtypes["W_enc"]).removeprefix("torch.")
+    size = f"{source.n_layers} layers, width {source.d_acts}, {spec.d_features:,} features a layer"
+    reads = "the residual stream before the MLP's norm" if sites.input_site is None else "the norm's output"
+    lines = [f"{source.layout}{f' of {sites.model}' if sites.model else ''}: {size}, {rule}{', skip' * spec.skip}"]
+    lines.append(f"It reads {reads}; matrices are in {dtype}, {size_text(writer.size)} in all")
+    lines.append(
+        "The source has no statistics of its training data: inputs and outputs are in the language model's units, "
+        "without normalisation"
+    )
+    if spec.activation == "relu":
+        lines.append("The source has no thresholds: features fire above 0")
+    return [*lines, *source.remarks]

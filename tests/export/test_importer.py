@@ -1,0 +1,413 @@
+"""Transcoders of other tools: directories in their layouts, written here, against formulas written out here."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from clt.cli import main
+from clt.config import load_config
+from clt.errors import UserError
+from clt.export import importer
+from clt.export.export import export
+from clt.export.importer import import_transcoder
+from clt.lm.forward import forward_text
+from clt.lm.load import load_language_model
+from clt.model.spec import CLTConfig
+from clt.model.transcoder import CrossLayerTranscoder
+from clt.parsing import to_yaml
+
+L, D, F = 3, 4, 10
+HOOKS = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
+
+
+def numbers(*shape):
+    return torch.randn(shape) * 0.5
+
+
+def circuit_tracer(folder, *, jump=True, skip=False, dtype=torch.float32, layers=L, width=D, features=F, **settings):
+    """A cross-layer transcoder; returns the function that it is, x (B, L, D) -> features (B, L, F), y (B, L, D)."""
+    torch.manual_seed(0)
+    config = {"model_kind": "cross_layer_transcoder", "model_name": "org/lm", **HOOKS, **settings}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    found = []
+    for i in range(layers):
+        encoder = {f"W_enc_{i}": numbers(features, width).to(dtype), f"b_enc_{i}": numbers(features).to(dtype),
+                   f"b_dec_{i}": numbers(width).to(dtype)}  # fmt: skip
+        encoder |= {f"threshold_{i}": torch.rand(features).to(dtype)} if jump else {}
+        encoder |= {f"W_skip_{i}": numbers(width, width).to(dtype)} if skip else {}
+        decoder = {f"W_dec_{i}": numbers(features, layers - i, width).to(dtype)}
+        save_file(encoder, folder / f"W_enc_{i}.safetensors")
+        save_file(decoder, folder / f"W_dec_{i}.safetensors")
+        found.append({name.removesuffix(f"_{i}"): t.double() for name, t in (encoder | decoder).items()})
+
+    def function(x):
+        a, y = torch.zeros(len(x), layers, features).double(), torch.zeros_like(x).double()
+        for i, w in enumerate(found):
+            pre = x[:, i].double() @ w["W_enc"].T + w["b_enc"]
+            a[:, i] = pre * (pre > w["threshold"]) if jump else pre.clamp_min(0)
+            y[:, i] += w["b_dec"] + (x[:, i].double() @ w["W_skip"] if skip else 0)
+            for t in range(i, layers):
+                y[:, t] += a[:, i] @ w["W_dec"][:, t - i]
+        return a, y
+
+    return function
+
+
+def transcoder_set(folder, *, jump=True, skip=False, **settings):
+    torch.manual_seed(1)
+    config = {"model_kind": "transcoder_set", "model_name": "org/lm", **HOOKS, **settings}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    found = []
+    for i in range(L):
+        tensors = {"W_enc": numbers(F, D), "W_dec": numbers(F, D), "b_enc": numbers(F), "b_dec": numbers(D)}
+        tensors |= {"activation_function.threshold": torch.rand(F)} if jump else {}
+        tensors |= {"W_skip": numbers(D, D)} if skip else {}
+        save_file(tensors, folder / f"layer_{i}.safetensors")
+        found.append(tensors)
+
+    def function(x):
+        a, y = torch.zeros(len(x), L, F), torch.zeros_like(x)
+        for i, w in enumerate(found):
+            pre = x[:, i] @ w["W_enc"].T + w["b_enc"]
+            a[:, i] = pre * (pre > w["activation_function.threshold"]) if jump else pre.clamp_min(0)
+            y[:, i] = a[:, i] @ w["W_dec"] + w["b_dec"] + (x[:, i] @ w["W_skip"].T if skip else 0)
+        return a, y
+
+    return function
+
+
+def gemma_scope(folder):
+    """With thresholds below 0, which its ReLU makes harmless, and numbers where nothing is written to."""
+    torch.manual_seed(2)
+    config = {"model_name": "google/gemma-3", "affine_connection": True}
+    hook = {"hf_hook_point_in": "model.layers.0.pre_feedforward_layernorm.output"}
+    (folder / "config.json").write_text(json.dumps(config | hook))
+    found = []
+    for i in range(L):
+        tensors = {"w_enc": numbers(D, F), "b_enc": numbers(F), "threshold": torch.randn(F), "b_dec": numbers(D)}
+        tensors |= {"w_dec": numbers(F, L, D), "affine_skip_connection": numbers(D, D)}
+        save_file(tensors, folder / f"params_layer_{i}.safetensors")
+        found.append(tensors)
+
+    def function(x):
+        a, y = torch.zeros(len(x), L, F), torch.zeros_like(x)
+        for i, w in enumerate(found):
+            pre = x[:, i] @ w["w_enc"] + w["b_enc"]
+            a[:, i] = torch.relu(pre) * (pre > w["threshold"])
+        for t in range(L):
+            y[:, t] = found[t]["b_dec"] + x[:, t] @ found[t]["affine_skip_connection"]
+            for s in range(t + 1):
+                y[:, t] += a[:, s] @ found[s]["w_dec"][:, t]
+        return a, y
+
+    return function
+
+
+def sparsify(folder, *, reach=1, skip=True, block="h", post=0.0):
+    """TopK with k = 3, of one layer or with `reach` targets."""
+    torch.manual_seed(3)
+    found = []
+    for i in range(L):
+        targets = min(reach, L - i)
+        tensors = {"encoder.weight": numbers(F, D), "encoder.bias": numbers(F)}
+        if reach == 1:
+            tensors |= {"W_dec": numbers(F, D), "b_dec": numbers(D), "W_skip": numbers(D, D)}
+        else:
+            tensors |= {f"W_decs.{j}": numbers(F, D) for j in range(targets)}
+            tensors |= {f"b_decs.{j}": numbers(D) for j in range(targets)}
+            tensors |= {f"post_encs.{j}": torch.full((F,), post) for j in range(targets)}
+            tensors |= {f"W_skips.{j}": numbers(D, D) * (j == 0) for j in range(targets)}
+        tensors = {name: t for name, t in tensors.items() if skip or "W_skip" not in name}
+        (folder / f"{block}.{i}.mlp").mkdir()
+        save_file(tensors, folder / f"{block}.{i}.mlp" / "sae.safetensors")
+        config = {"d_in": D, "k": 3, "activation": "topk", "transcode": True, "skip_connection": skip, "n_targets": 0}
+        (folder / f"{block}.{i}.mlp" / "cfg.json").write_text(json.dumps(config))
+        found.append(tensors)
+
+    def function(x):
+        a, y = torch.zeros(len(x), L, F), torch.zeros_like(x)
+        for i, w in enumerate(found):
+            pre = torch.relu(x[:, i] @ w["encoder.weight"].T + w["encoder.bias"])
+            for row in range(len(x)):
+                for feature in pre[row].argsort(descending=True)[:3]:
+                    a[row, i, feature] = pre[row, feature]
+            for j in range(min(reach, L - i)):
+                suffix = "" if reach == 1 else f"s.{j}"
+                y[:, i + j] += a[:, i] @ w[f"W_dec{suffix}"] + w[f"b_dec{suffix}"]
+                if skip and j == 0:
+                    y[:, i] += x[:, i] @ w[f"W_skip{suffix}"].T
+        return a, y
+
+    return function
+
+
+SOURCES = {
+    "jumprelu": (circuit_tracer, {}, "jumprelu", None),
+    "relu with skip": (circuit_tracer, {"jump": False, "skip": True}, "relu", None),
+    "norm's output": (circuit_tracer, {"feature_input_hook": "mlp.hook_in"}, "jumprelu", "norm.output"),
+    "set": (transcoder_set, {"skip": True}, "jumprelu", None),
+    "set of relu": (transcoder_set, {"jump": False, "activation": "relu"}, "relu", None),
+    "gemma scope": (gemma_scope, {}, "jumprelu", "norm.output"),
+    "sparsify": (sparsify, {}, "topk", "norm.output"),
+    "sparsify, two targets": (sparsify, {"reach": 2}, "topk", "norm.output"),
+    "sparsify, all targets": (sparsify, {"reach": 9, "skip": False, "block": "layers"}, "topk", "norm.output"),
+}
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@torch.no_grad()
+def test_an_import_computes_what_its_source_does(name, source, tmp_path):
+    write, options, activation, input_site = SOURCES[name]
+    function, x = write(source, **options), torch.randn(40, L, D)
+    told = import_transcoder(str(source), tmp_path / "out")
+    clt = CrossLayerTranscoder.from_pretrained(tmp_path / "out")
+    features, y = (tensor.float() for tensor in function(x))
+    assert 0.05 < (features > 0).float().mean() < 0.9
+    torch.testing.assert_close(clt.encode(x), features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(clt(x), y, rtol=1e-4, atol=1e-5)
+    assert (clt.spec.activation, clt.sites.input_site, clt.sites.output_site) == (activation, input_site, None)
+    assert f"{L} layers, width {D}, {F} features a layer, {activation}" in told[0]
+    assert "no statistics" in told[2]
+    assert ("The source has no thresholds: features fire above 0" in told) == (activation == "relu")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@torch.no_grad()
+def test_the_sources_precision_is_kept_in_several_files_read_a_layer_at_a_time(source, tmp_path, monkeypatch):
+    function, x = circuit_tracer(source, dtype=torch.bfloat16, skip=True), torch.randn(20, L, D)
+    import_transcoder(str(source), tmp_path / "one")
+    monkeypatch.setattr(importer, "SHARD_BYTES", 300)
+    import_transcoder(str(source), tmp_path / "several")
+    files = sorted(path.name for path in (tmp_path / "several").glob("*.safetensors"))
+    assert len(files) > 3
+    tensors = {name: t for file in files for name, t in load_file(tmp_path / "several" / file).items()}
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    assert all(torch.equal(tensors[name], whole[name]) for name in whole.keys() | tensors.keys())
+    assert {str(whole[name].dtype) for name in ("W_enc", "W_dec.0", "W_skip")} == {"torch.bfloat16"}
+    assert whole["threshold"].dtype == torch.float32
+    index = json.loads((tmp_path / "several" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(files)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    eager, lazy = (CrossLayerTranscoder.from_pretrained(tmp_path / "several", lazy=lazy) for lazy in (False, True))
+    assert not {"W_enc", "W_dec.0"} & lazy.state_dict().keys()
+    torch.testing.assert_close(eager(x), function(x)[1].float(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(lazy(x), eager(x))
+    assert sum(parameter.numel() for parameter in lazy.parameters()) < sum(p.numel() for p in eager.parameters()) / 3
+    (tmp_path / "several" / files[2]).unlink()
+    with pytest.raises(UserError, match=rf"{files[2]} cannot be read \(No such file"):
+        CrossLayerTranscoder.from_pretrained(tmp_path / "several")
+
+
+@pytest.mark.parametrize("cross_layer", [True, False])
+def test_round_trips_are_equal_to_the_bit(cross_layer, tmp_path):
+    trained = CrossLayerTranscoder(L, D, CLTConfig(F, cross_layer=cross_layer, skip=True))
+    for tensor in trained.state_dict().values():
+        tensor.uniform_(0.1, 2)  # scales are positive
+    trained.save_pretrained(tmp_path / "run" / "checkpoints" / "step_00000010")
+    config = load_config(None, ["lm.model=org/lm", f"data.store={tmp_path / 'absent'}"])
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    export(tmp_path / "run", "circuit-tracer", tmp_path / "theirs", "float32")
+    import_transcoder(str(tmp_path / "theirs"), tmp_path / "ours")
+    trained = trained.fold()
+    ours = CrossLayerTranscoder.from_pretrained(tmp_path / "ours")
+    assert ours.state_dict().keys() == trained.state_dict().keys()
+    assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in trained.state_dict().items())
+    export(tmp_path / "ours", "circuit-tracer", tmp_path / "again", "float32")
+    files = sorted(path.name for path in (tmp_path / "theirs").iterdir() if path.name != "README.md")
+    assert len(files) == 1 + 3 * (2 if cross_layer else 1)
+    for file in files:
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes(), file
+
+
+def test_where_an_import_reads_goes_on_to_circuit_tracer(source, tmp_path):
+    gemma_scope(source)
+    import_transcoder(str(source), tmp_path / "ours")
+    export(tmp_path / "ours", "circuit-tracer", tmp_path / "theirs", "float32")
+    config = yaml.safe_load((tmp_path / "theirs" / "config.yaml").read_text())
+    assert (config["feature_input_hook"], config["model_name"]) == ("mlp.hook_in", "google/gemma-3")
+    import_transcoder(str(tmp_path / "theirs"), tmp_path / "back")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "back"))
+    assert torch.equal(one["threshold"].clamp_min(0), other["threshold"])
+    assert all(torch.equal(one[name], other[name]) for name in one if name != "threshold")
+    with pytest.raises(UserError, match=r"lm\.input_site=norm\.output"):
+        export(tmp_path / "ours", "saelens", tmp_path / "other", "float32")
+
+
+def joint_topk(folder, width):
+    torch.manual_seed(4)
+    (folder / "config.json").write_text(json.dumps({"d_feature": F, "k": 2}))
+    norms = 0.5 + torch.rand(L, F)
+    save_file({"W_dec_norm": norms}, folder / "W_dec_norm.safetensors")
+    encoders = []
+    for i in range(L):
+        encoders.append(numbers(F, width))
+        save_file({f"W_enc_{i}": encoders[i]}, folder / f"W_enc_{i}.safetensors")
+        decoder = {f"W_dec_{i}": numbers(F, L - i, width), f"W_dec_norm_{i}": norms[i].clone()}
+        save_file(decoder, folder / f"W_dec_{i}.safetensors")
+    return encoders, norms
+
+
+@torch.no_grad()
+def test_a_joint_topk_gets_the_threshold_by_which_k_fire_on_average(source, tmp_path, config):
+    """Its 2 features a layer are the 6 largest scores of a token; the threshold is that of all scores of all tokens."""
+    encoders, norms = joint_topk(source, 16)
+    told = import_transcoder(str(source), tmp_path / "out", config())
+    batches = forward_text(config("data.dtype=float32"), "train", load_language_model(config().lm))
+    x = torch.cat([rows.activations[:, 0] for _, rows in batches])
+    clt = CrossLayerTranscoder.from_pretrained(tmp_path / "out")
+    a = torch.stack([torch.relu(x[:, i] @ encoders[i].T) for i in range(L)], 1)
+    scores = a * norms
+    tau = scores.flatten().sort(descending=True).values[6 * len(x)]
+    assert clt.spec.activation == "jumprelu"
+    torch.testing.assert_close(clt.threshold[0], tau / norms, rtol=1e-4, atol=1e-6)
+    fired = clt.encode(x) > 0
+    assert fired.sum() / len(x) == pytest.approx(6, abs=0.02)
+    assert (fired == (scores > tau)).float().mean() > 0.9999
+    assert any(f"by which 6 fire on average on {len(x):,} tokens" in line for line in told)
+
+
+def test_a_joint_topk_needs_a_text(source, tmp_path, config):
+    joint_topk(source, 16)
+    with pytest.raises(UserError, match=rf"has no thresholds: its 6 largest .*: clt import {source} .*out CONFIG sets"):
+        import_transcoder(str(source), tmp_path / "out")
+    with pytest.raises(UserError, match=r"the transcoder has 3 layers of width 16, .* has 2 of width 16; set lm.model"):
+        import_transcoder(str(source), tmp_path / "out", config("lm.layers=[0, 1]"))
+    assert not list(tmp_path.glob("out*"))
+
+
+def cut(folder):
+    file = folder / "W_dec_1.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def changed(name, change):
+    def spoil(folder):
+        file = folder / f"{name.rpartition('_')[0].replace('threshold', 'W_enc')}_{name[-1]}.safetensors"
+        tensors = load_file(file)
+        change(tensors, name)
+        save_file(tensors, file)
+
+    return spoil
+
+
+def of_config(**settings):
+    def spoil(folder):
+        tree = yaml.safe_load((folder / "config.yaml").read_text())
+        (folder / "config.yaml").write_text(yaml.safe_dump(tree | settings))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (cut, r"W_dec_1.safetensors is damaged \(.*\); copy or download it again"),
+        (lambda folder: (folder / "W_enc_1.safetensors").unlink(), r"W_enc_1.safetensors is missing: .* \[0, 2\]"),
+        (lambda folder: (folder / "W_dec_2.safetensors").unlink(), r"W_dec_2.safetensors cannot be read \(No such"),
+        (changed("threshold_2", lambda t, n: t.pop(n)), "W_enc_2.safetensors has no tensor 'threshold_2'"),
+        (changed("W_enc_1", lambda t, n: t.update({n: t[n][:-2].clone()})), r"W_enc_1 is \[8, 4\], wanted \[10, 4\]"),
+        (changed("W_dec_0", lambda t, n: t.update({n: t[n][:, :2].clone()})), r"W_dec_0 is \[10, 2, 4\], wanted \["),
+        (changed("W_dec_1", lambda t, n: t[n][0].fill_(torch.nan)), "W_dec_1 has a value that is nan or inf"),
+        (changed("threshold_1", lambda t, n: t[n][:2].fill_(-1)), "W_enc_1.safetensors has 2 thresholds below 0"),
+        (changed("W_enc_0", lambda t, n: t.update({n: t[n].int()})), "W_enc_0 is torch.int32, wanted floating-point"),
+        (of_config(model_kind="sae"), "model_kind 'sae', wanted cross_layer_transcoder or transcoder_set"),
+        (of_config(transcoders=["hf://a/b/c"]), "lists transcoders that lie elsewhere"),
+        (of_config(activation="topk", k=3), "has activation 'topk'; wanted relu or jumprelu"),
+        (of_config(feature_input_hook="ln2.hook_normalized"), "feature_input_hook 'ln2.hook_normalized' and"),
+        (of_config(model_name="gemma", feature_output_hook="mlp.hook_out"), "feature_output_hook 'mlp.hook_out'"),
+        (lambda folder: (folder / "config.yaml").write_text("a: [1"), r"config.yaml is damaged \(.*\); copy or"),
+        (lambda folder: (folder / "config.yaml").write_text("- 1"), r"found \[1\], wanted keys and values"),
+        (lambda folder: (folder / "config.yaml").unlink(), "holds no transcoder of a known layout"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_imported_is_told_in_one_message_and_leaves_nothing(spoil, message, source, tmp_path):
+    circuit_tracer(source)
+    spoil(source)
+    with pytest.raises(UserError, match=message):
+        import_transcoder(str(source), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transcode": False}, "cfg.json has transcode False; wanted True"),
+        ({"activation": "groupmax"}, "cfg.json has activation 'groupmax'; wanted 'topk'"),
+        ({"k": 4}, "k or skip_connection differ by layer"),
+        ({"k": None}, "k is None; wanted int"),
+    ],
+)
+def test_sparse_coders_that_are_no_transcoders_of_ours(change, message, source, tmp_path):
+    sparsify(source)
+    file = source / "h.1.mlp" / "cfg.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        import_transcoder(str(source), tmp_path / "out")
+
+
+def test_values_that_differ_by_target_are_refused(source, tmp_path):
+    sparsify(source, reach=2, post=0.1)
+    with pytest.raises(UserError, match=r"post_encs\.0 is not 0 everywhere, so that a feature has other values"):
+        import_transcoder(str(source), tmp_path / "out")
+
+
+def test_a_directory_that_exists_and_a_disk_that_is_too_small(source, tmp_path, small_disk):
+    circuit_tracer(source)
+    with pytest.raises(UserError, match=r"source exists already; delete it"):
+        import_transcoder(str(source), source)
+    circuit_tracer(source, width=64, features=512)
+    disk = small_disk(1 << 19)
+    with pytest.raises(UserError, match=r"disk has .* free, the transcoder takes 1\.\d+ MB; free space"):
+        import_transcoder(str(source), disk / "out")
+    assert not list(disk.iterdir())
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The hub's local cache: hub(repository) -> the folder of its files."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def make(name):
+        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        return repository / "snapshots" / ("0" * 40)
+
+    return make
+
+
+@torch.no_grad()
+def test_a_source_on_the_hub(hub, source, tmp_path):
+    place = hub("org/transcoder")
+    function, x = circuit_tracer(source), torch.randn(5, L, D)
+    shutil.copytree(source, place / "clt" / "wide")
+    import_transcoder("org/transcoder/clt/wide", tmp_path / "out")
+    clt = CrossLayerTranscoder.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(clt(x), function(x)[1].float(), rtol=1e-4, atol=1e-5)
+    for wrong in ("org/absent", "org/transcoder@v9", "org/transcoder/clt/narrow", "org/../../etc", "absent"):
+        with pytest.raises(UserError, match=f"there is no directory {wrong}|no files of a transcoder in clt/narr"):
+            import_transcoder(wrong, tmp_path / "other")
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_the_command(source, tmp_path, capsys):
+    circuit_tracer(source)
+    main(["import", str(source), str(tmp_path / "out")])
+    assert f"The transcoder is in {tmp_path / 'out'}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        main(["import", str(source), str(tmp_path / "out")])
+    assert end.value.code == 2
+    assert "out exists already" in capsys.readouterr().err
