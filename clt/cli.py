@@ -269,7 +269,7 @@ def _features(arguments: argparse.Namespace) -> None:
 
 
 def _checkpoint(run: str, step: int | None) -> tuple[Config, Path, int]:
-    """The config and the directory of a run, and `step`, or that of the newest checkpoint. Raises UserError for none."""
+    """The config and the directory of a run, and `step` or that of its newest checkpoint. Raises UserError."""
     directory = Path(run)
     if not (directory / "config.yaml").is_file():
         raise UserError(f"{directory} has no config.yaml; wanted the run.dir of a training run")

@@ -119,8 +119,8 @@ def check(trained: Trained, to: str) -> None:
             "clt.normalization is token, which divides each input by its own norm and cannot be folded into weights; "
             "wanted a run with layer, dim or none"
         )
-    known = [(None, None), *ARCHITECTURES.values(), *([(NORM_OUTPUT, None)] if to == "circuit-tracer" else [])]
-    if (lm.input_site, lm.output_site) not in known:
+    known = [*ARCHITECTURES.values(), *([(NORM_OUTPUT, None)] if to == "circuit-tracer" else [])]
+    if not any(lm.input_site in (None, reads) and lm.output_site in (None, writes) for reads, writes in known):
         raise UserError(
             f"the run's sites are lm.input_site={lm.input_site} and lm.output_site={lm.output_site}; wanted the "
             "residual before the MLP's norm and what the MLP adds to it, as clt/lm/sites.py names them: other tools "
