@@ -80,6 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--to", choices=["jumprelu"], required=True, help="the rule of the result")
     command.add_argument("--rows", type=int, default=32_768, help="training rows to set thresholds on (%(default)s)")
 
+    command = add("push", _push, "put a run's transcoder, or an export, on the Hugging Face hub")
+    command.add_argument("source", metavar="RUN", help="directory of a finished run, or what `clt export` has written")
+    command.add_argument("name", metavar="USER/NAME", help="its name on the hub")
+    command.add_argument("--license", help="of the weights, as the hub calls it, e.g. mit (default: none is stated)")
+    command.add_argument("--private", action="store_true", help="make a new repository private")
+
     command = add("serve", _serve, "serve activations over HTTP")
     _add_config(command)
     command.add_argument("--config", dest="preset", help="test, production, large-scale, or a YAML file over CONFIG")
@@ -202,6 +208,13 @@ def _convert(arguments: argparse.Namespace) -> None:
         print(f"{name}:\n{table(numbers)}\n")
     converted.save_pretrained(directory)
     print(f"The transcoder is in {directory}; thresholds were set on {rows:,} training rows")
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from clt.export.push import push
+
+    address = push(Path(arguments.source), arguments.name, arguments.license, private=arguments.private)
+    print(f"{arguments.source} is at {address}")
 
 
 class _Run:

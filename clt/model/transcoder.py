@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clt.errors import mismatches, shown
 from clt.files import read_object, reading
+from clt.hub import local_directory
 from clt.model.activations import THRESHOLD_FLOOR, fire, theta
 from clt.model.normalization import ALL, Normalization
 from clt.model.spec import CLTConfig, check_rule
@@ -207,15 +208,19 @@ class CrossLayerTranscoder(nn.Module):
         (directory / "config.json").write_text(json.dumps(self.config, indent=2, allow_nan=False) + "\n")
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> CrossLayerTranscoder:
-        """Read what `save_pretrained` wrote.
+    def from_pretrained(cls, directory: str | Path, *, revision: str | None = None) -> CrossLayerTranscoder:
+        """Read what `save_pretrained` wrote, or what `clt push` put on the hub as `user/name`.
 
-        Raises UserError when a file is missing or damaged, when the two do not agree (before memory is taken for what
-        config.json says), and for values that no training leaves: nan, inf, scales that are not positive.
+        A directory of that name wins. revision: a branch, tag or commit on the hub.
+
+        Raises UserError as `local_directory`, when a file is missing or damaged, when the two do not agree (before
+        memory is taken for what config.json says), and for values that no training leaves: nan, inf, scales that are
+        not positive.
         """
         from safetensors import safe_open
 
-        config, weights = Path(directory) / "config.json", Path(directory) / "model.safetensors"
+        directory = local_directory(directory, revision)
+        config, weights = directory / "config.json", directory / "model.safetensors"
         remedy = "copy it again from where save_pretrained wrote it, or take an earlier checkpoint"
         fields, size = hints(CLTConfig), Annotated[int, POSITIVE]
         tree = read_object(config, {"n_layers": size, "d_acts": size}, remedy)
