@@ -104,6 +104,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     what = "tokens of it to read, or all that there are (%(default)s)"
     command.add_argument("--tokens", type=int, default=1_000_000, help=what)
 
+    command = add("push", _push, "put a run's transcoder, or an export, on the Hugging Face hub")
+    command.add_argument("source", metavar="RUN", help="directory of a finished run, or what `clt export` has written")
+    command.add_argument("name", metavar="USER/NAME", help="its name on the hub")
+    command.add_argument("--license", help="of the weights, as the hub calls it, e.g. mit (default: none is stated)")
+    command.add_argument("--private", action="store_true", help="make a new repository private")
+
     command = add("serve", _serve, "serve activations over HTTP")
     _add_config(command)
     command.add_argument("--config", dest="preset", help="test, production, large-scale, or a YAML file over CONFIG")
@@ -281,6 +287,13 @@ def _checkpoint(run: str, step: int | None) -> tuple[Config, Path, int]:
     if step is None or step not in steps:
         raise UserError(f"{directory} has no checkpoint of step {step}; found {steps or 'none'}")
     return config, directory, step
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from clt.export.push import push
+
+    address = push(Path(arguments.source), arguments.name, arguments.license, private=arguments.private)
+    print(f"{arguments.source} is at {address}")
 
 
 class _Run:

@@ -35,6 +35,7 @@ def test_pyright():
     [
         ("clt/model", "import h5py"),
         ("clt/model", "import numpy"),
+        ("clt/model", "import huggingface_hub"),
         ("clt/model", "from clt.data.store import DiscBuffer"),
         ("clt/model", "import triton"),
         ("clt/model/kernels", "import numpy"),

@@ -22,7 +22,7 @@ _KINDS = {
     "config": ("config.json",),
     "tokenizer": ("*token*.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
 }
-_REVISION = "text.revision="
+TEXT_REVISION = "text.revision="
 
 
 def fingerprints(config: Config, part: Part, ask_hub: bool = False) -> dict[str, str]:
@@ -44,16 +44,16 @@ def fingerprints(config: Config, part: Part, ask_hub: bool = False) -> dict[str,
         files[f"{part} text"] = _visible_files(Path(text)) if isinstance(text, str) else text
     found = {kind: fingerprint(paths) for kind, paths in files.items() if paths}
     if ask_hub and isinstance(text, str) and not Path(text).is_dir():
-        found[f"{part} text"] = f"{_REVISION}{dataset_commit(config.text, text)}"
+        found[f"{part} text"] = f"{TEXT_REVISION}{dataset_commit(config.text, text)}"
     return found
 
 
 def pinned(config: Config, part: Part, found: Mapping[str, str]) -> Config:
     """The config with `text.revision` as found by `fingerprints`: the branch may have moved on since."""
     text = found.get(f"{part} text", "")
-    if not text.startswith(_REVISION):
+    if not text.startswith(TEXT_REVISION):
         return config
-    return replace(config, text=replace(config.text, revision=text.removeprefix(_REVISION)))
+    return replace(config, text=replace(config.text, revision=text.removeprefix(TEXT_REVISION)))
 
 
 def _visible_files(folder: Path) -> list[Path]:

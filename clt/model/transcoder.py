@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from clt.errors import mismatches, shown
 from clt.files import TensorFiles, read_object, reading
+from clt.hub import local_directory
 from clt.model.activations import THRESHOLD_FLOOR, fire, theta
 from clt.model.normalization import ALL, Normalization
 from clt.model.spec import CLTConfig, Sites, check_rule
@@ -224,16 +225,22 @@ class CrossLayerTranscoder(nn.Module):
         (directory / "config.json").write_text(json.dumps(self.config, indent=2, allow_nan=False) + "\n")
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, *, lazy: bool = False) -> CrossLayerTranscoder:
-        """Read what `save_pretrained` or `clt import` wrote.
+    def from_pretrained(
+        cls, directory: str | Path, *, revision: str | None = None, lazy: bool = False
+    ) -> CrossLayerTranscoder:
+        """Read what `save_pretrained` or `clt import` wrote, or what `clt push` put on the hub as `user/name`.
+
+        A directory of that name wins. revision: a branch, tag or commit on the hub.
 
         lazy: W_enc and W_dec are read a layer at a time, by the methods that work on one layer: one layer of a large
         transcoder fits where the whole does not. It cannot be trained or saved.
 
-        Raises UserError when a file is missing or damaged, when the two do not agree (before memory is taken for what
-        config.json says), and for values that no training leaves: nan, inf, scales that are not positive.
+        Raises UserError as `local_directory`, when a file is missing or damaged, when the two do not agree (before
+        memory is taken for what config.json says), and for values that no training leaves: nan, inf, scales that are
+        not positive.
         """
-        config = Path(directory) / "config.json"
+        directory = local_directory(directory, revision)
+        config = directory / "config.json"
         remedy = "copy it again from where save_pretrained wrote it, or take an earlier checkpoint"
         of_spec, of_sites, size = hints(CLTConfig), hints(Sites), Annotated[int, POSITIVE]
         fields = of_spec | of_sites
@@ -246,7 +253,7 @@ class CrossLayerTranscoder(nn.Module):
             spec = CLTConfig(**{name: values[name] for name in values.keys() & of_spec.keys()})
             sites = Sites(**{name: values[name] for name in values.keys() & of_sites.keys()})
             check_rule(spec, L)
-        files = TensorFiles(Path(directory), remedy)
+        files = TensorFiles(directory, remedy)
         with reading(files.main, remedy):
             _compare(files.shapes, {"W_enc": [L, D, spec.d_features], f"W_dec.{L - 1}": [spec.d_features, 1, D]})
             with torch.device("meta"):
