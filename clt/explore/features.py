@@ -24,7 +24,6 @@ from clt.errors import UserError, mismatches, size_text, tell
 from clt.explore.collect import collect
 from clt.explore.direct import direct_logits, final_norm, softcap, token_texts
 from clt.explore.files import ARRAYS, FEATURES, SUMMARY, Features, write_summary
-from clt.explore.firings import GROUP, GROUP_BYTES
 from clt.explore.records import LOGITS, TOP, Source, write_records
 from clt.lm.documents import Part
 from clt.lm.fingerprint import fingerprints, pinned
@@ -102,10 +101,7 @@ def _make(
     L, F = transcoder.n_layers, transcoder.d_features
     size = sum(tensor.nbytes for module in (lm.model, transcoder) for tensor in module.state_dict().values())
     workers = min(L, len(os.sched_getaffinity(0)))
-    tell(
-        f"{L * F} features; memory: {size_text(size)} for both models, then up to {size_text(GROUP * GROUP_BYTES)} in "
-        f"each of {workers} processes that write the records"
-    )
+    tell(f"{L * F:,} features; the weights of both models take {size_text(size)}")
     precision = getattr(torch, identity["precision"])
     config = pinned(config, part, identity)
     firings = collect(directory / _WORK, config, part, lm, transcoder, precision, windows, identity, progress)
