@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,10 @@ def _stream(
 ) -> None:
     T, state, room = config.lm.context, files.state, True
     with tqdm(total=windows * T, initial=state["windows"] * T, unit="token", desc=part, disable=not progress) as bar:
-        for batch, rows in forward_text(config, part, lm, state["windows"]):
-            if state["windows"] >= windows:
-                break
-            check_finite(lm, batch, rows)
+        passes = -(-(windows - state["windows"]) // config.lm.batch_windows)
+        for batch, rows in islice(forward_text(config, part, lm, state["windows"]), passes):
+            if not rows.activations[:, 0].isfinite().all():
+                check_finite(lm, batch, rows)
             batch = batch[: windows - state["windows"]]
             token, document, keep = (np.concatenate(arrays) for arrays in zip(*batch))  # (p,) each
             for name, array in zip(OF_TEXT, (token, document, keep)):
@@ -149,7 +150,7 @@ def _stream(
                 files.save()
             bar.update(len(token))
     if state["windows"] < windows:
-        tell(f"the {part} text ends after {state['windows']} of {windows} windows of {T} tokens; taking these")
+        tell(f"the {part} text ends after {state['windows']} of {windows} windows of {T} tokens; these are taken")
 
 
 @torch.no_grad()
