@@ -79,7 +79,7 @@ def choose(order: np.ndarray, documents: np.ndarray) -> list[list[int]]:
     document, and no firing is in two lists. The highest are those of the documents' highest activations, the first of
     equal ones. Of a fifth four evenly spaced ones are taken, or instead of one the next lower one that may be.
     """
-    ordered, owners, m = order.tolist(), documents[order].tolist(), len(order)
+    owners, m = documents[order], len(order)
     taken: set[int] = set()
 
     def take(start: int, end: int, most: int, used: set[int]) -> list[int]:
@@ -88,10 +88,10 @@ def choose(order: np.ndarray, documents: np.ndarray) -> list[list[int]]:
         for i in range(start, end):
             if len(found) == most:
                 break
-            if owners[i] not in used and ordered[i] not in taken:
+            if i not in taken and owners[i] not in used:
                 used.add(owners[i])
-                taken.add(ordered[i])
-                found.append(ordered[i])
+                taken.add(i)
+                found.append(int(order[i]))
         return found
 
     groups = [take(0, m, TOP, set())]
