@@ -171,7 +171,6 @@ LIES = {
     "another segment": answer(rows(2, segment="abd")),
     "a segment of other bytes": answer(rows(2, segment="a\x1b"), more="x-clt-segment: a\x1b\r\n"),
     "no segment": answer(rows(2, segment=""), more=""),
-    "cut off": answer(good[:-10]),
     "fewer rows than asked for": answer(rows(1)),
     "no frame": answer(b"x" * 500),
     "nothing": answer(b""),
@@ -223,8 +222,6 @@ def test_patience_has_an_end_and_says_that_it_waits(caplog):
         ActivationClient("http://127.0.0.1:9", patience=0.3).stats()
     (waits,) = [record.message for record in caplog.records]
     assert "refused; trying again for 0 s. Does the server run (clt serve)?" in waits
-    with pytest.raises(ServerError, match="refused"):
-        next(ActivationClient("http://127.0.0.1:9", patience=0).stream_activations())
 
 
 @pytest.mark.parametrize(

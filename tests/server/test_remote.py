@@ -14,8 +14,7 @@ from clt.data.store import DiscBuffer
 from clt.errors import UserError
 from clt.server.remote import fetch_heldout, open_server
 from tests.server.conftest import Server
-
-TOKEN = "a-token-of-the-tests-0123456789"
+from tests.server.test_app import TOKEN
 
 
 @pytest.fixture(scope="module")

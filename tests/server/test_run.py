@@ -31,9 +31,6 @@ def test_settings_that_do_not_change_the_rows_may_differ(config: MakeConfig, tmp
         assert (found[:64], found[64:] != made[64:]) == (made[:64], True), other
 
 
-# The buffer and its place in the text
-
-
 def test_a_buffer_is_shared_kept_after_a_crash_and_removed_by_the_last(own_config: Config) -> None:
     first, second = open_buffer(own_config), open_buffer(own_config)
     assert first.segment == second.segment
