@@ -349,4 +349,9 @@ def identity(config: Config) -> dict[str, Any]:
 
 def config_hash(config: Config) -> str:
     """Twelve hexadecimal digits that two configurations share if and only if their identities are equal."""
-    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:12]
+    return digest(identity(config))[:12]
+
+
+def digest(tree: Any) -> str:
+    """64 hexadecimal digits that two trees of JSON share if and only if they are equal."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,3 +137,23 @@ def tensor_shapes(file: Path, remedy: str) -> dict[str, list[int]]:
 
     with reading(file, remedy), safe_open(file, "pt") as opened:
         return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 - no mapping
+
+
+def read_token(file: str | None) -> str | None:
+    """The bearer token: environment variable CLT_SERVER_TOKEN, else the first line of `file`, else None.
+
+    Raises UserError for a file that is missing, that others can read, or that holds no token.
+    """
+    token, where = os.environ.get("CLT_SERVER_TOKEN"), "CLT_SERVER_TOKEN"
+    if token is None and file is not None:
+        where = f"token_file {file}"
+        try:
+            found = os.stat(file)
+            token = Path(file).read_bytes()[:4096].partition(b"\n")[0].strip(b" \t\r").decode("latin-1")
+        except OSError as error:
+            raise UserError(f"{where}: {error.strerror}; write a token into it, `openssl rand -hex 32`") from error
+        if found.st_uid == os.geteuid() and found.st_mode & 0o077:
+            raise UserError(f"{where} can be read by others ({stat.filemode(found.st_mode)}): run `chmod 600 {file}`")
+    if token is not None and not re.fullmatch("[!-~]{16,}", token):
+        raise UserError(f"the token in {where} is not 16 or more printable ASCII characters: `openssl rand -hex 32`")
+    return token

@@ -66,6 +66,7 @@ def test_serve_refuses_mistakes_before_it_creates_anything():
         port = taken.getsockname()[1]
         found = refused(clt("serve", "configs/quickstart.yaml", "--config", "test", f"server.port={port}"))
     assert f"server.host=127.0.0.1 server.port={port}: Address already in use; choose others" in found
+    assert "server.host=0.0.0.0 lets other machines in" in refused(clt("serve", "server.host=0.0.0.0"))
     assert "CLT_SERVER_ROW in the environment sets nothing; known:" in refused(clt("serve", CLT_SERVER_ROW="5"))
     assert "server.rows in the environment is 'abc'; wanted int" in refused(clt("serve", CLT_SERVER_ROWS="abc"))
     result = clt("serve", "--config", "test", "--prot", "server.rows=9", "x")

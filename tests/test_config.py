@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from clt.cli import main
-from clt.config import Config, config_hash, identity, load_config
+from clt.config import PRESETS, Config, config_hash, identity, load_config
 from clt.errors import UserError
 from clt.parsing import field_docs, to_yaml
 
@@ -195,3 +195,14 @@ def test_the_hash_sees_what_changes_the_weights_and_nothing_else():
         setattr(getattr(changed, section), name, f"not {value}")
         seen.add(config_hash(changed))
     assert len(seen) == 1 + len(identity(load_config()))
+
+
+def test_presets_lie_between_the_file_and_the_command_line(tmp_path):
+    sizes = [load_config(None, [], preset).server.rows for preset in PRESETS]
+    assert sizes == sorted(sizes)
+    (tmp_path / "mine.yaml").write_text("server: {rows: 77}\nlm: {context: 99}\n")
+    (tmp_path / "base.yaml").write_text("server: {rows: 1, workers: 3}\n")
+    made = load_config(tmp_path / "base.yaml", ["lm.context=98"], tmp_path / "mine.yaml")
+    assert (made.server.rows, made.server.workers, made.lm.context) == (77, 3, 98)
+    with pytest.raises(UserError, match=r"larg does not exist; .* presets test, production, large-scale"):
+        load_config(None, [], "larg")

@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from clt import cli
 from clt.errors import UserError
-from clt.files import new_directory, read_object, reading
+from clt.files import new_directory, read_object, read_token, reading
 
 
 def by_json(path):
@@ -82,3 +82,25 @@ def test_a_directory_gets_its_name_when_it_is_whole(ends, tmp_path):
     with pytest.raises(UserError, match="new exists already; delete it, or name another directory"):
         write()
     assert not leftover.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "told"),
+    [
+        (b"a-token-of-the-tests-0123456789", 0o644, r"can be read by others \(-rw-r--r--\): run `chmod 600"),
+        (b"too-short", 0o600, "is not 16 or more printable ASCII characters"),
+        (b"a-token-of-\x0cthe-tests-0123456789", 0o600, "is not 16 or more printable ASCII characters"),
+        ("a-token-of-the-tests-\u20ac".encode(), 0o600, "is not 16 or more printable ASCII characters"),
+        (None, 0, "No such file or directory; write a token into it"),
+    ],
+)
+def test_a_token_that_cannot_be_one_or_is_no_secret_is_told(tmp_path, monkeypatch, text, mode, told):
+    monkeypatch.delenv("CLT_SERVER_TOKEN", raising=False)
+    file = tmp_path / "token"
+    if text is not None:
+        file.write_bytes(text)
+        file.chmod(mode)
+    with pytest.raises(UserError, match=told):
+        read_token(str(file))
+    monkeypatch.setenv("CLT_SERVER_TOKEN", "another-token-0123456789")
+    assert read_token(str(file)) == "another-token-0123456789"

@@ -20,7 +20,7 @@ def describe(path: str | Path) -> str:
     index = read_index(path)
     statistics = read_statistics(Path(path) / STATISTICS, "np", (index.n_layers, index.d_acts))
     for shard in index.shards:
-        dataset_offsets(Path(path) / shard["file"], shard["rows"], index.n_layers, index.d_acts, index.dtype)
+        dataset_offsets(Path(path) / shard["file"], shard["rows"], *index.shape)
     text = ", ".join(f"{key} {value}" for key, value in index.text.items() if value is not None)
     size = sum((Path(path) / shard["file"]).stat().st_size for shard in index.shards)
     group = "" if index.group_rows is None else f" in groups of {index.group_rows} rows"

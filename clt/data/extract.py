@@ -200,7 +200,7 @@ def _check_room(placement: Placement, state: ExtractionState) -> None:
             f"{path} holds an unfinished extraction with {done} rows done, wanted {index.rows}: "
             "set the tokens back to what they were to finish it, delete it, or choose another data.store"
         )
-    wanted = (index.rows - done) * sum(row_bytes(index.n_layers, index.d_acts, index.dtype).values())
+    wanted = (index.rows - done) * sum(row_bytes(*index.shape).values())
     free = shutil.disk_usage(path).free
     if free < wanted:
         raise UserError(

@@ -12,21 +12,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from clt.config import Config
+from clt.config import Config, digest
 from clt.data.check import check_files, check_model, check_store
 from clt.data.extract import extract
 from clt.data.index import INDEX, STATISTICS, StoreIndex, read_index, write_index, write_json
 from clt.data.sampler import batch_rows
 from clt.data.statistics import Moments, Statistics
 from clt.data.store import DiscBuffer
-from clt.errors import UserError
-from clt.files import reading
+from clt.errors import UserError, tell
+from clt.files import read_object, reading
 from clt.lm.fingerprint import fingerprints
 from clt.lm.forward import Rows, check_finite, forward_text
 
 if TYPE_CHECKING:
     from clt.lm.load import LanguageModel
 
+_TRAINING = ("source", "url", "token_file", "store", "prefetch")  # of the data section: not what the rows are
+_PLACE = "position.json"
 _ASKED = "statistics.json"  # how many rows the statistics were asked of: a short text has fewer
 _STORE_BATCH = 4096  # rows of a store that come at once
 
@@ -94,6 +96,39 @@ def from_store(config: Config, epoch: int = 0, step: int = 0) -> Iterator[tuple[
         columns = (store.tokens(at), store.positions(at), store.documents(at))
         yield (step * batch // len(store), step), StoredRows(store, at, *columns)
         step += 1
+
+
+def feed(config: Config, epoch: int, place: int) -> Iterator[tuple[tuple[int, int], Rows | StoredRows]]:
+    """What `server.source` asks for: `from_store`, or `from_model` with the model loaded at once."""
+    if config.server.source == "store":
+        return from_store(config, epoch, place)
+    return from_model(config, load(config), epoch, place)
+
+
+def feed_hash(config: Config) -> str:
+    """64 hexadecimal digits that two configs share if and only if they ask for the same rows in the same order."""
+    tree = dataclasses.asdict(config)
+    data = {key: value for key, value in tree["data"].items() if key not in _TRAINING}
+    return digest([tree["lm"], tree["text"], data, config.server.source, config.run.seed])
+
+
+def save_place(directory: Path, feed: str, mark: list[int]) -> None:
+    """Record that the rows before `mark` (two numbers as above, then rows of that batch) of a feed have been used."""
+    try:
+        write_json(directory / _PLACE, {"rows": feed, "mark": mark})
+    except OSError as error:  # a disk that is full or gone is no reason to stop serving
+        tell(f"the place in the text was not recorded: {error}")
+
+
+def load_place(directory: Path, feed: str) -> tuple[int, int, int]:
+    """The last mark that was recorded; zeros where there is none, or one of another feed. Raises UserError."""
+    file, anew = directory / _PLACE, "it is the place in the text: delete it to begin anew"
+    if not file.exists():
+        return 0, 0, 0
+    found = read_object(file, {"mark": list[int], "rows": str}, anew)
+    with reading(file, anew):
+        first, second, third = found["mark"]
+    return (first, second, third) if found["rows"] == feed else (0, 0, 0)
 
 
 def describe_feed(config: Config, directory: Path, progress: bool = False) -> StoreIndex:

@@ -11,10 +11,10 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypedDict
+from typing import Any, BinaryIO, NamedTuple, TypedDict
 
 from clt.errors import UserError
-from clt.files import read_object, reading
+from clt.files import parse_object, read_object, reading
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -22,6 +22,22 @@ STATISTICS = "stats.safetensors"
 STATISTICS_TENSORS = ("input_mean", "input_sd", "target_mean", "target_sd", "rows")
 _SHARD = re.compile(r"[\w-][\w.-]*")
 PARTIAL = ".partial"  # suffix of an unfinished file
+
+
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+class Shape(NamedTuple):
+    """Of rows: L, D, dtype."""
+
+    n_layers: int
+    d_acts: int
+    dtype: str
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the activations (2, L, D) of a row."""
+        return 2 * self.n_layers * self.d_acts * ITEM_BYTES[self.dtype]
 
 
 class ShardEntry(TypedDict):
@@ -63,6 +79,16 @@ class StoreIndex:
     """Rows that were shuffled among each other, in the order of the text; None if unknown."""
     fingerprints: dict[str, str] | None = None
     """What the files of model and text were, as `clt.lm.fingerprint.fingerprints` says it."""
+
+    @classmethod
+    def parse(cls, data: bytes) -> StoreIndex:
+        """The index in a text of JSON. Raises ValueError as `parse_index`, and for anything but an object."""
+        return parse_index(parse_object(data, {}))
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of its rows."""
+        return Shape(self.n_layers, self.d_acts, self.dtype)
 
 
 def content_hash(index: StoreIndex) -> str:
@@ -108,7 +134,7 @@ def parse_index(tree: Any) -> StoreIndex:
             "format_version": tree["format_version"] == FORMAT_VERSION,
             "n_layers": 0 < L < 1 << 12 and all(len(tree[name]) == L for name in lists),
             "d_acts": 0 < tree["d_acts"] < 1 << 20,
-            "dtype": tree["dtype"] in ("float16", "bfloat16", "float32"),
+            "dtype": tree["dtype"] in ITEM_BYTES,
             "text": tree["text"].get("part") in ("train", "heldout"),
             # Files of the store's directory, by names that reach nowhere else.
             "shards": all(_SHARD.fullmatch(s["file"]) and s["rows"] > 0 for s in tree["shards"]),

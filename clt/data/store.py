@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clt.data.index import STATISTICS, read_index
+from clt.data.rows import Part, part_of
 from clt.data.shards import COLUMN_DTYPES, dataset_offsets, read_at, row_bytes
 from clt.data.statistics import Statistics
 from clt.errors import UserError
@@ -35,7 +36,7 @@ class DiscBuffer(Dataset[Tensor]):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.index = read_index(path)
-        shape, shards = (self.index.n_layers, self.index.d_acts, self.index.dtype), self.index.shards
+        shape, shards = self.index.shape, self.index.shards
         self._offsets = [dataset_offsets(self.path / shard["file"], shard["rows"], *shape) for shard in shards]
         self._row_bytes = row_bytes(*shape)
         self._firsts = [0, *accumulate(shard["rows"] for shard in shards)]
@@ -67,6 +68,11 @@ class DiscBuffer(Dataset[Tensor]):
     def read_into(self, rows: np.ndarray, views: list[memoryview]) -> None:
         """Read rows (n,) in any order, each into its own of n views (as many bytes as a row has)."""
         self._read_ranges("tensor", rows, lambda start, end: views[start:end])
+
+    def part(self, rows: np.ndarray) -> Part:
+        """Rows (n,) in any order, with their columns; `row` is their number."""
+        columns = {name: self._column(name, rows) for name in COLUMN_DTYPES}
+        return part_of(self.read(rows), {**columns, "row": rows})
 
     def _column(self, name: str, rows: Any) -> np.ndarray:
         numbers = self._row_numbers(rows)

@@ -49,7 +49,7 @@ def survey(path: Path, index: StoreIndex, statistics: dict[str, Any]) -> list[st
 
 def _sample(path: Path, index: StoreIndex) -> Iterator[np.ndarray]:
     """Evenly spaced rows (2, L, D) float32."""
-    shape, kind = (index.n_layers, index.d_acts, index.dtype), TENSOR_DTYPES[index.dtype]
+    shape, kind = index.shape, TENSOR_DTYPES[index.dtype]
     size = row_bytes(*shape)["tensor"]
     count = max(1, min(index.rows, _ROWS, _BYTES // size))
     chosen, first = np.linspace(0, index.rows - 1, count).astype(np.int64), 0

@@ -59,7 +59,7 @@ class OpenGroup:
         self.paths = [placement.path / f"shard_{first + i:05d}.h5" for i in range(len(self.sizes))]
         self.partials = [path.with_name(path.name + PARTIAL) for path in self.paths]
         self.columns = {name: np.empty(rows, dtype) for name, dtype in COLUMN_DTYPES.items()}
-        shape = (index.n_layers, index.d_acts, index.dtype)
+        shape = index.shape
         self.offsets = [create_shard(path, size, *shape) for path, size in zip(self.partials, self.sizes)]
         self.files = contextlib.ExitStack()
         opened = [self.files.enter_context(path.open("r+b", buffering=0)) for path in self.partials]

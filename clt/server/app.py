@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import hmac
-import json
 import logging
 import re
 import signal
@@ -23,28 +22,29 @@ import numpy as np
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
+from torch import Tensor
 from xxhash import xxh3_64_hexdigest
 
 from clt.config import environment_config
 from clt.data.index import STATISTICS, read_index
+from clt.data.rows import COLUMNS, Part, tensor_of
 from clt.data.store import DiscBuffer
+from clt.files import read_token
 from clt.memory import keep_freed_memory
-from clt.server.client import read_token
 from clt.server.generator import end_with_parent, lead
 from clt.server.run import close_buffer, folder, is_loopback, open_buffer
-from clt.server.wire import COLUMNS, Part, Shape, frame, frame_bytes, part_of, tensor_of
+from clt.server.wire import ENDLESS, frame, frame_bytes
 
 log = logging.getLogger("uvicorn.error")
 QUERIES = {
     "/activations": {"batch_size": (1, 1)},
     "/activations/tensor": {"batch_size": (1, 256)},
-    "/activations/stream": {"batch_size": (1, 256), "max_batches": (1, 10**9)},
+    "/activations/stream": {"batch_size": (1, 256), "max_batches": (1, ENDLESS)},
     "/heldout": {"batch_size": (1, 64), "start": (0, 0)},
 }
 """Of the paths that give rows, whose clients count among `server.max_streams`: (least, default) of each parameter."""
@@ -87,7 +87,7 @@ class Ended(Exception):
 async def stream(request: Request) -> Response:
     """Frames of `max_batches` batches of `batch_size` rows. Raises Unavailable where there are none for the first."""
     buffer = request.state.buffer
-    n, count = parameters(request, batch_size=request.state.server.max_batch, max_batches=10**9)
+    n, count = parameters(request, batch_size=request.state.server.max_batch, max_batches=ENDLESS)
     sizes, about = frames(n, buffer.block_rows), (buffer.shape, buffer.segment)
     first = await draw(request, sizes[0])
 
@@ -107,51 +107,48 @@ async def stream(request: Request) -> Response:
     return StreamingResponse(pieces(), 200, headers, _BYTES)
 
 
-async def batch(request: Request, most: int) -> tuple[list[Part], dict[str, Any]]:
-    """The rows of an answer that is made before it is sent, and what they are."""
+async def batch(request: Request, most: int) -> tuple[Part, Tensor]:
+    """The rows, and their activations (n, 2, L, D), of an answer that is made before it is sent."""
     buffer = request.state.buffer
     (n,) = parameters(request, batch_size=min(request.state.server.max_batch, most))
     parts = [part for size in frames(n, buffer.block_rows) for part in await draw(request, size)]
-    dims = [n, 2, buffer.shape.n_layers, buffer.shape.d_acts]
-    return parts, {"shape": dims, "dtype": buffer.shape.dtype, "segment": buffer.segment}
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return whole, tensor_of(whole, buffer.shape)
 
 
 async def tensor(request: Request) -> Response:
     """One batch (n, 2, L, D) as raw little-endian bytes; x-tensor-shape, -dtype and -xxh3 in the headers."""
     buffer = request.state.buffer
-    parts, about = await batch(request, max(buffer.block_rows, _TENSOR_BYTES // buffer.shape.row_bytes))
-    data = b"".join(part["rows"].data for part in parts)
-    headers = {"x-tensor-shape": ",".join(map(str, about["shape"])), "x-tensor-dtype": about["dtype"]}
-    headers |= {"x-tensor-xxh3": xxh3_64_hexdigest(data), "x-clt-segment": about["segment"]}
+    rows, tensor = await batch(request, max(buffer.block_rows, _TENSOR_BYTES // buffer.shape.row_bytes))
+    data = rows["rows"].tobytes()
+    headers = {"x-tensor-shape": ",".join(map(str, tensor.shape)), "x-tensor-dtype": buffer.shape.dtype}
+    headers |= {"x-tensor-xxh3": xxh3_64_hexdigest(data), "x-clt-segment": buffer.segment}
     return Response(data, 200, headers, _BYTES)
 
 
 async def activations(request: Request) -> Response:
     """A few rows as JSON: shape, dtype, segment, row, token, position, document, activations as nested lists."""
-    shape = request.state.buffer.shape
-    parts, about = await batch(request, max(1, min(64, _JSON_BYTES // shape.row_bytes)))
-    columns = {name: [number for part in parts for number in part[name].tolist()] for name in COLUMNS}
-    rows = [row for part in parts for row in tensor_of(part, shape).tolist()]
-    return JSONResponse({**about, **columns, "activations": rows})
+    buffer = request.state.buffer
+    rows, tensor = await batch(request, max(1, min(64, _JSON_BYTES // buffer.shape.row_bytes)))
+    about = {"shape": list(tensor.shape), "dtype": buffer.shape.dtype, "segment": buffer.segment}
+    columns = {name: rows[name].tolist() for name in COLUMNS}
+    return JSONResponse({**about, **columns, "activations": tensor.tolist()})
 
 
 async def heldout(request: Request) -> Response:
     """Frames: the held-out rows from number `start` on, in their order."""
     store: DiscBuffer = request.state.heldout
-    shape = Shape(store.index.n_layers, store.index.d_acts, store.index.dtype)
+    shape = store.index.shape
     n, start = parameters(request, batch_size=request.state.server.max_batch, start=len(store))
-    most, batches = max(1, _TENSOR_BYTES // shape.row_bytes), []  # rows of a frame at most
-    for first in range(start, len(store), n):
-        rows = np.arange(first, min(first + n, len(store)))
-        batches += [rows[at : at + most] for at in range(0, len(rows), most)]
+    numbers, most = np.arange(start, len(store)), max(1, _TENSOR_BYTES // shape.row_bytes)
+    batches = np.split(numbers, range(n, len(numbers), n))
+    parts = [rows[at : at + most] for rows in batches for at in range(0, len(rows), most)]
 
     def pieces() -> Iterator[bytes | memoryview]:  # starlette asks for each in a thread, as the disk is read
-        for sequence, rows in enumerate(batches):
-            columns = {"token": store.tokens(rows), "position": store.positions(rows), "row": rows}
-            part = part_of(store.read(rows), {**columns, "document": store.documents(rows)})
-            yield from frame([part], sequence, shape, "")
+        for sequence, rows in enumerate(parts):
+            yield from frame([store.part(rows)], sequence, shape, "")
 
-    size = sum(frame_bytes(len(rows), shape, "") for rows in batches)
+    size = sum(frame_bytes(len(rows), shape, "") for rows in parts)
     return StreamingResponse(pieces(), 200, {"content-length": str(size)}, _BYTES)
 
 
@@ -173,9 +170,8 @@ async def health(request: Request) -> Response:
 
 
 async def kept(request: Request) -> Response:
-    """What `lifespan` has read."""
-    content, kind = request.state.kept[request.url.path]
-    return Response(content, media_type=kind)
+    """What `lifespan` has made."""
+    return request.state.kept[request.url.path]
 
 
 def parameters(request: Request, **most: int) -> list[int]:
@@ -213,8 +209,6 @@ class Guard:
                 await (self.local if state["token"] is None else self.app)(scope, receive, send)
             finally:
                 buffer.line["clients"] -= counts
-        except HTTPException as error:
-            await (await refused(Request(scope), error))(scope, receive, send)
         except Ended as error:  # uvicorn closes the connection of an answer that is not complete
             log.warning("a stream was ended: %s", error)
 
@@ -256,18 +250,16 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     index, heldout = read_index(path), DiscBuffer(Path(config.data.store) / "heldout")
-    # A client's copy of the held-out rows has this index.
-    served = dataclasses.asdict(index) | {"shards": [], "fingerprints": None}
-    if index.fingerprints is not None and heldout.index.fingerprints is not None:
-        served["fingerprints"] = heldout.index.fingerprints | index.fingerprints
-    page = Path(__file__).with_name("page.html").read_text()
+    fingerprints = heldout.index.fingerprints and index.fingerprints and heldout.index.fingerprints | index.fingerprints
+    served = dataclasses.replace(index, shards=[], fingerprints=fingerprints)  # a client's held-out rows get it, too
+    kept = {
+        "/": HTMLResponse(Path(__file__).with_name("page.html").read_text()),
+        "/index": JSONResponse(dataclasses.asdict(served)),
+        "/statistics": Response((path / STATISTICS).read_bytes(), media_type=_BYTES),
+    }
     leading = asyncio.create_task(lead(config, buffer))
     try:
-        yield {
-            "server": config.server, "token": token, "buffer": buffer, "heldout": heldout,
-            "kept": {"/": (page, "text/html"), "/index": (json.dumps(served, allow_nan=False), "application/json"),
-                     "/statistics": ((path / STATISTICS).read_bytes(), _BYTES)},
-        }  # fmt: skip
+        yield {"server": config.server, "token": token, "buffer": buffer, "heldout": heldout, "kept": kept}
     finally:
         leading.cancel()
         await asyncio.wait([leading])
@@ -277,5 +269,5 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
 _GET = {"/": kept, "/index": kept, "/statistics": kept, "/healthz": health, "/stats": stats, "/heldout": heldout,
         "/activations": activations, "/activations/tensor": tensor, "/activations/stream": stream}  # fmt: skip
 ROUTES = [*(Route(path, answer) for path, answer in _GET.items()), Route("/refresh", refresh, methods=["POST"])]
-app = Starlette(False, ROUTES, [Middleware(Guard)], {HTTPException: refused}, lifespan=lifespan)
-app.router.redirect_slashes = False
+guarded = Guard(Router(ROUTES, redirect_slashes=False))
+app = Starlette(False, [Mount("", guarded)], exception_handlers={HTTPException: refused}, lifespan=lifespan)

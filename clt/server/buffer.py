@@ -13,7 +13,6 @@ import contextlib
 import mmap
 import os
 import secrets
-import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,17 +20,16 @@ from typing import Any
 
 import numpy as np
 
+from clt.data.index import ITEM_BYTES, Shape
 from clt.data.lock import ByteLocks
+from clt.data.rows import COLUMNS, Part, cut, empty_part
 from clt.errors import UserError
-from clt.memory import allocate, open_own
-from clt.server.wire import COLUMNS, ITEM_BYTES, Part, Shape, cut, empty_part
+from clt.memory import allocate, open_own, page_aligned
 
 FREE, OPEN, FULL = range(3)
-GENERATOR, LEADER, _LINES = ((1 << 40) + i for i in range(3))
-"""Locks beside those of the blocks; serving process i holds _LINES + i while it lives."""
+GENERATOR, LEADER, _LINES = ((1 << 40) + i for i in range(3))  # locks; serving process i holds _LINES + i
 FOLDER = Path("/dev/shm")
 _MAGIC, _WORKERS = "cltblk03", 128
-Mark = tuple[int, int, int]
 _COLUMNS = np.dtype(list(COLUMNS.items()))  # of a row, together: to write to four places takes the generator longer
 _LINE = np.dtype([(name, "i8") for name in ("clients", "held", "drawn", "dropped")])  # of a serving process
 _HEADER = np.dtype([
@@ -57,8 +55,7 @@ class Buffer:
         texts = (self.header[name].item().decode("latin-1") for name in ("magic", "tag", "segment", "dtype"))
         (magic, self.tag, self.segment, dtype), sizes = texts, self.header["sizes"].tolist()
         self.blocks, self.block_rows, self.open_blocks, self.shape = *sizes[:3], Shape(sizes[3], sizes[4], dtype)
-        known = magic == _MAGIC and dtype in ITEM_BYTES
-        if not known or size != (layout := _layout(self.blocks, self.block_rows, self.shape))[-1]:
+        if magic != _MAGIC or dtype not in ITEM_BYTES or size != (layout := _layout(*sizes[:2], self.shape))[-1]:
             raise UserError(f"{self.path} is not a shuffle buffer of this version: remove it, or set server.name")
         tables, block, first, _ = layout
         found = np.ndarray((), tables, memory)
@@ -67,17 +64,13 @@ class Buffer:
         # Of the places in a block; the same for every generator, as they go on with each other's open blocks.
         self._order, self.random = np.random.default_rng(0).permutation(self.block_rows), np.random.default_rng()
         self.line, self._own = np.zeros((), _LINE), _WORKERS  # this process's, once it has joined
-        # Of a block that was not used up.
-        self._rest, self._refreshes = empty_part(0, self.shape), int(self.header["refreshes"])
+        self._rest, self._refreshes = empty_part(0, self.shape), int(self.header["refreshes"])  # rest of a block
 
     @classmethod
     def create(
-        cls, name: str, sizes: tuple[int, int, int], shape: Shape, tag: str = "", mark: Mark = (0, 0, 0)
+        cls, name: str, sizes: tuple[int, int, int], shape: Shape, tag: str = "", mark: tuple[int, ...] = (0, 0, 0)
     ) -> Buffer:
-        """An empty buffer of (blocks, rows of a block, open blocks), in the place of any other of that name.
-
-        Raises UserError when the memory is not there.
-        """
+        """An empty buffer of (blocks, rows of a block, open blocks), in place of any other. Raises as `allocate`."""
         assert 0 < sizes[2] <= sizes[0] < 1 << 31, sizes
         tables, _, _, size = _layout(sizes[0], sizes[1], shape)
         begin = np.zeros((), tables)
@@ -90,13 +83,10 @@ class Buffer:
 
     @property
     def progress(self) -> np.ndarray:
-        """What the generator has done: mark, rows generated, dropped, filled (in each open block), the last refresh."""
-        return self._progress[int(self.header["changes"]) % 2, ...]
-
-    def snapshot(self) -> np.ndarray:
-        """A copy of the progress."""
+        """A copy of what the generator has done: mark, rows generated, dropped, filled (if open), the last refresh."""
         while True:
-            changes, copy = int(self.header["changes"]), self.progress.copy()
+            changes = int(self.header["changes"])
+            copy = self._progress[changes % 2, ...].copy()
             if changes == self.header["changes"]:  # else it may be half of one change and half of another
                 return copy
 
@@ -108,7 +98,7 @@ class Buffer:
         yield new
         self.header["changes"] += 1
 
-    def put(self, rows: Any, mark: Mark) -> int:
+    def put(self, rows: Any, mark: tuple[int, int, int]) -> int:
         """Put the first of the rows (a slice-able with columns and `copy_into`), each into an open block at random.
 
         Returns how many; 0 where the buffer is full. `mark`, with that many added to its last number, is recorded
@@ -164,38 +154,29 @@ class Buffer:
         """Record what the generator does (starting, running, failed) and, when it failed, why."""
         self.header["cause"], self.header["pid"], self.header["state"] = cause.encode()[:1024], pid, state.encode()
 
-    def note(self) -> None:
-        """Add (second, rows drawn, fill) to the history."""
-        found = self.stats()
-        self.header["history"][:-1] = self.header["history"][1:]
-        self.header["history"][-1] = (time.time(), found["rows_drawn"], found["fill"])
-
     def draw(self, n: int) -> list[Part] | None:
         """n rows, at most a block, that nobody else gets; None while there are none."""
         if self._refreshes != self.header["refreshes"]:
             self._count("dropped", len(self._rest["row"]))
             self._rest, self._refreshes = cut(self._rest, 0, 0), int(self.header["refreshes"])
-        parts, rest, missing = [], self._rest, n
-        if len(rest["row"]) < n:
+        parts = [self._rest] if len(self._rest["row"]) else []
+        if len(self._rest["row"]) < n:
             if (block := self._claim()) is None:
                 return None
-            parts, missing = [rest] if len(rest["row"]) else [], n - len(rest["row"])
-            rest = self._copy(block)
+            parts.append(self._copy(block))
             self._free(block, "held")
-        self._rest = cut(rest, missing, self.block_rows)
+        missing = n - sum(len(part["row"]) for part in parts[:-1])
+        self._rest = cut(parts[-1], missing, self.block_rows)
         self._count("drawn", n)
-        return [*parts, cut(rest, 0, missing)]
+        return [*parts[:-1], cut(parts[-1], 0, missing)]
 
     def _count(self, what: str, n: int) -> None:
         self.line["held"] -= n
         self.line[what] += n
 
     def _copy(self, block: int) -> Part:
-        """Into memory that starts a page, as a block does: to other places a copy may take five times as long."""
         source = self._blocks[block : block + 1]
-        memory = np.empty(source.nbytes + mmap.PAGESIZE, "u1")
-        start = -memory.__array_interface__["data"][0] % mmap.PAGESIZE
-        copy = memory[start : start + source.nbytes]
+        copy = page_aligned(source.nbytes)  # as a block is
         np.copyto(copy, source.view("u1"))
         (columns, rows) = copy.view(source.dtype)[0]
         return {**{name: columns[name] for name in COLUMNS}, "rows": rows}
@@ -239,7 +220,7 @@ class Buffer:
         raise UserError(f"the shared buffer serves {_WORKERS} processes already: lower server.workers")
 
     def leave(self) -> None:
-        """The opposite, where it has joined."""
+        """Give the line back, where it has one."""
         self.locks.drop(_LINES + self._own)
         self._own = _WORKERS
 
@@ -249,18 +230,17 @@ class Buffer:
 
     def stats(self) -> dict[str, Any]:
         """What is worth knowing. rows_generated = valid + open + in_flight + rows_drawn + rows_dropped + rows_lost."""
-        done = self.snapshot()  # taken first: a row that moves meanwhile is counted twice, never as lost
+        done = self.progress  # taken first: a row that moves meanwhile is counted twice, never as lost
         full, lines, living = int((self.state == FULL).sum()), self.lines.copy(), self.living()
-        drawn, history = int(lines["drawn"].sum()), self.header["history"]
+        generated, history = int(done["generated"]), self.header["history"]
         rows = {
             "valid": full * self.block_rows, "open": int(done["filled"][self.state == OPEN].sum()),
-            "in_flight": int(living["held"].sum()), "rows_drawn": drawn,
+            "in_flight": int(living["held"].sum()), "rows_drawn": int(lines["drawn"].sum()),
             "rows_dropped": int(lines["dropped"].sum() + done["dropped"]),
         }  # fmt: skip
-        generated = int(done["generated"])
         return {
             **rows, "rows_generated": generated, "rows_lost": max(0, generated - sum(rows.values())),
-            "bytes_drawn": drawn * self.shape.row_bytes, "rows": self.blocks * self.block_rows,
+            "bytes_drawn": rows["rows_drawn"] * self.shape.row_bytes, "rows": self.blocks * self.block_rows,
             "block_rows": self.block_rows, "fill": min(1.0, full / (self.blocks - self.open_blocks + 1)),
             "segment": self.segment, "clients": int(living["clients"].sum()), "workers": len(living),
             "generator": self.generator(), "history": history[history[:, 0] > 0].tolist(),

@@ -10,67 +10,42 @@ import contextlib
 import dataclasses
 import http.client
 import io
-import json
 import logging
-import os
 import random
 import re
 import socket
 import ssl
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import urlencode
 
 import numpy as np
 
-from clt.data.index import StoreIndex, parse_index
+from clt.data.index import StoreIndex
+from clt.data.rows import COLUMNS, Batch, empty_part, tensor_of
 from clt.data.statistics import Statistics
 from clt.errors import UserError, mismatches, printable
-from clt.server.wire import COLUMNS, Batch, Shape, WireError, empty_part, read_frame, tensor_of
+from clt.files import parse_object
+from clt.ranges import NOT_NEGATIVE
+from clt.server.wire import ENDLESS, WireError, read_frame
 
 T = TypeVar("T")
 log = logging.getLogger("clt")
-LEAST_RATE = 1 << 16
-"""Bytes a second at which an answer must come, once `timeout` is over."""
+LEAST_RATE = 1 << 16  # bytes a second at which an answer must come, once `timeout` is over
 _DELAYS = (0.1, 10.0)  # seconds before the first and before the slowest new try
 _PASSING = (408, 429, 502, 503, 504)  # statuses of a server that may answer later
 _WAKE = 1 << 20  # bytes that are worth waking up for
-_ENDLESS = 10**9  # batches, the most that a server takes: an answer of known length costs it a copy less
+_COUNT = Annotated[int, NOT_NEGATIVE]
 
 
 class ServerError(UserError):
-    """The server refused, failed or spoke nonsense; the message is what it said, `status` its answer's.
-
-    After one of `_PASSING` the same request may be answered, `after` seconds later at the earliest.
-    """
+    """The server refused (`status`), failed or spoke nonsense. After `_PASSING` ones, ask again in `after` seconds."""
 
     def __init__(self, message: str, status: int = 200, after: float = 0.0) -> None:
         super().__init__(message)
         self.status, self.after = status, after
-
-
-def read_token(file: str | None) -> str | None:
-    """The bearer token: environment variable CLT_SERVER_TOKEN, else the first line of `file`, else None.
-
-    Raises UserError for a file that is missing, that others can read, or that holds no token.
-    """
-    token, where = os.environ.get("CLT_SERVER_TOKEN"), "CLT_SERVER_TOKEN"
-    if token is None and file is not None:
-        where = f"token_file {file}"
-        try:
-            found = os.stat(file)
-            token = Path(file).read_bytes()[:4096].partition(b"\n")[0].strip(b" \t\r").decode("latin-1")
-        except OSError as error:
-            raise UserError(f"{where}: {error.strerror}; write a token into it, `openssl rand -hex 32`") from error
-        if found.st_uid == os.geteuid() and found.st_mode & 0o077:
-            raise UserError(f"{where} can be read by others ({stat.filemode(found.st_mode)}): run `chmod 600 {file}`")
-    if token is not None and not re.fullmatch("[!-~]{16,}", token):
-        raise UserError(f"the token in {where} is not 16 or more printable ASCII characters: `openssl rand -hex 32`")
-    return token
 
 
 class ActivationClient:
@@ -96,46 +71,40 @@ class ActivationClient:
         self._prefix = (parts[4] or "").rstrip("/")
 
     def stream_activations(
-        self, batch_size: int = 256, max_batches: int = _ENDLESS, index: StoreIndex | None = None
+        self, batch_size: int = 256, max_batches: int = ENDLESS, index: StoreIndex | None = None
     ) -> Iterator[Batch]:
-        """Yield `max_batches` batches. Each has its own memory.
+        """`max_batches` batches. Each has its own memory.
 
         Goes on by itself over broken connections and restarts of the server. No row comes twice: the server gives
         each away once, and one that was lost on the way is lost. With an `index`, rows of another one are an error.
         """
         query = {"batch_size": batch_size, "max_batches": max_batches}
-        for batch in self._ask("/activations/stream", lambda answer: self._batches(answer, query, index), query):
-            query["max_batches"] -= 1
-            yield batch
+        return self._ask("/activations/stream", lambda answer: self._batches(answer, query, index), query)
 
     def heldout(self, batch_size: int = 64) -> Iterator[Batch]:
         """The held-out rows in their order, from the first to the last; `row` counts them from 0."""
         query = {"batch_size": batch_size, "start": 0}
-        for batch in self._ask("/heldout", lambda answer: self._batches(answer, query), query):
-            start, query["start"] = query["start"], query["start"] + len(batch.row)
-            if not np.array_equal(batch.row, np.arange(start, query["start"])):
-                raise ServerError(f"{self.url}/heldout: found other rows than those from {start} on")
-            yield batch
+        return self._ask("/heldout", lambda answer: self._batches(answer, query), query)
 
     def stats(self) -> dict[str, Any]:
         """The server's counters and the generator's state."""
-        return self._get("/stats", lambda answer: answer.json("max_batch"))
+        return self._get("/stats", lambda data: parse_object(data, {"max_batch": _COUNT}))
 
     def index(self) -> StoreIndex:
         """What a row is: model, layers, sites, text, L, D, dtype."""
-        return self._get("/index", _Answer.index)
+        return self._get("/index", StoreIndex.parse)
 
     def statistics(self) -> Statistics:
         """Mean and sd of the training rows."""
-        index = self.index()
-        return self._get("/statistics", lambda answer: answer.statistics((index.n_layers, index.d_acts)))
+        L, D, _ = self.index().shape
+        return self._get("/statistics", lambda data: Statistics.parse(data, (L, D)), 32 * L * D + (1 << 16))
 
     def refresh(self) -> int:
         """Have the server drop its rows and make others; returns how many it dropped."""
-        return self._get("/refresh", lambda answer: answer.json("dropped")["dropped"], "POST")
+        return self._get("/refresh", lambda data: parse_object(data, {"dropped": _COUNT}), method="POST")["dropped"]
 
-    def _get(self, path: str, read: Callable[[_Answer], T], method: str = "GET") -> T:
-        (found,) = self._ask(path, lambda answer: [read(answer)], {}, method)
+    def _get(self, path: str, parse: Callable[[bytes], T], most: int = 1 << 20, method: str = "GET") -> T:
+        (found,) = self._ask(path, lambda answer: [answer.parsed(parse, most)], {}, method)
         return found
 
     def _ask(
@@ -157,10 +126,9 @@ class ActivationClient:
                 told, now = f"{self.url}{path}: {error or type(error).__name__}", time.monotonic()
                 status, least = (error.status, error.after) if isinstance(error, ServerError) else (503, 0.0)
                 pause = max(least, delay * random.uniform(0.5, 1.0))  # many clients do not come back at once
-                if status not in _PASSING:
-                    raise ServerError(told, status) from error
-                if now + pause - (since or now) > self.patience:
-                    raise ServerError(f"{told} (tried for {now - (since or now):.0f} s)", status) from error
+                if status not in _PASSING or now + pause - (since or now) > self.patience:
+                    tried = f" (tried for {now - since:.0f} s)" if since else ""
+                    raise ServerError(told + tried, status) from error
                 if since is None:  # so that nobody sits before a silent program
                     reason = printable(told)
                     log.warning("%s; trying again for %.0f s. Does the server run (clt serve)?", reason, self.patience)
@@ -183,41 +151,44 @@ class ActivationClient:
                 raise ServerError(answer.reason(), response.status, seconds)
             yield answer
 
-    def _batches(self, answer: _Answer, query: Mapping[str, int], wanted: StoreIndex | None = None) -> Iterator[Batch]:
+    def _batches(self, answer: _Answer, query: dict[str, int], wanted: StoreIndex | None = None) -> Iterator[Batch]:
         """The batches of an answer: as many as asked for or, of held-out rows, all to the end. Raises WireError.
 
-        The index is asked for when the answer has begun: it is of the same server, or of a later one.
+        `query` becomes what is still to be asked for. The index is asked for when the answer has begun: it is of the
+        same server, or of a later one.
         """
         with self._open("/index", {}) as other:
-            index = other.index()
+            index = other.parsed(StoreIndex.parse)
         tree = dataclasses.asdict(wanted or index)
         if odd := mismatches(dataclasses.asdict(index) | {"rows": tree["rows"]}, tree):
             raise ServerError(f"the server now serves other rows ({odd}): start it as it was, or begin a new run")
-        shape, n, most = Shape(index.n_layers, index.d_acts, index.dtype), query["batch_size"], query.get("max_batches")
+        shape, n, whole = index.shape, query["batch_size"], "max_batches" in query
         segment = answer.response.headers.get("x-clt-segment", "")
-        if not re.fullmatch(r"\w{1,16}" if most else "", segment, re.ASCII):
+        if not re.fullmatch(r"\w{1,16}" if whole else "", segment, re.ASCII):
             raise WireError(f"found the segment {segment!r:.40}, wanted 1 to 16 letters and digits (held out: none)")
-        sequence, got, fill = 0, 0, answer.response.readinto
-        while got != most:
+        sequence, done = 0, n
+        while done == n and query.get("max_batches") != 0:
             rows, done = empty_part(n, shape), 0
-            while done < n and (k := read_frame(fill, answer.expect, sequence, shape, segment, rows, done)):
+            answer.expect(n * shape.row_bytes)
+            while done < n and (k := read_frame(answer.response.readinto, sequence, shape, segment, rows, done)):
                 done, sequence = done + k, sequence + 1
-            if done < n and (most or answer.response.length):
-                raise WireError(f"the stream ended after {got} batches of {n} and {done} rows")
+            if done < n and (whole or answer.response.length):
+                raise WireError(f"the stream ended after {done} of the {n} rows of a batch")
+            columns, first = {name: rows[name][:done] for name in COLUMNS}, query.get("start", 0)
+            if not whole and not np.array_equal(columns["row"], np.arange(first, first + done)):
+                raise ServerError(f"found other rows than those from {first} on")
+            query |= {"max_batches": query["max_batches"] - 1} if whole else {"start": first + done}
             if done:
-                columns = {name: rows[name][:done] for name in COLUMNS}
                 yield Batch(tensor_of(rows, shape)[:done], **columns, segment=segment)
-            if done < n:
-                return
-            got += 1
 
 
-class _Answer(io.RawIOBase):
+class _Answer(socket.SocketIO):
     """A connection's socket, as http.client wants it, and then its answer: read at a least rate and within bounds."""
 
     response: http.client.HTTPResponse
 
-    def __init__(self, connected: Any, timeout: float) -> None:
+    def __init__(self, connected: socket.socket, timeout: float) -> None:
+        super().__init__(connected, "r")
         self.socket, self.timeout, self.sendall = connected, timeout, connected.sendall
         self.expect(0)
 
@@ -228,9 +199,6 @@ class _Answer(io.RawIOBase):
     def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(self)
 
-    def readable(self) -> bool:
-        return True
-
     def readinto(self, view: Any) -> int:
         left = self.deadline - time.monotonic()
         if left <= 0:
@@ -238,9 +206,9 @@ class _Answer(io.RawIOBase):
         self.socket.settimeout(min(self.timeout, left))
         # For each packet that woke this process, both ends would pay dearly. A view that is larger than the buffer of
         # the BufferedReader above is one that will be filled. (Under TLS the kernel counts other bytes than `view`.)
-        wake = min(len(view), _WAKE, int(LEAST_RATE * min(self.timeout, left) / 2))
         if sys.platform == "linux" and not isinstance(self.socket, ssl.SSLSocket):
-            wake = max(1, wake if len(view) > io.DEFAULT_BUFFER_SIZE else 1)
+            soon = min(len(view), _WAKE, int(LEAST_RATE * min(self.timeout, left) / 2))
+            wake = soon if len(view) > io.DEFAULT_BUFFER_SIZE else 1
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake)
         return self.socket.recv_into(view)
 
@@ -255,34 +223,18 @@ class _Answer(io.RawIOBase):
             raise WireError(f"found an answer of {len(data)} bytes that was cut off, or of more than {most}")
         return data
 
-    def json(self, field: str) -> dict[str, Any]:
-        """All of it: a JSON object with this field, a whole number."""
-        text, found = self.whole(), None
-        with contextlib.suppress(ValueError, RecursionError):
-            found = json.loads(text)
-        if not isinstance(found, dict) or type(found.get(field)) is not int or found[field] < 0:
-            raise ServerError(f"found {text[:40]!r} where an activation server answers in JSON, with {field}")
-        return found
-
-    def index(self) -> StoreIndex:
-        """All of it: an index."""
-        tree = self.json("n_layers")
+    def parsed(self, parse: Callable[[bytes], T], most: int = 1 << 20) -> T:
+        """What `parse` makes of all of it. Raises ServerError where that raises ValueError."""
+        data = self.whole(most)
         try:
-            return parse_index(tree)
-        except ValueError as error:
-            raise ServerError(f"the index is not of this version's activation server: {error!s:.500}") from error
-
-    def statistics(self, dims: tuple[int, int]) -> Statistics:
-        """All of it: statistics (L, D)."""
-        data = self.whole(32 * dims[0] * dims[1] + (1 << 16))
-        try:
-            return Statistics.parse(data, dims)
-        except ValueError as error:
-            raise ServerError(f"found no statistics of the server's rows: {error}") from error
+            return parse(data)
+        except (ValueError, RecursionError) as error:
+            told = f"found {data[:40]!r}, which this version's activation servers do not answer: {error!s:.500}"
+            raise ServerError(told) from error
 
     def reason(self) -> str:
         """What it says for itself, of a refusal."""
         text = self.whole().decode("utf-8", "replace") or self.response.reason
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-            text = json.loads(text)["error"]
+        with contextlib.suppress(ValueError, RecursionError):
+            text = parse_object(text, {"error": str})["error"]
         return f"answered {self.response.status}: {text!s:.1000}"

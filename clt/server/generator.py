@@ -15,7 +15,7 @@ import time
 import torch
 
 from clt.config import Config
-from clt.data.feed import from_model, from_store, load
+from clt.data.feed import feed
 from clt.errors import UserError, printable
 from clt.memory import keep_freed_memory
 from clt.server.buffer import GENERATOR, LEADER, Buffer
@@ -44,8 +44,7 @@ def run(config: Config) -> None:
     keep_freed_memory()
     epoch, position, skip = buffer.progress["mark"].tolist()  # skip: rows that are in the buffer already
     try:
-        store = config.server.source == "store"
-        batches = from_store(config, epoch, position) if store else from_model(config, load(config), epoch, position)
+        batches = feed(config, epoch, position)
         buffer.say("running", pid=os.getpid())
         for (epoch, position), rows in batches:
             done, skip = skip, 0
@@ -64,9 +63,12 @@ def run(config: Config) -> None:
 
 def note(config: Config, buffer: Buffer) -> None:
     """Record the place in the text and the counters, in a thread: a busy disk may take longer than the buffer lasts."""
+    history = buffer.header["history"]
     while True:
         record(config, buffer)
-        buffer.note()
+        found = buffer.stats()
+        history[:-1] = history[1:]
+        history[-1] = (time.time(), found["rows_drawn"], found["fill"])
         time.sleep(_NOTE)
 
 
@@ -90,9 +92,8 @@ async def lead(config: Config, buffer: Buffer) -> None:
                 child.kill()
                 child.join()
         if (status := child.exitcode or 0) < 0:
-            hint = "; was there too little memory?" if -status == signal.SIGKILL else ""
-            names = {each.value: each.name for each in signal.Signals}  # real-time signals have none
-            buffer.say("failed", f"it was killed by {names.get(-status, f'signal {-status}')}{hint}")
+            hint = "SIGKILL; was there too little memory?" if -status == signal.SIGKILL else signal.strsignal(-status)
+            buffer.say("failed", f"it was killed by signal {-status}: {hint}")
         elif buffer.generator()["state"] != "failed":  # else it has said why itself
             buffer.say("failed", f"it ended with status {status}")
         log.error("the generator ended: %s", buffer.generator()["cause"])
@@ -102,10 +103,7 @@ async def lead(config: Config, buffer: Buffer) -> None:
 
 
 def end_with_parent(number: int) -> None:
-    """Have SIGINT and SIGTERM end this process, though it may have inherited them as ignored.
-
-    And have the kernel send it the signal `number` when the process that spawned it dies.
-    """
+    """Let SIGINT, SIGTERM and (by signal `number`) its parent's death end this process, which may ignore them now."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_DFL)
     if (parent := multiprocessing.parent_process()) is not None:

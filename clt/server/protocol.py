@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with one deadline (against slowloris), for `clt serve` and `uvicorn --http`."""
+"""uvicorn's HTTP protocol with a deadline (against slowloris), for `clt serve` and `uvicorn --http`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAX_HEAD, _HEAD_SECONDS = 16_384, 10.0
 
 
 class Protocol(HttpToolsProtocol):
-    """One connection. Its client has `server.idle_seconds` to take what it was sent, and ten at most to send a head."""
+    """One connection. Its client has ten seconds to send a head, and `server.idle_seconds` to take what it was sent."""
 
     timer: asyncio.TimerHandle | None = None
     head = 0  # bytes that came since the last head; no request here has a body
@@ -30,8 +30,9 @@ class Protocol(HttpToolsProtocol):
             transport.abort()
 
     def data_received(self, data: bytes) -> None:
+        if self.head == 0:
+            self.wait(_HEAD_SECONDS)
         self.head += len(data)
-        self.wait(_HEAD_SECONDS)
         self.transport.abort() if self.head > _MAX_HEAD else super().data_received(data)
 
     def on_headers_complete(self) -> None:
@@ -39,29 +40,27 @@ class Protocol(HttpToolsProtocol):
             return self.transport.abort()  # pipelined: uvicorn would not tell the first answer of a client that leaves
         self.head = 0
         if not self.flow.write_paused:
-            self.resume_writing()
+            self.wait(None)
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
         # What then waits may be too little for pause_writing, and a connection is not closed before it has left.
-        self.loop.call_later(self.app_state["server"].idle_seconds, self.abort_unread, self.cycle)
+        self.wait(self.app_state["server"].idle_seconds)
         super().on_response_complete()
-
-    def abort_unread(self, cycle: object) -> None:
-        if self.cycle is cycle and self.transport.get_write_buffer_size() > 0:
-            self.transport.abort()
 
     def pause_writing(self) -> None:
         self.wait(self.app_state["server"].idle_seconds)
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
+        if not self.cycle.response_complete:
+            self.wait(None)
         super().resume_writing()
 
-    def wait(self, seconds: float) -> None:
-        if self.timer is None:
+    def wait(self, seconds: float | None) -> None:
+        """End the connection in so many seconds, if nothing else is said until then."""
+        if self.timer is not None:
+            self.timer.cancel()
+        if seconds is not None:
             seconds = min(seconds, self.app_state["server"].idle_seconds)
             self.timer = self.loop.call_later(seconds, self.transport.abort)

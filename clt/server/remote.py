@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,12 @@ from clt.config import Config
 from clt.data.check import check_files, check_store, differences
 from clt.data.index import INDEX, STATISTICS, read_index
 from clt.data.lock import locked
+from clt.data.rows import empty_part, tensor_of
 from clt.data.shards import COLUMN_DTYPES
 from clt.data.writer import write_store
 from clt.errors import UserError
-from clt.server.client import ActivationClient, read_token
-from clt.server.wire import Batch, Shape, empty_part, tensor_of
+from clt.files import read_token
+from clt.server.client import ActivationClient
 
 _PATIENCE = 600.0  # seconds that a run waits for a server that is away
 _OWN = ("format_version", "n_layers", "d_acts", "dtype", "rows", "shards")  # what write_store says itself
@@ -37,20 +38,16 @@ class ServerStore:
     def __init__(self, client: ActivationClient, rows: int) -> None:
         self.client, self.path = client, client.url
         self.index, self.statistics = dataclasses.replace(client.index(), rows=rows), client.statistics()
-        self.shape = Shape(self.index.n_layers, self.index.d_acts, self.index.dtype)
-        self.consumed: dict[str, int] = {}
-        """Rows read, by the buffer of the server (its `segment`) that they came from."""
-        self._batches: Iterator[Batch] | None = None
-        self._rest = empty_part(0, self.shape)["rows"]
+        self.consumed: dict[str, int] = {}  # rows read, by the buffer of the server (its `segment`)
+        self.batch_rows = min(client.stats()["max_batch"], max(1, _BATCH_BYTES // self.index.shape.row_bytes))
+        self._batches = client.stream_activations(self.batch_rows, index=self.index)
+        self._rest = empty_part(0, self.index.shape)["rows"]
 
     def __len__(self) -> int:
         return self.index.rows
 
     def read(self, rows: np.ndarray, out: Tensor) -> Tensor:
         """The next len(rows) rows (n, 2, L, D), into `out`. One thread at a time. Raises ServerError."""
-        if self._batches is None:
-            n = min(self.client.stats()["max_batch"], max(1, _BATCH_BYTES // self.shape.row_bytes))
-            self._batches = self.client.stream_activations(n, index=self.index)
         # Not by torch: its copy would start OpenMP's threads for this thread, too, and with more of them than
         # processors they wait asleep; a training step on two cores took twice as long.
         views, done = out.flatten(1).view(torch.uint8).numpy(), 0
@@ -74,10 +71,8 @@ def open_server(config: Config) -> ServerStore:
     client = ActivationClient(config.data.url, read_token(config.data.token_file), patience=_PATIENCE)
     store = ServerStore(client, config.data.train_tokens)
     if odd := differences(store.index, config):
-        raise UserError(
-            f"the server {client.url} has other rows than the config asks for: {odd}; change the config, or start the "
-            "server with this one"
-        )
+        remedy = "change the config, or start the server with this one"
+        raise UserError(f"the server {client.url} has other rows than the config asks for: {odd}; {remedy}")
     return store
 
 
@@ -90,12 +85,12 @@ def fetch_heldout(config: Config) -> None:
     fields = {key: value for key, value in dataclasses.asdict(store.index).items() if key not in _OWN}
     fields["text"]["part"] = "heldout"
     path.mkdir(parents=True, exist_ok=True)
-    with locked(path, wait=_PATIENCE):  # many runs may start at once on one file system
+    with locked(path, wait=math.inf):  # many runs may start at once on one file system
         if not (path / INDEX).exists():
             n, done = config.data.heldout_tokens, 0
-            rows = empty_part(n, store.shape)  # in memory once: they may be most of what there is
-            activations = tensor_of(rows, store.shape)
-            for batch in store.client.heldout(min(64, store.client.stats()["max_batch"])):
+            rows = empty_part(n, store.index.shape)  # in memory once: they may be most of what there is
+            activations = tensor_of(rows, store.index.shape)
+            for batch in store.client.heldout(min(64, store.batch_rows)):
                 if (end := done + len(batch.row)) > n:
                     raise UserError(f"the server {store.path} has more than data.heldout_tokens={n} held-out rows: "
                                     "set it to their number")  # fmt: skip

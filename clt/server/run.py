@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import json
 import os
 import signal
 import socket
@@ -15,21 +12,18 @@ from typing import Any
 
 import uvicorn
 
-from clt.config import SERVER_VARIABLES, Config
-from clt.data.feed import describe_feed
-from clt.data.index import write_json, write_whole
+from clt.config import SERVER_VARIABLES, Config, digest
+from clt.data.feed import describe_feed, feed_hash, load_place, save_place
+from clt.data.index import write_whole
 from clt.data.lock import locked
 from clt.errors import UserError, size_text, tell
-from clt.files import read_object, reading
+from clt.files import read_token
 from clt.parsing import to_yaml
 from clt.server.buffer import Buffer
-from clt.server.client import read_token
-from clt.server.wire import Shape
 
 _BLOCK_BYTES, _BLOCKS = 2 << 20, 16  # of a block, about (8 MB are sent a third more slowly), and blocks at least
 _GRACE_SECONDS = 5  # for streams to end after Ctrl-C or SIGTERM
 _PREPARE_SECONDS, _CLOSE_SECONDS = 86_400.0, 10.0  # to wait for another process that starts or ends this server
-_TRAINING = ("source", "url", "token_file", "store", "prefetch")  # of the data section: not what the rows are
 
 
 def folder(config: Config) -> Path:
@@ -46,7 +40,7 @@ def own_folder(config: Config) -> Path:
 def buffer_name(config: Config) -> str:
     """The name of the config's buffer: `server.name`, else one for this user and the path of `data.store`."""
     path = f"{os.geteuid()}:{os.path.realpath(config.data.store)}"
-    return config.server.name or hashlib.sha256(path.encode()).hexdigest()[:16]
+    return config.server.name or digest(path)[:16]
 
 
 def tag(config: Config) -> str:
@@ -54,12 +48,9 @@ def tag(config: Config) -> str:
 
     The first 64 are those of the rows alone, and of the order in which they come.
     """
-    tree = dataclasses.asdict(config)
-    data, server = {key: value for key, value in tree["data"].items() if key not in _TRAINING}, tree["server"]
-    rows = [tree["lm"], tree["text"], data, server["source"], config.run.seed]
-    size = [server[key] for key in ("rows", "open_share", "device", "statistics_tokens")]
-    parts = (rows, [os.path.realpath(config.data.store), *size])
-    return "".join(hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for part in parts)
+    server = config.server
+    size = [server.rows, server.open_share, server.device, server.statistics_tokens]
+    return feed_hash(config) + digest([os.path.realpath(config.data.store), *size])
 
 
 def open_buffer(config: Config, join: bool = True) -> Buffer:
@@ -98,36 +89,19 @@ def close_buffer(config: Config, buffer: Buffer) -> None:
 
 
 def _create(config: Config) -> Buffer:
-    mark, server = _position(config), config.server
-    index = describe_feed(config, folder(config), sys.stderr.isatty())
-    shape = Shape(index.n_layers, index.d_acts, index.dtype)
+    mark, server = load_place(own_folder(config), feed_hash(config)), config.server
+    shape = describe_feed(config, folder(config), sys.stderr.isatty()).shape
     block_rows = max(1, min(_BLOCK_BYTES // shape.row_bytes, server.rows // _BLOCKS))
     blocks = max(2, server.rows // block_rows)
     open_blocks = min(blocks - 1, max(1, round(server.open_share * blocks)))
     size = size_text(blocks * block_rows * shape.row_bytes)
-    tell(
-        f"shared buffer: {blocks} blocks of {block_rows} rows {shape}, {size}; clients take three blocks each beside it"
-    )
+    tell(f"shared buffer: {blocks} blocks of {block_rows} rows {shape}, {size}; a client takes three more at most")
     return Buffer.create(buffer_name(config), (blocks, block_rows, open_blocks), shape, tag(config), mark)
 
 
 def record(config: Config, buffer: Buffer) -> None:
     """Save the place in the text. A server that starts without the buffer goes on from it."""
-    try:
-        place = {"rows": buffer.tag[:64], "mark": buffer.snapshot()["mark"].tolist()}
-        write_json(own_folder(config) / "position.json", place)
-    except OSError as error:  # a disk that is full or gone is no reason to stop serving
-        tell(f"the place in the text was not recorded: {error}")
-
-
-def _position(config: Config) -> tuple[int, int, int]:
-    file, anew = own_folder(config) / "position.json", "it is the place in the text: delete it to begin anew"
-    if not file.exists():
-        return 0, 0, 0
-    found = read_object(file, {"mark": list[int], "rows": str}, anew)
-    with reading(file, anew):
-        first, second, third = found["mark"]
-    return (first, second, third) if found["rows"] == tag(config)[:64] else (0, 0, 0)
+    save_place(own_folder(config), buffer.tag[:64], buffer.progress["mark"].tolist())
 
 
 def is_loopback(host: str) -> bool:

@@ -9,10 +9,21 @@ import pytest
 import torch
 
 from clt.config import Config, load_config
-from clt.data.feed import StoredRows, describe_feed, from_model, from_store
+from clt.data.extract import extract
+from clt.data.feed import (
+    StoredRows,
+    describe_feed,
+    feed_hash,
+    from_model,
+    from_store,
+    load,
+    load_place,
+    save_place,
+)
 from clt.data.index import read_index
 from clt.data.statistics import Statistics
 from clt.data.store import DiscBuffer
+from clt.errors import UserError
 from clt.lm.capture import capture
 from clt.lm.load import load_language_model
 from clt.lm.text import windows
@@ -103,3 +114,38 @@ def test_statistics_are_those_of_the_first_rows_of_the_text(config: MakeConfig, 
     made_again = file.stat().st_ino
     describe_feed(more, directory)
     assert file.stat().st_ino == made_again
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": "a", "mark": [1]}', '{"rows": "a", "mark": "x"}'])
+def test_a_place_in_the_text_is_kept_for_its_feed_and_a_damaged_one_is_told(tmp_path: Path, text: str) -> None:
+    save_place(tmp_path, "a", [1, 2, 3])
+    assert (load_place(tmp_path, "a"), load_place(tmp_path, "b")) == ((1, 2, 3), (0, 0, 0))
+    (tmp_path / "position.json").write_text(text)
+    with pytest.raises(
+        UserError, match=r"position\.json is damaged .*; it is the place in the text: delete it to begin"
+    ):
+        load_place(tmp_path, "a")
+
+
+def test_a_disk_that_is_full_or_gone_does_not_end_the_server(capsys: pytest.CaptureFixture) -> None:
+    save_place(Path("/dev/null/store"), "a", [0, 0, 0])
+    assert "the place in the text was not recorded: " in capsys.readouterr().err
+
+
+def test_what_is_missing_or_of_another_config_is_said(config: MakeConfig, stores: Path) -> None:
+    with pytest.raises(UserError, match=r"lm\.context: found 16, wanted 12"):
+        describe_feed(config(f"data.store={stores}", "lm.context=12"), stores / "server")
+    made = config("server.source=store")
+    extract(made, "heldout", progress=False)
+    with pytest.raises(UserError, match="train does not exist; run `clt extract CONFIG`"):
+        describe_feed(made, Path(made.data.store) / "train")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"server\.device=gpu but no CUDA device"):
+            load(config("server.device=gpu"))
+
+
+@pytest.mark.parametrize(
+    "other", ["data.dtype=bfloat16", "text.source=moby.txt", "lm.context=7", "run.seed=3", "server.source=store"]
+)
+def test_a_feed_of_other_rows_has_another_hash(config: MakeConfig, other: str) -> None:
+    assert feed_hash(config(other)) != feed_hash(config()) == feed_hash(config("data.prefetch=9", "server.rows=9"))

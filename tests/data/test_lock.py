@@ -44,7 +44,9 @@ def test_a_second_extraction_names_the_process_of_the_first(config: Callable[...
     assert not (store / "lock").exists()
 
 
-def test_waiting_for_the_lock_of_another_process(tmp_path: Path) -> None:
+def test_waiting_for_the_lock_of_another_process_is_told_and_bounded(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
@@ -52,6 +54,10 @@ def test_waiting_for_the_lock_of_another_process(tmp_path: Path) -> None:
         assert first.stdout.readline() == "locked\n"
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(_hold, tmp_path)
+            holder = f"{tmp_path} is being extracted by process {first.pid} on "
+            with pytest.raises(UserError, match=holder), locked(tmp_path, wait=0.3):
+                pass
+            assert capsys.readouterr().err.count(f"waiting: {holder}") == 2
             assert not waiting.done()
             first.stdin.close()
             assert waiting.result() == f"process {os.getpid()}"

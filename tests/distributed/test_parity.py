@@ -1,15 +1,30 @@
 """The benchmarks of exactness, at the lengths that a test run has time for."""
 
+import contextlib
+import dataclasses
+import itertools
 import json
 import os
+import shutil
+import socket
 import sys
 import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from benchmarks import chaos, parity, ranks
+from clt.data.rows import COLUMNS, part_of
+from clt.data.store import DiscBuffer
+from clt.server.wire import frame, frame_bytes
+from tests.server.test_lies import answer, liar
 
 
 @pytest.fixture
@@ -75,3 +90,43 @@ def fail_on_rank_one(status: int) -> None:
 def test_a_rank_that_fails_ends_the_others_and_what_it_said_is_shown():
     with pytest.raises(RuntimeError, match=r"the ranks ended with status \[-9, 3\]:\nwhat rank 1 says"):
         ranks.run(fail_on_rank_one, 3, processes=2)
+
+
+@contextlib.contextmanager
+def replay(stores: Path, directory: Path, streams: int) -> Iterator[list[str]]:
+    """The keys of a run that gets the rows of a store in order: batches of 60 in one stream, or half in each of two."""
+    store, n = DiscBuffer(stores / "train"), 60 // streams
+    shape = store.index.shape
+
+    def share(own: int, connection: socket.socket) -> None:
+        size = frame_bytes(n, shape, "replay") << 20
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\nx-clt-segment: replay\r\n\r\n" % size)
+        for sequence in itertools.count():
+            rows = np.arange(n) + sequence % (len(store) // 60) * 60 + own * n
+            part = part_of(store.read(rows), dict.fromkeys(COLUMNS, rows))
+            connection.sendall(b"".join(frame([part], sequence, shape, "replay")))
+
+    shutil.copytree(stores / "heldout", directory / "heldout")
+    index = json.dumps(dataclasses.asdict(store.index) | {"rows": 0, "shards": []}).encode()
+    statistics, stats = (store.path / "stats.safetensors").read_bytes(), b'{"max_batch": %d}' % n
+    shares = iter([partial(share, own) for own in range(streams)])
+    with liar(stream=shares, index=answer(index), stats=answer(stats), statistics=answer(statistics)) as client:
+        yield [f"data.store={directory}", "data.source=server", f"data.url={client.url}"]
+    assert next(shares, None) is None, "each was asked for"
+
+
+@pytest.mark.parametrize(("processes", "feature_shards"), [(2, 2), (4, 2)])
+def test_every_layout_learns_the_same_from_a_server(
+    processes, feature_shards, stores, train, train_overrides, tmp_path
+):
+    """Feature shards, too: one rank of a feature group reads and broadcasts. Against one process reading the same."""
+    with replay(stores, tmp_path / "one", 1) as keys:
+        wanted = train(*keys).weights
+    with replay(stores, tmp_path / "many", processes // feature_shards) as keys:
+        keys = [*keys, f"parallel.feature_shards={feature_shards}", f"run.dir={tmp_path / 'run'}"]
+        ranks.train(*train_overrides, *keys, "eval.replacement_tokens=0", processes=processes)
+    (path,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    weights = load_file(path / "model.safetensors")
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6)
+    assert json.loads((path / "state.json").read_text())["rows_by_segment"]["replay"] >= 600

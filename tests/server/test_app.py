@@ -9,9 +9,8 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,11 @@ import pytest
 import torch
 
 from clt.config import load_config
-from clt.data.extract import extract
+from clt.data.extract import extract_all
+from clt.data.rows import Batch
 from clt.data.store import DiscBuffer
 from clt.server.client import ActivationClient, ServerError
-from clt.server.wire import Batch
-from tests.server.conftest import ROOT, Server, eventually, pause_generator
+from tests.server.conftest import Server, eventually, pause_generator
 from tests.server.test_buffer import adds_up
 
 TOKEN = "a-token-of-the-tests-0123456789"
@@ -36,8 +35,7 @@ def strict(serve, lm_overrides, tmp_path_factory) -> Server:
     (path / "token").write_text(TOKEN + "\n")
     (path / "token").chmod(0o600)
     keys = [f"data.store={path / 'stores'}", "data.dtype=bfloat16"]
-    for part in ("train", "heldout"):
-        extract(load_config(None, [*lm_overrides, *keys]), part, progress=False)
+    extract_all(load_config(None, [*lm_overrides, *keys]), progress=False)
     limits = {"max_batch": 100, "max_streams": 2, "wait_seconds": 1.5, "idle_seconds": 1, "workers": 7}
     environment = {f"CLT_SERVER_{name.upper()}": str(value) for name, value in limits.items()}
     environment["CLT_SERVER_TOKEN_FILE"] = str(path / "token")
@@ -128,17 +126,14 @@ def test_plain_uvicorn_serves_what_a_model_gives(serve) -> None:
         ("/activations/stream?batch_size=0", 422, "parameter batch_size is 0; wanted 1 to 8192"),
         ("/activations/stream?batch_size=8193", 422, "wanted 1 to 8192"),
         ("/activations/stream?batch_size=" + "9" * 5000, 400, "wanted one whole number"),
-        ("/activations/stream?batch_size=1e3", 400, "wanted one whole number"),
         ("/activations/stream?batch_size=%D9%A3", 400, "wanted one whole number"),
         ("/activations/stream?batch_size=1&batch_size=1", 400, "wanted one whole number"),
         ("/activations/stream?max_batches=0", 422, "wanted 1 to"),
         ("/activations/stream?batchsize=1", 400, "unknown parameter 'batchsize'; known: batch_size, max_batches"),
         ("/activations?batch_size=65", 422, "wanted 1 to 64"),
-        ("/activations/tensor?max_batches=1", 400, "unknown parameter"),
         ("/heldout?start=151", 422, "wanted 0 to 150"),
         ("/nowhere", 404, "Not Found"),
         ("/activations/", 404, "Not Found"),
-        ("/../../etc/passwd", 404, "Not Found"),
         ("/refresh", 405, "Method Not Allowed"),
     ],
 )
@@ -182,40 +177,7 @@ def test_the_token_is_asked_for_and_told_nobody_and_limits_come_from_the_environ
     assert (status, json.loads(body)["error"]) == (422, "parameter batch_size is 101; wanted 1 to 100")
 
 
-@pytest.mark.parametrize(
-    ("field", "told"),
-    [("host=0.0.0.0", "server.token_file"), ("token_file={}", "can be read by others (-rw-r--r--): run `chmod 600")],
-)
-def test_a_server_that_others_could_use_is_not_started(tmp_path: Path, field: str, told: str) -> None:
-    (tmp_path / "token").write_text(TOKEN)
-    (tmp_path / "token").chmod(0o644)
-    keys = [f"data.store={tmp_path}", "server." + field.format(tmp_path / "token")]
-    command = [sys.executable, "-m", "clt.cli", "serve", *keys]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert told in result.stderr
-    assert "Traceback" not in result.stderr
-
-
 # Slow and odd connections
-
-
-def send(server: Server, *parts: bytes, half_close: bool = False) -> bytes:
-    """What a raw connection answers until it is closed; parts are sent while the server says nothing."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=0.2) as connection:
-        with contextlib.suppress(ConnectionError):
-            for part in parts:
-                connection.sendall(part)
-                with contextlib.suppress(TimeoutError):
-                    connection.recv(1, socket.MSG_PEEK)
-            if half_close:
-                connection.shutdown(socket.SHUT_WR)
-        answer = b""
-        connection.settimeout(60)
-        with contextlib.suppress(ConnectionError):
-            while piece := connection.recv(65536):
-                answer += piece
-        return answer
 
 
 @pytest.mark.parametrize(
@@ -229,7 +191,17 @@ def send(server: Server, *parts: bytes, half_close: bool = False) -> bytes:
     ],
 )
 def test_what_is_no_request_ends_the_connection(strict: Server, parts, half_close: bool, answer: bytes) -> None:
-    found = send(strict, *parts, half_close=half_close)
+    found = b""
+    with socket.create_connection(("127.0.0.1", strict.port), 0.2) as it, contextlib.suppress(ConnectionError):
+        for part in parts:
+            it.sendall(part)
+            with contextlib.suppress(TimeoutError):  # the next one comes while the server says nothing
+                it.recv(1, socket.MSG_PEEK)
+        if half_close:
+            it.shutdown(socket.SHUT_WR)
+        it.settimeout(60)
+        while piece := it.recv(65536):
+            found += piece
     assert found.startswith(answer) if answer else found == b""
 
 
@@ -298,15 +270,11 @@ def test_waiting_clients_hear_why_the_generator_died_and_streams_go_on_after_it(
     next(stream)
     pid = pause_generator(client)
     client.refresh()
-    answers: list[tuple[int, http.client.HTTPMessage, bytes]] = []
-    waiting = [threading.Thread(target=lambda: answers.append(shared.ask("/activations"))) for _ in range(3)]
-    for thread in waiting:
-        thread.start()
-    eventually(lambda: client.stats()["clients"] == 4)
-    os.kill(pid, signal.SIGKILL)
-    for thread in waiting:
-        thread.join()
-    for status, headers, body in answers:
+    with ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(shared.ask, "/activations") for _ in range(3)]
+        eventually(lambda: client.stats()["clients"] == 4)
+        os.kill(pid, signal.SIGKILL)
+    for status, headers, body in (each.result() for each in answers):
         assert status == 503
         assert "SIGKILL" in json.loads(body)["error"], "and not that there were no rows for wait_seconds"
         assert int(headers["retry-after"]) > 0
@@ -317,14 +285,12 @@ def test_waiting_clients_hear_why_the_generator_died_and_streams_go_on_after_it(
 # What lies between a server and those who use it
 
 
-def has_ipv6() -> bool:
-    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
-        return True
-    return False
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None or not has_ipv6(), reason="needs openssl and IPv6")
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
 def test_tls_and_ipv6(serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"needs IPv6: {error}")
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
     make += ["-addext", "subjectAltName=IP:::1", "-keyout", str(key), "-out", str(certificate)]

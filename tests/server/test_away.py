@@ -1,32 +1,24 @@
-"""Runs that read from a server: in every layout of ranks, and while the server is away."""
+"""Runs that read from a server, while it is there and while it is away."""
 
 import contextlib
-import dataclasses
-import http.server
 import itertools
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import train_ddp
 from clt import cli
 from clt.config import load_config
-from clt.data.store import DiscBuffer
 from clt.server.client import ActivationClient
-from clt.server.wire import Shape, frame, frame_bytes, part_of
 from clt.train.watch import PREEMPTED
 from tests.server.conftest import Server, eventually, pause_generator
 
@@ -134,6 +126,7 @@ def test_two_ranks_wait_out_a_killed_server_and_their_run_is_evaluated_again(ser
     server.start()
     checkpoint = run.end(0, 0)[-1]
     summary = json.loads((run.run / "summary.json").read_text())
+    assert summary["server"] == server.url
     (read,) = summary["rows_by_segment"].values()  # the buffer outlives a kill
     assert STEPS * 60 <= read <= dry.stats()["rows_drawn"] - before
     assert STEPS * 60 <= sum(rows_of(checkpoint).values()) <= read
@@ -185,71 +178,3 @@ def test_a_server_that_comes_back_as_another_costs_no_step_but_of_numbers_that_a
         step = int(checkpoints[0].name.removeprefix("step_"))
         assert f"stopped after step {step} of {STEPS}, with a checkpoint" in run.said()
         assert step >= 1
-
-
-class Replay(http.server.BaseHTTPRequestHandler):
-    """A server that gives the rows of a store in order: a batch of 60 to one stream, or half of it to each of two."""
-
-    store: DiscBuffer
-    streams = 1
-    given = 0
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        path, store, n = self.path.partition("?")[0], self.store, 60 // self.streams
-        if path == "/activations/stream":
-            assert f"batch_size={n}&" in self.path, "see max_batch"
-            own, kind = type(self).given % self.streams, type(self)
-            kind.given += 1
-            shape = Shape(store.index.n_layers, store.index.d_acts, store.index.dtype)
-            self.head(frame_bytes(n, shape, "replay") << 20)
-            with contextlib.suppress(ConnectionError):
-                for sequence in itertools.count():
-                    rows = np.arange(n) + sequence % (len(store) // 60) * 60 + own * n
-                    columns = {"document": rows, "row": rows, "token": rows, "position": rows}
-                    self.wfile.write(b"".join(frame([part_of(store.read(rows), columns)], sequence, shape, "replay")))
-            return
-        answers = {
-            "/index": json.dumps({**dataclasses.asdict(store.index), "rows": 0, "shards": []}).encode(),
-            "/stats": json.dumps({"max_batch": n}).encode(),
-            "/statistics": (store.path / "stats.safetensors").read_bytes(),
-        }
-        self.head(len(answers[path]))
-        self.wfile.write(answers[path])
-
-    def head(self, size: int) -> None:
-        self.send_response(200)
-        self.send_header("content-length", str(size))
-        self.send_header("x-clt-segment", "replay")
-        self.end_headers()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def replay(stores: Path, directory: Path, streams: int) -> Iterator[list[str]]:
-    """The keys of a run that reads from a Replay; checks that it had so many streams."""
-    handler = type("Replay", (Replay,), {"store": DiscBuffer(stores / "train"), "streams": streams})
-    shutil.copytree(stores / "heldout", directory / "heldout")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield [f"data.store={directory}", "data.source=server", f"data.url=http://127.0.0.1:{server.server_port}"]
-        assert handler.given == streams
-        server.shutdown()
-
-
-@pytest.mark.parametrize(("processes", "feature_shards"), [(2, 2), (4, 2)])
-def test_every_layout_learns_the_same_from_the_same_rows(
-    processes, feature_shards, stores, train, train_overrides, job, tmp_path
-):
-    """Feature shards, too: one rank of a feature group reads and broadcasts. Against one process reading the same."""
-    with replay(stores, tmp_path / "one", 1) as keys:
-        wanted = train(*keys).weights
-    with replay(stores, tmp_path / "many", processes // feature_shards) as keys:
-        keys = [*train_overrides[1:], *keys, f"parallel.feature_shards={feature_shards}"]
-        (path,) = job(processes, keys, tmp_path / "run").end(*[0] * processes)
-    weights = load_file(path / "model.safetensors")
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6)
-    assert rows_of(path)["replay"] >= 600

@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clt.data.index import Shape
+from clt.data.rows import Part, tensor_of
 from clt.errors import UserError
 from clt.lm.forward import Rows
 from clt.server.buffer import FULL, OPEN, Buffer
-from clt.server.wire import Part, Shape, tensor_of
 
 BLOCKS, BLOCK_ROWS, OPEN_BLOCKS = 8, 8, 3
 SHAPE = Shape(2, 3, "float16")
@@ -126,12 +127,10 @@ def test_a_removed_buffer_is_not_taken_for_another_and_keeps_no_memory(name: str
     buffer, before = Buffer.create(name, (BLOCKS, BLOCK_ROWS, OPEN_BLOCKS), SHAPE), len(os.listdir("/proc/self/fd"))
     assert not buffer.removed()
     buffer.path.unlink()
-    assert buffer.removed()
     other = Buffer.create(name, (BLOCKS, BLOCK_ROWS, OPEN_BLOCKS), SHAPE)
-    assert buffer.removed()
+    assert (buffer.removed(), other.removed()) == (True, False)
     del buffer
     assert len(os.listdir("/proc/self/fd")) == before
-    assert not other.removed()
 
 
 @given(st.lists(st.tuples(st.sampled_from(["put", "draw", "refresh"]), st.integers(1, BLOCK_ROWS)), max_size=60))
@@ -158,30 +157,10 @@ def test_any_order_of_calls_keeps_the_count_and_refresh_drops_all(calls: list[tu
         buffer.path.unlink()
 
 
-@pytest.mark.parametrize("kind", ["others", "directory", "link", "fifo", "short", "readable", "another's"])
-def test_what_is_not_our_own_file_is_told(name: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_a_file_that_is_no_buffer_is_told(name: str, size: int) -> None:
     path = Path(f"/dev/shm/clt-{name}")
-    if kind == "directory":
-        path.mkdir()
-    elif kind == "link":
-        path.symlink_to(tmp_path / "elsewhere")
-    elif kind == "fifo":
-        os.mkfifo(path, 0o600)
-    else:
-        path.write_bytes(b"x" * (10 if kind == "short" else 100_000))
-        path.chmod(0o644 if kind == "readable" else 0o600)
-        if kind == "another's":
-            if os.geteuid() != 0:
-                pytest.skip("only root can give a file away")
-            os.chown(path, 12345, 12345)
-    try:
-        with pytest.raises(UserError, match=r"wanted a regular file of this user with mode 600|not a shuffle buffer"):
-            Buffer(name)
-    finally:
-        path.rmdir() if kind == "directory" else path.unlink()
-    assert not list(tmp_path.iterdir())
-
-
-def test_too_little_memory_is_told(name: str) -> None:
-    with pytest.raises(UserError, match=r"the shared buffer needs 79\.\d TB but .*lower server\.rows"):
-        Buffer.create(name, (1 << 20, 1 << 10, 5), Shape(12, 768, "float32"))
+    path.write_bytes(b"x" * size)
+    path.chmod(0o600)
+    with pytest.raises(UserError, match="not a shuffle buffer of this version"):
+        Buffer(name)

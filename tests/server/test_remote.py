@@ -1,6 +1,5 @@
 """Training data from a server: what a run gets of it, and what becomes of one that was started again."""
 
-import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,11 +12,9 @@ from clt.data.loader import Loader
 from clt.data.statistics import Statistics
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
-from clt.server.client import ActivationClient, ServerError
-from clt.server.remote import ServerStore, fetch_heldout, open_server
+from clt.server.remote import fetch_heldout, open_server
 from tests.server.conftest import Server
-
-TOKEN = "a-token-of-the-tests-0123456789"
+from tests.server.test_app import TOKEN
 
 
 @pytest.fixture(scope="module")
@@ -87,29 +84,3 @@ def test_a_copy_of_another_number_of_held_out_rows_is_refused(reader):
         fetch_heldout(reader("data.heldout_tokens=100"))
     with pytest.raises(UserError, match=r"data.heldout_tokens: found 150, wanted 151"):
         fetch_heldout(reader("data.heldout_tokens=151"))
-
-
-def test_a_run_trains_from_the_server_and_records_what_it_read(server, train, monkeypatch):
-    monkeypatch.setenv("CLT_SERVER_TOKEN", TOKEN)
-    by_store, by_server = train(), train("data.source=server", f"data.url={server.url}")
-    summary = by_server.summary
-    assert summary["server"] == server.url
-    assert sum(summary["rows_by_segment"].values()) >= 600
-    assert summary["fve"] == pytest.approx(by_store.summary["fve"], abs=0.1)
-    assert summary["fve"] != by_store.summary["fve"], "it read the store in the store's order"
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "told"),
-    [
-        ("n_layers", 2, "n_layers: found 3, wanted 2"),
-        ("dtype", "bfloat16", "dtype: found 'float16', wanted 'bfloat16'"),  # of the same size in bytes
-        ("layers", [5, 6, 7], r"layers: found \[0, 1, 2\], wanted \[5, 6, 7\]"),
-    ],
-)
-def test_rows_of_a_server_that_was_started_again_with_another_config_are_refused(server, field, value, told):
-    store = ServerStore(ActivationClient(server.url, TOKEN), 100)
-    store.index = dataclasses.replace(store.index, **{field: value})
-    with pytest.raises(ServerError, match=rf"now serves other rows \({told}\)"):
-        store.read(np.arange(5), torch.empty(5, 2, 3, 16, dtype=torch.float16))
-    assert not store.consumed

@@ -93,10 +93,8 @@ ELSEWHERE = {
     "text.revision": "tests/lm/test_fingerprint.py",
     "text.split": "tests/lm/test_documents.py",
     **{f"data.{name}": "tests/server/test_remote.py" for name in ("source", "url", "token_file")},
-    **{
-        f"server.{name}": "tests/server/test_run.py"
-        for name in "name source rows open_share device statistics_tokens".split()
-    },
+    **{f"server.{name}": "tests/server/test_run.py" for name in "name rows open_share".split()},
+    **{f"server.{name}": "tests/data/test_feed.py" for name in ("source", "device", "statistics_tokens")},
     **{
         f"server.{name}": "tests/server/test_app.py"
         for name in ("host port workers token_file max_batch max_streams wait_seconds idle_seconds").split()

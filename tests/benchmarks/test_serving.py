@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ SPEED = {"stream_share_of_loopback", "clients16_share", "training_share_of_store
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.skipif(
+    any(find_spec(package) is None for package in ("starlette", "uvicorn")), reason="a server is needed"
+)
 def test_the_shortened_benchmark(tmp_path):
     command = [sys.executable, "benchmarks/serving.py", "--json", str(tmp_path / "out.json"), "--seconds", "5"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,0 +1,53 @@
+"""Rows in memory: the bytes of their activations, and columns that say where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clt.data.index import Shape
+
+COLUMNS = {"document": "<i8", "row": "<i8", "token": "<i4", "position": "<i4"}
+Part = dict[str, np.ndarray]
+"""Rows: the COLUMNS (n,), then `rows` (n, row_bytes) uint8, contiguous."""
+
+
+class Batch(NamedTuple):
+    """Rows in memory of their own, with their columns (n,).
+
+    `row` are serial numbers, unique within the segment; of held-out rows, which have no segment, those in the store.
+    """
+
+    activations: Tensor
+    """(n, 2, L, D) in the server's dtype"""
+    token: np.ndarray
+    position: np.ndarray
+    document: np.ndarray
+    row: np.ndarray
+    segment: str
+
+
+def empty_part(n: int, shape: Shape) -> Part:
+    """Memory for n rows. Of numpy, as it takes huge pages: in torch's, clients spend their time on page faults."""
+    return {**{name: np.empty(n, kind) for name, kind in COLUMNS.items()}, "rows": np.empty((n, shape.row_bytes), "u1")}
+
+
+def cut(part: Part, start: int, stop: int) -> Part:
+    """Rows start .. stop - 1, without a copy."""
+    return {name: column[start:stop] for name, column in part.items()}
+
+
+def tensor_of(part: Part, shape: Shape) -> Tensor:
+    """The activations (n, 2, L, D) of these rows, without a copy."""
+    rows = torch.from_numpy(part["rows"]).view(getattr(torch, shape.dtype))
+    return rows.view(-1, 2, shape.n_layers, shape.d_acts)
+
+
+def part_of(activations: Tensor, columns: Mapping[str, np.ndarray]) -> Part:
+    """Contiguous rows (n, 2, L, D) on the CPU, not copied, and their columns (n,)."""
+    rows = activations.flatten(1).view(torch.uint8).numpy()
+    return {**{name: columns[name].astype(kind) for name, kind in COLUMNS.items()}, "rows": rows}
