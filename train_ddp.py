@@ -106,7 +106,8 @@ def main(config: Config, prepare: bool) -> int:
                     metrics.add(losses, share)
                 state.step += 1
                 checkpoints.wait_for_copy()
-                grad_norm = state.update(state.step, lr, metrics.values)
+                overflow = state.switch.update(state.step, metrics)
+                grad_norm = state.update(state.step, lr, metrics.values, overflow)
                 state.gradients.clear()
                 transcoder.track(metrics.thresholds, steps_at_k(state.step, steps, config.clt))
                 state.steering.update(state.step, metrics)
@@ -128,7 +129,7 @@ def main(config: Config, prepare: bool) -> int:
                     values["grad_norm"] = or_null(grad_norm.item())
                     values["skipped_steps"] = state.update.skipped.item()
                     values |= {"learning_rate": lr, "sparsity_coefficient": float(terms["sparsity"])}
-                    values |= {} if k is None else {"k": k}
+                    values |= ({} if k is None else {"k": k}) | state.switch.read(metrics)
                     logger.log(state.step, values)
                     logger.log(state.step, speed.read(state.step), "speed")
                 if due(config.checkpoint.every, state.step):

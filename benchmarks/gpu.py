@@ -42,14 +42,17 @@ PARTS = {
     "waits": Part("gpu_checks", 150, alone=False),
     "wide_index": Part("gpu_checks", 120, alone=False),
     "kernels": Part("gpu_checks", 120, alone=False),
+    "sparse": Part("gpu_sparse", 120, alone=False),
     "hook": Part("gpu_checks", 90, alone=False),
     "partial_sums": Part("gpu_checks", 90, alone=False),
     "steps": Part("gpu_costs", 300),
+    "sparse_steps": Part("gpu_sparse", 150),
     "profile": Part("gpu_costs", 90),
     "limits": Part("gpu_costs", 60),
     "evaluation": Part("gpu_costs", 60),
     "checkpoint": Part("gpu_costs", 90),
     "adam": Part("gpu_costs", 45),
+    "adam_rows": Part("gpu_sparse", 45),
     "data": Part("gpu_costs", 90),
 }
 RANKS = {"layouts": Part("gpu_runs", 590)}

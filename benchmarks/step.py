@@ -42,7 +42,8 @@ def measure(
 
     The time is the median of `timed_steps` steps, after two; shares are of the median of the peaks measured between
     them, the best of three products each, because machines change their speed (`budget` is that of `matmul_peak`).
-    Variants: `ours` and `textbook`, each also with `_compiled`. Memory is what building and running takes.
+    Variants: `ours` and `textbook`, each also with `_compiled`; `topk` also of `k`, and `sparse`.
+    Memory is what building and running takes.
     """
     L, D, F, B = (case[key] for key in "LDFB")
     dtype = autocast_dtype(case["precision"], device)
@@ -98,9 +99,10 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
     config, dtype = load_config(), autocast_dtype(case["precision"], device)
     accumulate_in_float32()
     rule = case["variant"].removesuffix("_compiled")
-    k = {"topk": 10, "batchtopk": 10 * batch.shape[2]}.get(rule)
+    k = case.get("k") or {"topk": 10, "batchtopk": 10 * batch.shape[2]}.get(rule)
     chosen = [f"clt.activation={rule}", f"clt.k={k}", "loss.sparsity=0"] if k else []
     ours = objective(case["F"], batch, f"train.compile={compiled and not textbook}", *chosen)
+    ours.capacity = k * len(batch) if case.get("sparse") else None
     model: nn.Module = Textbook(ours) if textbook else ours
     memory = ours.gradient_memory = GradientMemory(ours.parameters())
     del ours

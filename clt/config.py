@@ -151,6 +151,8 @@ class TrainConfig:
     """Autocast dtype; `auto` is bf16 where the hardware multiplies bf16 matrices natively, else fp32."""
     compile: bool = True
     """Compile what a step does element by element; its matrix products are library calls either way."""
+    kernels: Literal["dense", "sparse"] = "dense"
+    """`sparse` multiplies the features that fire alone, while they are few; its speed on a GPU is not known yet."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """At a loss or gradient that is not finite: stop the run, or leave out that step and go on."""
 
@@ -315,6 +317,12 @@ def load_config(
         raise UserError("lm.input_site and lm.output_site go together: set both, or neither")
     check_rule(config.clt)
     check_loss(config.loss, config.clt)
+    dense_terms = [name for name in ("pre_activation", "aux") if getattr(config.loss, name)]
+    if config.train.kernels == "sparse" and dense_terms:
+        raise UserError(
+            f"train.kernels is sparse but loss.{dense_terms[0]} is {getattr(config.loss, dense_terms[0])}, which has a "
+            f"gradient to features that do not fire; wanted train.kernels=dense, or loss.{dense_terms[0]}=0"
+        )
     return config
 
 

@@ -18,20 +18,31 @@ from torch.autograd.function import once_differentiable
 
 from clt.model.activations import theta
 from clt.model.kernels import Lists, by_token, kernels_for
+from clt.model.spec import CLTConfig
 from clt.model.step import NO_NORM, Step
+
+
+def count(product: Tensor, bias: Tensor, threshold: Tensor, norm: Tensor, step: Step) -> Tensor:
+    """How many pairs `select` finds, ()."""
+    rule = _rule(threshold, norm, step.clt)
+    return kernels_for(product.device).count(product, bias, *rule)
 
 
 def select(product: Tensor, bias: Tensor, threshold: Tensor, norm: Tensor, step: Step, capacity: int) -> Lists:
     """The pairs of one layer: product (F, B); bias, norm (F,); threshold broadcasts against (F, B)."""
-    clt, F = step.clt, len(bias)
+    limit, of_token, bandwidth = _rule(threshold, norm, step.clt)
+    kernels, scale = kernels_for(product.device), step.loss.sparsity_scale * norm
+    return kernels.select(product, bias, limit, of_token, scale, bandwidth, capacity)
+
+
+def _rule(threshold: Tensor, norm: Tensor, clt: CLTConfig) -> tuple[Tensor, Tensor | None, float | None]:
+    """The arguments `limit`, `of_token` and `bandwidth` of the kernels."""
     if clt.activation == "topk":  # theta is of tokens, with `by_norm` divided by one of features
         limit = norm.clamp_min(1e-30) if clt.by_norm else torch.ones_like(norm)
         of_token = theta(clt, threshold, torch.ones_like(threshold)).reshape(-1)
     else:
-        limit, of_token = theta(clt, threshold, norm.unsqueeze(1)).expand(F, 1).reshape(-1), None
-    bandwidth = clt.bandwidth if clt.activation == "jumprelu" else None
-    kernels = kernels_for(product.device)
-    return kernels.select(product, bias, limit, of_token, step.loss.sparsity_scale * norm, bandwidth, capacity)
+        limit, of_token = theta(clt, threshold, norm.unsqueeze(1)).expand(len(norm), 1).reshape(-1), None
+    return limit, of_token, clt.bandwidth if clt.activation == "jumprelu" else None
 
 
 class SparseEncode(torch.autograd.Function):

@@ -85,10 +85,11 @@ class Update:
         return {"loss_scale": self.scale, "good_steps": self.good_steps, "skipped_steps": self.skipped}
 
     @torch.no_grad()
-    def __call__(self, step: int, lr: float, values: Tensor) -> Tensor:
+    def __call__(self, step: int, lr: float, values: Tensor, expected: Tensor | None = None) -> Tensor:
         """Apply the gradients of step 1, 2, .. at a learning rate; returns their global norm () before clipping.
 
-        values: this rank's losses, by `value_names`, to tell where a failure came from.
+        values: this rank's losses, by `value_names`, to tell where a failure came from. expected () bool, the same on
+        all ranks: the step is left out, and is no failure.
         """
         own = _square_norm(self.sharded)
         squares, lost = self.sum_shards(torch.stack([own, self._lost_loss().to(own.dtype)]))
@@ -96,6 +97,8 @@ class Update:
         norm = scaled / self.scale
         finite = scaled.isfinite()
         failed = torch.cat([~values.isfinite(), (~finite & ((self.scale <= 1) | (lost > 0))).view(1)])
+        if expected is not None:
+            failed = failed & ~expected
         self.failed_at = torch.where(failed & (self.failed_at == NEVER), step, self.failed_at)
         skip = ~finite
         if self.stop:

@@ -19,6 +19,7 @@ from clt.train.metrics import Speed
 from clt.train.optim import Update, check_finite
 from clt.train.source import StoreSource
 from clt.train.steering import Steering
+from clt.train.switch import Switch
 
 
 class TrainState:
@@ -43,6 +44,7 @@ class TrainState:
             self.window = -(-config.loss.dead_window // config.train.batch_tokens)
         most = max(0.25 * self.transcoder.n_layers * config.clt.d_features, 4 * (config.loss.target_l0 or 0))
         self.steering = Steering(config.loss, config.train.steps, most, world.device)
+        self.switch = Switch(config.train, objective, world)
         self.last_fired = torch.zeros(shape, dtype=torch.int64, device=world.device)
 
     def fired(self, features: Tensor) -> None:
@@ -82,8 +84,10 @@ class TrainState:
         dist.on_rank_zero(self.world, checkpoint.verify, path, checkpoint.MODEL, checkpoint.TRAINING)
         state = checkpoint.restore(path, self.transcoder, self.optimizer, tensors, identity)
         self.step = self.saved = state["step"]
+        self.switch.choose()
         self.busy_seconds, self.wandb_id = state["busy_seconds"], state["wandb_id"]
         return state
 
     def _tensors(self) -> dict[str, Tensor]:
-        return self.update.tensors() | self.steering.tensors() | {"last_fired": self.last_fired}
+        of_parts = self.update.tensors() | self.steering.tensors() | self.switch.tensors()
+        return of_parts | {"last_fired": self.last_fired}

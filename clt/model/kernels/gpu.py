@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +24,31 @@ FUSION = {"enable_fp_fusion": True}  # a * b + c rounds once; the default differ
 TOKENS = 1024  # that a program of `select` reads at once
 
 
+def count(product: Tensor, bias: Tensor, limit: Tensor, of_token: Tensor | None, bandwidth: float | None) -> Tensor:
+    """As the reference's."""
+    return _counts(product, bias, limit, of_token, bandwidth).sum()
+
+
+def _counts(product: Tensor, bias: Tensor, limit: Tensor, of_token: Tensor | None, bandwidth: float | None) -> Tensor:
+    """How many pairs each feature has, (F,)."""
+    inputs, sizes, shape = _launch(product, bias, limit, of_token, bandwidth)
+    counts = torch.empty(len(bias), dtype=torch.int32, device=product.device)
+    count_pairs[(len(bias),)](*inputs, counts, *sizes, **shape)
+    return counts
+
+
+def _launch(
+    product: Tensor, bias: Tensor, limit: Tensor, of_token: Tensor | None, bandwidth: float | None
+) -> tuple[tuple[Tensor, ...], tuple[int, int, float], dict[str, Any]]:
+    """What the launches of `count_pairs` and `fill_pairs` share."""
+    assert product.stride(1) == 1, product.stride()
+    B = product.shape[1]
+    block = min(TOKENS, triton.next_power_of_2(B))
+    shape = {"BY_TOKEN": of_token is not None, "NEAR": bandwidth is not None, "BLOCK": block, "num_warps": 8} | FUSION
+    inputs = (product, bias, limit, limit if of_token is None else of_token)
+    return inputs, (B, product.stride(0), (bandwidth or 0.0) / 2), shape
+
+
 def select(
     product: Tensor,
     bias: Tensor,
@@ -34,14 +59,8 @@ def select(
     capacity: int,
 ) -> Lists:
     """As the reference's. product's rows may lie apart, but its tokens are contiguous."""
-    (F, B), device = product.shape, product.device
-    assert product.stride(1) == 1, product.stride()
-    half, near = (bandwidth or 0.0) / 2, bandwidth is not None
-    block = min(TOKENS, triton.next_power_of_2(B))
-    inputs = (product, bias, limit, limit if of_token is None else of_token)
-    shape = {"BY_TOKEN": of_token is not None, "NEAR": near, "BLOCK": block, "num_warps": 8} | FUSION
-    counts = torch.empty(F, dtype=torch.int32, device=device)
-    count_pairs[(F,)](*inputs, counts, B, product.stride(0), half, **shape)
+    F, device = len(bias), product.device
+    counts = _counts(product, bias, limit, of_token, bandwidth)
     ends = counts.cumsum(0)
     # A count of pairs above 2^31 is beyond every capacity, but must not wrap around.
     firsts = (ends - counts).clamp_max(2**30).int()
@@ -49,10 +68,11 @@ def select(
     tokens, features = whole(dtype=torch.int32), whole(dtype=torch.int32)
     features.zero_()  # `by_token` carries those beyond the last pair along
     values = torch.zeros(capacity, device=device)
-    through = whole(dtype=torch.float32) if near else None
+    through = None if bandwidth is None else whole(dtype=torch.float32)
     penalty, shrink, active = torch.empty(3, F, device=device).unbind()
     lists = (tokens, features, values, values if through is None else through, penalty, shrink, active)
-    fill_pairs[(F,)](*inputs, scale, firsts, *lists, B, product.stride(0), half, capacity, **shape)
+    inputs, sizes, shape = _launch(product, bias, limit, of_token, bandwidth)
+    fill_pairs[(F,)](*inputs, scale, firsts, *lists, *sizes, capacity, **shape)
     offsets = torch.cat([ends.new_zeros(1), ends]).clamp_max(capacity).int()
     return Lists(offsets, tokens, features, values, through, penalty, shrink, active, ends[-1])
 

@@ -9,6 +9,12 @@ from torch.nn.functional import embedding_bag
 from clt.model.kernels import AdamStep, ByToken, Lists, PairGradients, Rows
 
 
+def count(product: Tensor, bias: Tensor, limit: Tensor, of_token: Tensor | None, bandwidth: float | None) -> Tensor:
+    """How many pairs `select` finds, ()."""
+    _, on, near = _look(product, bias, limit, of_token, bandwidth)
+    return (on | near).sum()
+
+
 def select(
     product: Tensor,
     bias: Tensor,
@@ -23,10 +29,7 @@ def select(
     theta is limit (F,), or of_token (B,) / limit. The penalty is of scale (F,) * a. A nan counts as firing, so that it
     reaches the loss.
     """
-    z = product + bias.unsqueeze(1)
-    theta = limit.unsqueeze(1) if of_token is None else of_token / limit.unsqueeze(1)
-    on = ~(z <= theta.clamp_min(0))
-    near = torch.zeros_like(on) if bandwidth is None else (z - theta).abs() < bandwidth / 2
+    z, on, near = _look(product, bias, limit, of_token, bandwidth)
     features, tokens = (on | near).nonzero(as_tuple=True)
     listed, features, tokens = torch.tensor(len(features)), features[:capacity], tokens[:capacity]
     offsets = torch.searchsorted(features, torch.arange(len(bias) + 1), out_int32=True)
@@ -95,6 +98,16 @@ def adam_rows(
     rows.norms.copy_(torch.linalg.vector_norm(rows.weight.flatten(1), dim=1))
     if rows.narrow is not None:
         rows.narrow.copy_(rows.weight)
+
+
+def _look(
+    product: Tensor, bias: Tensor, limit: Tensor, of_token: Tensor | None, bandwidth: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pre-activations, which of them fire, and which are near their threshold, (F, B)."""
+    z = product + bias.unsqueeze(1)
+    theta = limit.unsqueeze(1) if of_token is None else of_token / limit.unsqueeze(1)
+    on = ~(z <= theta.clamp_min(0))
+    return z, on, torch.zeros_like(on) if bandwidth is None else (z - theta).abs() < bandwidth / 2
 
 
 def _bags(index: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

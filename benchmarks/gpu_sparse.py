@@ -1,0 +1,94 @@
+"""The parts of gpu.py that are about the sparse step: is it the dense one, and from how many pairs on is it faster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import machine, step, throughput
+from benchmarks.gpu_checks import Found, device_of
+from clt.model.kernels import AdamStep, Rows, kernels_for
+from clt.train.metrics import coefficients
+
+RULES: dict[str, tuple[str, ...]] = {
+    "jumprelu": ("clt.threshold=0.6", "clt.bandwidth=0.4", "loss.sparsity=0.03"),
+    "topk": ("clt.activation=topk", "clt.k=8", "loss.sparsity=0"),
+    "batchtopk": ("clt.activation=batchtopk", "clt.k=40", "clt.by_norm=true", "loss.sparsity=0"),
+}
+
+
+def sparse(rehearsal: bool) -> Found:
+    """The sparse step against the dense one in the same precision: gradients as relative norms of the difference.
+
+    fp32 must be within 1e-4, bf16 within 2^-6: the dense step rounds features and decoder, the sparse one does not.
+    There is room for exactly the pairs that there are. Repeated, the bits must be the same, and nothing may wait.
+    """
+    L, D, F, B = (3, 16, 64, 63) if rehearsal else (6, 256, 4096, 2047)
+    torch.manual_seed(0)
+    batch, rows = torch.randn(B, 2, L, D, device=device_of(rehearsal)), []
+    for rule, overrides in RULES.items():
+        for precision, bar in (("fp32", 1e-4), ("bf16", 2**-6)):
+            model = step.objective(F, batch, *overrides, "train.compile=false")
+            model.count_pairs = True
+            dense, listed = _gradients(model, batch, machine.PRECISIONS[precision])
+            model.capacity = int(listed.max())
+            first, _ = _gradients(model, batch, machine.PRECISIONS[precision])
+            if not rehearsal:
+                torch.cuda.set_sync_debug_mode("error")
+            again, _ = _gradients(model, batch, machine.PRECISIONS[precision])
+            if not rehearsal:
+                torch.cuda.set_sync_debug_mode("default")
+            errors = {name: ((first[name] - g).norm() / g.norm()).item() for name, g in dense.items()}
+            rows.append({
+                "rule": rule, "precision": precision, "pairs_per_token": model.capacity / B, "errors": errors,
+                "over_bar": [name for name, error in errors.items() if not error < bar],
+                "repeats": all(torch.equal(first[name], again[name]) for name in first),
+            })  # fmt: skip
+    return {"ok": not any(row["over_bar"] or not row["repeats"] for row in rows), "rows": rows}
+
+
+def _gradients(model: Any, batch: Tensor, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
+    """Loss and gradients by name, and `Losses.listed`."""
+    model.zero_grad()
+    with torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32):
+        losses = model(batch, coefficients(1, 1, model.loss))
+    losses.total.backward()
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": losses.total.detach(), **named}, losses.listed
+
+
+def sparse_steps(rehearsal: bool) -> Found:
+    """Whole steps with k features a token and layer, beside the dense step, whose time does not depend on k."""
+    shape, precision, ks = (
+        ((2, 16, 64, 64), "fp32", [4]) if rehearsal else ((12, 768, 32768, 4096), "bf16", [16, 64, 160])
+    )
+    variant = "topk" if rehearsal else "topk_compiled"
+    case, budget = throughput.case_of(shape, precision, variant), 0.05 if rehearsal else 1.0
+    copy = 10.0 if rehearsal else machine.copy_bandwidth(device_of(rehearsal))
+    if not rehearsal:
+        torch.cuda.empty_cache()  # the steps run in other processes
+    cases = [case | {"k": ks[0]}, *(case | {"k": k, "sparse": True} for k in ks)]
+    rows = [throughput.measure(each, copy, budget=budget) for each in cases]
+    failed = [row["error"] for row in rows if "error" in row]
+    for row in rows[1:] if not failed else ():
+        row["over_dense"] = rows[0]["seconds"] / row["seconds"]
+    return {"ok": not failed, "rows": rows} | ({"error": failed[0]} if failed else {})
+
+
+def adam_rows(rehearsal: bool) -> Found:
+    """The update of decoder rows alone, with their bf16 copy and norms: 30 bytes a parameter."""
+    device, shape = device_of(rehearsal), (64, 2, 16) if rehearsal else (32768, 12, 768)
+    weight, norms = torch.randn(shape, device=device), torch.zeros(shape[0], device=device)
+    moments, through_norm = (torch.zeros_like(weight), torch.zeros_like(weight)), torch.zeros_like(norms)
+    rows = Rows(weight, *moments, norms, torch.empty_like(weight, dtype=torch.bfloat16))
+    grad, one = torch.randn_like(weight), torch.ones((), device=device)
+    adam_step = AdamStep(one, torch.zeros((), dtype=torch.bool, device=device), one, 1e-3)
+
+    def update() -> None:
+        kernels_for(device).adam_rows(rows, grad, through_norm, adam_step, (0.9, 0.999), 1e-8)
+
+    update()
+    took = min(machine.seconds(update, device) for _ in range(5))
+    return {"ok": True, "ms": took * 1e3, "gb_per_s": 30 * weight.numel() / took / 1e9, "parameters": weight.numel()}
