@@ -174,14 +174,12 @@ def _write(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
 
 
 def _configs(trained: Trained, transcoder: CrossLayerTranscoder, to: str) -> dict[str, str]:
+    model = trained.model.removeprefix("openai-community/")  # transformer-lens has GPT-2 by the name it had at first
     if to == "circuit-tracer":
-        return {"config.yaml": circuit_tracer.config(transcoder, trained.model)}
+        return {"config.yaml": circuit_tracer.config(transcoder, model)}
     layers = range(transcoder.n_layers) if trained.index is None else trained.index.layers
     context = trained.config.lm.context
-    return {
-        f"layer_{s}/cfg.json": saelens.config(transcoder, trained.model, layer, context)
-        for s, layer in enumerate(layers)
-    }
+    return {f"layer_{s}/cfg.json": saelens.config(transcoder, model, layer, context) for s, layer in enumerate(layers)}
 
 
 def _facts(trained: Trained, exported: CrossLayerTranscoder, to: str, dtype: str) -> dict[str, Any]:
