@@ -64,7 +64,7 @@ def make_features(config: Config, run: Path, step: int, part: Part, tokens: int,
         if not (directory / SUMMARY).exists():
             lm = load_language_model(config.lm, device)
             transcoder = checkpoint.load_transcoder(path).to(device).requires_grad_(False)
-            _check(config, part, lm, transcoder)
+            check(config, part, lm, transcoder)
             _make(directory, config, part, lm, transcoder, windows, identity, f"{run.name}-{step}", progress)
         features = Features(directory)
         if odd := mismatches(features.summary["identity"], identity):
@@ -73,7 +73,7 @@ def make_features(config: Config, run: Path, step: int, part: Part, tokens: int,
     return features
 
 
-def _check(config: Config, part: Part, lm: LanguageModel, transcoder: CrossLayerTranscoder) -> None:
+def check(config: Config, part: Part, lm: LanguageModel, transcoder: CrossLayerTranscoder) -> None:
     """Raise UserError when the language model is not the one that the run was trained on."""
     found, wanted = (len(lm.layers), lm.d_model), (transcoder.n_layers, transcoder.d_acts)
     if found != wanted:

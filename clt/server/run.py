@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from clt.files import read_object, reading
 from clt.parsing import names, to_yaml
 from clt.server.buffer import Buffer
 from clt.server.client import read_token
+from clt.server.local import check_address, is_loopback
 from clt.server.wire import Shape
 
 _BLOCK_BYTES, _BLOCKS = 2 << 20, 16  # of a block, about (8 MB are sent a third more slowly), and blocks at least
@@ -178,11 +178,6 @@ def environment_config() -> Config:
     return load_config(file, preset=preset, environment=environment_overrides())
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine alone."""
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
 def serve(config: Config, **options: Any) -> None:
     """Serve until Ctrl-C or SIGTERM; `options` are uvicorn's.
 
@@ -193,11 +188,7 @@ def serve(config: Config, **options: Any) -> None:
     host, port = config.server.host, config.server.port
     if read_token(config.server.token_file) is None and not is_loopback(host):
         raise UserError(f"server.host={host} lets other machines in, who need a token: set server.token_file")
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        told = os.strerror(error.errno or 0)
-        raise UserError(f"server.host={host} server.port={port}: {told}; choose others") from error
+    check_address(host, port, ("server.host", "server.port"))
     buffer = open_buffer(config, join=False)
     try:
         file = own_folder(config) / f"serve-{port}.yaml"  # stays, for new workers
