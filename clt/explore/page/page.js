@@ -16,7 +16,7 @@ function h(tag, attributes = {}, ...children) {
     else if (value === true) element.setAttribute(name, "");
     else if (value !== false && value != null) element.setAttribute(name, value);
   }
-  element.append(...children.flat().filter(child => child != null && child !== false));
+  element.append(...children.flat(Infinity).filter(child => child != null && child !== false));
   return element;
 }
 
@@ -169,7 +169,7 @@ function scatter(canvas, told, legend) {
 // Table
 
 const COLUMNS = [["feature", "Feature"], ["count", "Fires on"], ["max_activation", "Highest"], ["mean_activation", "Mean"],
-  ["decoder_norm", "Writes"]];
+  ["decoder_norm", "Write norm"]];
 const ROWS = 100;
 
 function showTable(params) {
@@ -228,7 +228,7 @@ function showTable(params) {
 
 async function showFeature([layer, feature]) {
   const {record, row, others} = await latest(source.feature(layer, feature)), F = overview.summary.d_features;
-  const step = by => address({layer, feature: Math.min(Math.max(Number(feature) + by, 0), F - 1)});
+  const step = by => address({layer, feature: Math.min(Math.max(feature + by, 0), F - 1)});
   const most = record.act_max || 1, wrapped = localStorage.getItem("wrap") === "1";
   const groups = h("div", {id: "examples", class: wrapped ? "wrap" : ""}, record.examples_quantiles.map(({quantile_name: title, examples}) =>
     card(title, examples.length ? examples.map(example => showExample(example, most, row)) : h("p", {class: "soft"}, "It never fires here."))));
@@ -240,20 +240,21 @@ async function showFeature([layer, feature]) {
     })));
   main.replaceChildren(
     h("div", {class: "head"}, h("h1", {}, `Feature ${name(row)}`), h("span", {},
-      h("a", {href: step(-1)}, "← previous"), " · ", h("a", {href: step(1)}, "next →"),
-      overview.prompt && row.count > 0 && [" · ", h("a", {href: tryIt(record.examples_quantiles[0].examples[0], row)}, "change it in a prompt")])),
+      h("a", {href: step(-1)}, "← previous"), " · ", h("a", {href: step(1)}, "next →"), " ",
+      h("button", {type: "button", onclick: wrap}, "wrap examples"),
+      overview.prompt && row.count > 0 && [" ", h("a", {class: "button", href: tryIt(record.examples_quantiles[0].examples[0], row)}, "change it in a prompt")])),
     h("p", {class: "soft"}, `Layer ${layerName(layer)}. Fires on ${percent(frequency(row))} of tokens (${number(row.count)}), ` +
       `up to ${number(row.max)}, on average ${number(row.mean)}. The norm of what it writes is ${number(row.norm)}.`),
     h("div", {class: "feature"}, h("div", {class: "side"},
       h("section", {class: "card logits"}, logits("top_logits", "Promotes", "up"), logits("bottom_logits", "Suppresses", "down")),
       card("Activations where it fires", bars(record.histogram, {log: true, titles: record.histogram.map(count => `${number(count)} tokens`)}),
         h("div", {class: "ends"}, h("span", {}, number(record.act_min)), h("span", {}, "log counts"), h("span", {}, number(record.act_max)))),
-      card("Norm of what it writes, by layer", bars(written, {labels: written.map((_, at) => layerName(Number(layer) + at)),
-        titles: written.map((norm, at) => `layer ${layerName(Number(layer) + at)}: ${number(norm)}`)})),
+      card("Norm of what it writes, by layer", bars(written, {labels: written.map((_, at) => layerName(layer + at)),
+        titles: written.map((norm, at) => `layer ${layerName(layer + at)}: ${number(norm)}`)})),
       card("Fires together with", h("ul", {class: "near"}, others.length ? others.map((other, at) => h("li", {
         title: `on ${percent(record.coactive[at].share)} of this one's tokens`}, h("a", {href: address(other)}, name(other)),
         h("span", {class: "soft number"}, percent(record.coactive[at].share)), chips(other.tokens, 3))) : h("li", {class: "soft"}, "nothing")))),
-      h("div", {}, groups, h("button", {type: "button", onclick: wrap}, "Wrap examples (w)"))));
+      groups));
   move = by => { location.hash = step(by); };
 }
 
@@ -307,7 +308,7 @@ function showPrompt(params) {
       type: "range", min: 0, max: 4, step: .25, value, "aria-label": `Scale of feature ${id}`, "data-id": id,
       oninput: event => { told.textContent = "×" + event.target.value; later(() => set(Number(event.target.value))); }});
     return h("div", {class: "scale"}, range, told, h("button", {type: "button", onclick: () => set(0), title: "Turn it off"}, "off"),
-      h("button", {type: "button", onclick: () => set(1), disabled: value === 1, title: "As it was"}, "reset"));
+      h("button", {type: "button", onclick: () => set(1), disabled: value === 1, title: "As it was", class: "reset"}, "reset"));
   }
 
   function show() {
@@ -340,7 +341,7 @@ function showPrompt(params) {
           .map(label => h("th", {scope: "col"}, label)))), h("tbody", {}, rows)))),
       card(null, h("h2", {}, "What comes next"), h("table", {class: "next", id: "next"}, h("thead", {}, h("tr", {}, h("th", {scope: "col"}, "Token"),
         models.map(model => h("th", {class: "number", scope: "col"}, model)))), h("tbody", {}, likeliest.slice(0, 14).map(([text, ...shares]) =>
-        h("tr", {}, h("td", {}, chip(text)), shares.map((share, m) => h("td", {class: `number meter ${models[m]}`, "--share": share}, percent(share))))))),
+        h("tr", {}, h("td", {}, chip(text)), shares.map((share, m) => h("td", {class: `number meter ${models[m]}`, "--share": share}, share < 1e-4 ? "< 0.01 %" : percent(share))))))),
         h("p", {class: "soft"}, `KL(original ‖ replaced) is ${number(kl[at][0])} nats` + (changed ? `, with the changes ${number(kl[at][1])}.` : ".")))));
     if (focused) out.querySelector(`[data-id="${CSS.escape(focused)}"]`)?.focus();
   }
@@ -348,7 +349,8 @@ function showPrompt(params) {
   area.addEventListener("keydown", event => { if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); guarded(run); } });
   main.replaceChildren(h("h1", {}, "Prompt"),
     h("p", {class: "soft"}, "Runs the model as it is, and with its MLPs replaced by the transcoder. A slider multiplies a feature's activations."),
-    area, h("p", {}, h("button", {type: "button", id: "go", onclick: () => guarded(run)}, "Run (Enter)")), out);
+    area, h("p", {}, h("button", {type: "button", onclick: () => guarded(run)}, "Run (Enter)")), out);
+  if (!area.value) area.focus();
   return run();
 }
 
@@ -397,17 +399,20 @@ function route() {
   const [path, query] = location.hash.slice(1).split(/\?(.*)/s), [, page = "", ...rest] = path.split("/");
   const pages = {"": showOverview, features: showTable, feature: showFeature, random, prompt: overview.prompt && showPrompt};
   clearTimeout(timer), ticket++, move = null;
+  main.focus();
   for (const link of document.querySelectorAll("nav a")) link.setAttribute("aria-current", link.dataset.page === page ? "page" : "false");
   guarded(async () => {
     if (!pages[page]) throw new Error(`There is no page ${location.hash}`);
-    await pages[page](page === "feature" ? rest : new URLSearchParams(query));
+    await pages[page](page === "feature" ? rest.map(Number) : new URLSearchParams(query));
     document.title = `${main.querySelector("h1")?.textContent ?? "Features"} · ${overview.summary.transcoder_id}`;
     window.scrollTo(0, 0);
   });
 }
 
 addEventListener("keydown", event => {
-  if (event.ctrlKey || event.metaKey || event.altKey || /INPUT|TEXTAREA|SELECT/.test(event.target.tagName)) return;
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === "Escape") return main.focus();
+  if (/INPUT|TEXTAREA|SELECT/.test(event.target.tagName)) return;
   const go = {o: "#/", f: "#/features", r: "#/random", ...(overview?.prompt && {p: "#/prompt"})}[event.key];
   if (go) location.hash = go;
   else if (event.key === "/") document.querySelector("main input[name=text], #search input").focus();

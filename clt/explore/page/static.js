@@ -75,7 +75,7 @@ function staticSource({tokens, d_features: F}) {
     const bytes = await answer.arrayBuffer();  // the whole file, where a host knows no ranges
     const record = await unpacked(answer.status === 206 ? bytes.slice(4) : bytes.slice(start + 4, end), "deflate");
     const others = record.coactive.map(other => row(arrays, vocabulary, other.layer * F + other.feature));
-    return {record, row: row(arrays, vocabulary, Number(layer) * F + Number(number)), others};
+    return {record, row: row(arrays, vocabulary, layer * F + number), others};
   }
 
   return {select, feature};
