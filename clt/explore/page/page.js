@@ -69,9 +69,9 @@ function showOverview() {
       (figures ? "" : " This checkpoint was not evaluated: see clt eval.")),
     h("dl", {class: "card tiles"}, Object.entries(tiles).map(([what, value]) => h("div", {}, h("dt", {}, what), h("dd", {}, value)))),
     h("div", {class: "charts"},
-      fve && card("Variance explained, by layer", bars(fve, {labels: layers, most: 1})),
-      card("Features on per token, by layer", bars(l0, {labels: layers, links: link("&sort=-count")})),
-      card("Features that never fire here, by layer", bars(silent, {labels: layers, links: link("&max=0")}))),
+      fve && card("Variance explained by layer", bars(fve, {labels: layers, most: 1})),
+      card("Features on per token by layer", bars(l0, {labels: layers, links: link("&sort=-count")})),
+      card("Features that never fire here by layer", bars(silent, {labels: layers, links: link("&max=0")}))),
     h("section", {class: "card"},
       h("div", {class: "head"}, h("h2", {}, "How often a feature fires, and its highest activation"), legend),
       canvas, told,
@@ -249,7 +249,7 @@ async function showFeature([layer, feature]) {
       h("section", {class: "card logits"}, logits("top_logits", "Promotes", "up"), logits("bottom_logits", "Suppresses", "down")),
       card("Activations where it fires", bars(record.histogram, {log: true, titles: record.histogram.map(count => `${number(count)} tokens`)}),
         h("div", {class: "ends"}, h("span", {}, number(record.act_min)), h("span", {}, "log counts"), h("span", {}, number(record.act_max)))),
-      card("Norm of what it writes, by layer", bars(written, {labels: written.map((_, at) => layerName(layer + at)),
+      card("Write norm by layer", bars(written, {labels: written.map((_, at) => layerName(layer + at)),
         titles: written.map((norm, at) => `layer ${layerName(layer + at)}: ${number(norm)}`)})),
       card("Fires together with", h("ul", {class: "near"}, others.length ? others.map((other, at) => h("li", {
         title: `on ${percent(record.coactive[at].share)} of this one's tokens`}, h("a", {href: address(other)}, name(other)),
@@ -293,7 +293,9 @@ function showPrompt(params) {
     if (!text) return out.replaceChildren();
     const changes = [...scales].map(([id, by]) => [...id.split(".").map(Number), by]);
     const same = answer?.text === text;
-    answer = await latest(source.prompt(text, changes));
+    if (!answer) out.replaceChildren(h("p", {class: "soft"}, "Running; the first prompt loads both models …"));
+    out.setAttribute("aria-busy", "true");
+    answer = await latest(source.prompt(text, changes)).finally(() => out.removeAttribute("aria-busy"));
     answer.text = text;
     if (!same) at = answer.tokens.length - 1;
     show();
