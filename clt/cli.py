@@ -110,6 +110,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--license", help="of the weights, as the hub calls it, e.g. mit (default: none is stated)")
     command.add_argument("--private", action="store_true", help="make a new repository private")
 
+    command = add("browse", _browse, "look at the features of a run in a browser")
+    command.add_argument("run_dir", help="run directory, with what `clt features` wrote")
+    command.add_argument("--port", type=int, default=8001, help="of this machine, to serve on (%(default)s)")
+    what = "write the pages there, without the prompt box, for a web host"
+    command.add_argument("--static", metavar="DIR", type=Path, help=what)
+
     command = add("serve", _serve, "serve activations over HTTP")
     _add_config(command)
     command.add_argument("--config", dest="preset", help="test, production, large-scale, or a YAML file over CONFIG")
@@ -187,13 +193,39 @@ def _plan(arguments: argparse.Namespace) -> None:
         raise UserError(refusal)
 
 
-def _serve(arguments: argparse.Namespace) -> None:
-    try:
-        for package in ("starlette", "uvicorn"):
+def _browse(arguments: argparse.Namespace) -> None:
+    _need_serving("browse")
+    run, port = Path(arguments.run_dir), arguments.port
+    config = _run_config(run)
+    if not 0 < port < 65536:
+        raise UserError(f"--port is {port}; wanted a port number, 1 to 65535")
+    from clt.explore import browse
+
+    if arguments.static is None:
+        browse.browse(config, run, port)
+    else:
+        browse.write_static(run, arguments.static)
+        print(f"The pages are in {arguments.static}: give them to a web host, or try `python -m http.server` there")
+
+
+def _need_serving(command: str) -> None:
+    for package in ("starlette", "uvicorn"):
+        try:
             importlib.import_module(package)
-        from clt.server.run import serve
-    except ImportError as error:
-        raise UserError(f"clt serve needs {error.name}: pip install 'clt-trainer[serve]'") from error
+        except ImportError as error:
+            raise UserError(f"clt {command} needs {error.name}: pip install 'clt-trainer[serve]'") from error
+
+
+def _run_config(directory: Path) -> Config:
+    if not (directory / "config.yaml").is_file():
+        raise UserError(f"{directory} has no config.yaml; wanted the run.dir of a training run")
+    return load_config(directory / "config.yaml")
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    _need_serving("serve")
+    from clt.server.run import serve
+
     config = _config(arguments, arguments.preset, environment_overrides())
     serve(config, ssl_certfile=arguments.ssl_certfile, ssl_keyfile=arguments.ssl_keyfile)
 
@@ -277,9 +309,7 @@ def _features(arguments: argparse.Namespace) -> None:
 def _checkpoint(run: str, step: int | None) -> tuple[Config, Path, int]:
     """The config and the directory of a run, and `step` or that of its newest checkpoint. Raises UserError."""
     directory = Path(run)
-    if not (directory / "config.yaml").is_file():
-        raise UserError(f"{directory} has no config.yaml; wanted the run.dir of a training run")
-    config = load_config(directory / "config.yaml")
+    config = _run_config(directory)
     from clt.train import checkpoint
 
     steps = checkpoint.steps(directory / "checkpoints")

@@ -67,7 +67,7 @@ def make_features(config: Config, run: Path, step: int, part: Part, tokens: int,
         if not (directory / SUMMARY).exists():
             lm = load_language_model(config.lm, device)
             transcoder = checkpoint.load_transcoder(path).to(device).requires_grad_(False)
-            _check(config, part, lm, transcoder)
+            check(config, part, lm, transcoder)
             name = f"{run.resolve().name}-{step}"
             _make(directory, config, part, lm, transcoder, windows, identity, name, progress)
         features = Features(directory)
@@ -88,7 +88,7 @@ def _fingerprints(config: Config, part: Part) -> dict[str, str]:
     return index.fingerprints or fingerprints(config, part, ask_hub=True)
 
 
-def _check(config: Config, part: Part, lm: LanguageModel, transcoder: CrossLayerTranscoder) -> None:
+def check(config: Config, part: Part, lm: LanguageModel, transcoder: CrossLayerTranscoder) -> None:
     """Raise UserError when the language model is not the one that the run was trained on."""
     found, wanted = (len(lm.layers), lm.d_model), (transcoder.n_layers, transcoder.d_acts)
     if found != wanted:

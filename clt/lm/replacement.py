@@ -61,7 +61,23 @@ def _merged(original: Tensor, mask: Tensor, replaced: Tensor) -> Tensor:
     return torch.where(mask, replaced.to(original.dtype), original)
 
 
-def replaced_logits(lm: LanguageModel, transcoder: Transcoder, input_ids: Tensor, keep: Tensor) -> Tensor:
+class Replaced(NamedTuple):
+    """One run of a replacement model."""
+
+    logits: Tensor  # (N, T, V)
+    features: list[Tensor]  # L of (N, T, F), after any intervention; at positions that are not kept they write nothing
+
+
+Intervene = Callable[[int, Tensor], Tensor]
+"""Layer index and its features (N, T, F) -> the features that are decoded in their place.
+
+This layer and all later ones read the changed features.
+"""
+
+
+def replaced_logits(
+    lm: LanguageModel, transcoder: Transcoder, input_ids: Tensor, keep: Tensor, intervene: Intervene | None = None
+) -> Tensor:
     """Logits (N, T, V) with every chosen MLP computed by the transcoder from the live residual stream."""
     n_layers = len(lm.sites)
     written = torch.zeros(input_ids.numel(), n_layers, lm.d_model, device=lm.device)
@@ -69,10 +85,26 @@ def replaced_logits(lm: LanguageModel, transcoder: Transcoder, input_ids: Tensor
     def replace(layer: int, x: Tensor) -> Tensor:
         # No layer's features are kept: those of a wide transcoder would take gigabytes.
         rows = x.flatten(0, 1)
-        transcoder.write_layer(transcoder.encode_layer(rows, layer), written, layer)
+        features = transcoder.encode_layer(rows, layer)
+        if intervene is not None:
+            features = intervene(layer, features.unflatten(0, x.shape[:2])).flatten(0, 1)
+        transcoder.write_layer(features, written, layer)
         return transcoder.finish(written[:, layer].contiguous(), rows, layer).view_as(x)
 
     return run_with_mlps(lm, input_ids, keep, replace)
+
+
+def run_replaced(
+    lm: LanguageModel, transcoder: Transcoder, input_ids: Tensor, keep: Tensor, intervene: Intervene | None = None
+) -> Replaced:
+    """Logits and features of (N, T) ids, the MLPs replaced where `keep` (N, T)."""
+    features: list[Tensor] = []
+
+    def kept(layer: int, of_layer: Tensor) -> Tensor:
+        features.append(of_layer if intervene is None else intervene(layer, of_layer))
+        return features[-1]
+
+    return Replaced(replaced_logits(lm, transcoder, input_ids, keep, kept), features)
 
 
 def ablated_logits(lm: LanguageModel, mean: Tensor, input_ids: Tensor, keep: Tensor) -> Tensor:
@@ -81,18 +113,11 @@ def ablated_logits(lm: LanguageModel, mean: Tensor, input_ids: Tensor, keep: Ten
     return run_with_mlps(lm, input_ids, keep, lambda layer, x: mean[layer].expand_as(x))
 
 
-class Replaced(NamedTuple):
-    """One run of a ReplacementModel."""
-
-    logits: Tensor  # (N, T, V)
-    features: list[Tensor]  # L of (N, T, F), after any intervention; at positions that are not kept they write nothing
-
-
 class ReplacementModel:
     """The replacement model as an nnsight model, to look into and to intervene on.
 
-    It computes what `replaced_logits` does, in the caller's grad mode, and returns the features too. `self.nnsight` is
-    the wrapped model: every other nnsight operation (reading attention, editing the residual stream) works on it.
+    It computes what `run_replaced` does, in the caller's grad mode. `self.nnsight` is the wrapped model: every other
+    nnsight operation (reading attention, editing the residual stream) works on it.
     """
 
     def __init__(self, lm: LanguageModel, transcoder: Transcoder) -> None:
@@ -103,14 +128,8 @@ class ReplacementModel:
             raise UserError("ReplacementModel needs nnsight: pip install 'clt-trainer[nnsight]'") from error
         self.lm, self.transcoder, self.nnsight = lm, transcoder, NNsight(lm.model)
 
-    def run(
-        self, input_ids: Tensor, keep: Tensor, intervene: Callable[[int, Tensor], Tensor] | None = None
-    ) -> Replaced:
-        """Logits and features of (N, T) ids, the MLPs replaced where `keep` (N, T).
-
-        `intervene(layer index, features (N, T, F))` returns the features that are decoded in their place: this layer
-        and all later ones read the changed features.
-        """
+    def run(self, input_ids: Tensor, keep: Tensor, intervene: Intervene | None = None) -> Replaced:
+        """Logits and features of (N, T) ids, the MLPs replaced where `keep` (N, T)."""
         input_ids, mask = input_ids.to(self.lm.device), keep.to(self.lm.device)[..., None]
         features: list[Tensor] = []  # L x (N, T, F)
         logits: Any = None

@@ -22,7 +22,6 @@ import numpy as np
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route, Router
@@ -35,9 +34,10 @@ from clt.data.index import STATISTICS, read_index
 from clt.data.rows import COLUMNS, Part, tensor_of
 from clt.data.store import DiscBuffer
 from clt.files import read_token
+from clt.local import Local, refused
 from clt.memory import keep_freed_memory
 from clt.server.generator import end_with_parent, lead
-from clt.server.run import close_buffer, folder, is_loopback, open_buffer
+from clt.server.run import close_buffer, folder, open_buffer
 from clt.server.wire import ENDLESS, frame, frame_bytes
 
 log = logging.getLogger("uvicorn.error")
@@ -49,7 +49,6 @@ QUERIES = {
 }
 """Of the paths that give rows, whose clients count among `server.max_streams`: (least, default) of each parameter."""
 _PUBLIC = ("/", "/healthz")  # need no token: they tell nothing but whether the server works
-_LOCAL = ["localhost", "127.0.0.1", "::1", "[::1]"]  # the names that a server without a token answers to
 _TENSOR_BYTES, _JSON_BYTES = 16 << 20, 1 << 17  # of the rows in an answer that is made before it is sent, or a block
 _BYTES = "application/octet-stream"
 
@@ -193,7 +192,7 @@ class Guard:
     """Refuses before anything else is done, and counts clients until their last byte is sent."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self.app, self.local = app, TrustedHostMiddleware(app, _LOCAL, www_redirect=False)
+        self.app, self.local = app, Local(app, _PUBLIC)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -214,7 +213,7 @@ class Guard:
 
 
 def refuse(scope: Scope, headers: Headers) -> None:
-    """Raise HTTPException for a request that is not to be answered: without the token, or of a page of another site."""
+    """Raise HTTPException for a request that is not to be answered: without the token, or only for the head of rows."""
     token, path = scope["state"]["token"], scope["path"]
     if scope["method"] == "HEAD" and path in QUERIES:
         raise HTTPException(405, "the answer to HEAD would cost its rows", {"allow": "GET"})
@@ -224,19 +223,6 @@ def refuse(scope: Scope, headers: Headers) -> None:
         if path not in _PUBLIC and not right:
             what = "the token is not this server's" if given else "this server wants its token"
             raise HTTPException(401, f"{what}, as Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
-        return
-    if (here := scope.get("server")) is not None and not is_loopback(here[0]):
-        raise HTTPException(403, "this server has no token and so serves its own machine alone")
-    origin, site = headers.get("origin"), headers.get("sec-fetch-site")  # of pages in a browser on this machine
-    foreign = origin is not None and origin.partition("://")[2] != headers.get("host")
-    if foreign or (site in ("cross-site", "same-site") and path not in _PUBLIC):
-        raise HTTPException(403, "requests from pages of other sites are refused")
-
-
-async def refused(request: Request, error: Exception) -> Response:
-    """The reason as JSON."""
-    assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 
 @contextlib.asynccontextmanager

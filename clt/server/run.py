@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from clt.data.index import write_whole
 from clt.data.lock import locked
 from clt.errors import UserError, size_text, tell
 from clt.files import read_token
+from clt.local import check_address, is_loopback
 from clt.parsing import to_yaml
 from clt.server.buffer import Buffer
 
@@ -104,11 +104,6 @@ def record(config: Config, buffer: Buffer) -> None:
     save_place(own_folder(config), buffer.tag[:64], buffer.progress["mark"].tolist())
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine alone."""
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
 def serve(config: Config, **options: Any) -> None:
     """Serve until Ctrl-C or SIGTERM; `options` are uvicorn's.
 
@@ -119,11 +114,7 @@ def serve(config: Config, **options: Any) -> None:
     host, port = config.server.host, config.server.port
     if read_token(config.server.token_file) is None and not is_loopback(host):
         raise UserError(f"server.host={host} lets other machines in, who need a token: set server.token_file")
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        told = os.strerror(error.errno or 0)
-        raise UserError(f"server.host={host} server.port={port}: {told}; choose others") from error
+    check_address(host, port, ("server.host", "server.port"))
     buffer = open_buffer(config, join=False)
     try:
         file = own_folder(config) / f"serve-{port}.yaml"  # stays, for new workers
