@@ -15,7 +15,8 @@ from clt.config import Config
 from clt.data.index import write_json
 from clt.data.shards import is_full_disk
 from clt.errors import UserError, size_text
-from clt.export.layouts import Reader, Source, open_source
+from clt.export import circuit_tracer, gemma_scope, joint_topk, sparsify
+from clt.export.source import Reader, Source
 from clt.files import new_directory
 from clt.lm.forward import forward_text
 from clt.lm.load import first_line
@@ -65,6 +66,24 @@ def import_transcoder(source: str, directory: Path, config: Config | None = None
             )
         CrossLayerTranscoder.from_pretrained(partial, lazy=True)
     return remarks
+
+
+def open_source(folder: Path) -> Source:
+    """The transcoder in a directory of any known layout. Raises UserError when there is none, or it cannot be ours."""
+    if (folder / "config.yaml").is_file():
+        return circuit_tracer.read(folder)
+    if (folder / "W_dec_norm.safetensors").is_file():
+        return joint_topk.read(folder)
+    if list(folder.glob("params_layer_*.safetensors")):
+        return gemma_scope.read(folder)
+    if list(folder.glob("*.mlp/sae.safetensors")):
+        return sparsify.read(folder)
+    names = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise UserError(
+        f"{folder} holds no transcoder of a known layout (found {names}); wanted one of circuit-tracer (config.yaml), "
+        "Gemma Scope 2 (params_layer_0.safetensors), sparsify (h.0.mlp/sae.safetensors) or a joint TopK "
+        "(W_dec_norm.safetensors): give the directory that has these files"
+    )
 
 
 def fetch(source: str) -> Path:
@@ -207,4 +226,4 @@ def _remarks(source: Source, writer: _Writer) -> list[str]:
     )
     if spec.activation == "relu":
         lines.append("The source has no thresholds: features fire above 0")
-    return [*lines, *source.remarks]
+    return lines
