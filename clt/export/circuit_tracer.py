@@ -41,7 +41,7 @@ SKIP_IS_NOT_READ = (
 
 def per_layer(transcoder: CrossLayerTranscoder) -> bool:
     """Whether no feature writes beyond its own layer, which makes a `transcoder_set`."""
-    return all(weight.shape[1] == 1 for weight in transcoder.W_dec)
+    return not transcoder.spec.cross_layer or transcoder.spec.window == 1
 
 
 def config(transcoder: CrossLayerTranscoder, model: str) -> str:

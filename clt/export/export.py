@@ -74,7 +74,7 @@ def find(source: Path) -> Trained:
 
 def _imported(path: Path) -> Trained:
     """A transcoder that is of no run."""
-    transcoder = CrossLayerTranscoder.from_pretrained(path)
+    transcoder = CrossLayerTranscoder.from_pretrained(path, lazy=True)
     sites = transcoder.sites
     if sites.model is None:
         raise UserError(
@@ -119,8 +119,10 @@ def check(trained: Trained, to: str) -> None:
             "clt.normalization is token, which divides each input by its own norm and cannot be folded into weights; "
             "wanted a run with layer, dim or none"
         )
-    known = [(None, None), *ARCHITECTURES.values(), *([(NORM_OUTPUT, None)] if to == "circuit-tracer" else [])]
-    if (lm.input_site, lm.output_site) not in known:
+    known = ARCHITECTURES.values()
+    named = any(lm.input_site in (None, reads) and lm.output_site in (None, writes) for reads, writes in known)
+    of_norm = (lm.input_site, lm.output_site) == (NORM_OUTPUT, None) and to == "circuit-tracer"
+    if not named and not of_norm:
         raise UserError(
             f"the run's sites are lm.input_site={lm.input_site} and lm.output_site={lm.output_site}; wanted the "
             "residual before the MLP's norm and what the MLP adds to it, as clt/lm/sites.py names them: other tools "
@@ -163,12 +165,10 @@ def _without_k(trained: Trained) -> CrossLayerTranscoder:
 
 
 def _check_room(transcoder: CrossLayerTranscoder, directory: Path, dtype: str) -> None:
-    whole = transcoder.n_layers * (transcoder.n_layers + 1) // 2  # of a CLT, windows are filled up with zeros
-    written = transcoder.n_layers if circuit_tracer.per_layer(transcoder) else whole
-    matrices = transcoder.W_enc.numel() + transcoder.d_features * transcoder.d_acts * written
-    if transcoder.W_skip is not None:
-        matrices += transcoder.W_skip.numel()
-    wanted = matrices * getattr(torch, dtype).itemsize
+    L, D, F = transcoder.n_layers, transcoder.d_acts, transcoder.d_features
+    targets = L if circuit_tracer.per_layer(transcoder) else L * (L + 1) // 2  # windows are filled up with zeros
+    skip = 0 if transcoder.W_skip is None else L * D * D
+    wanted = (L * D * F + targets * D * F + skip) * getattr(torch, dtype).itemsize
     if (free := shutil.disk_usage(directory).free) < wanted * 1.01:
         raise UserError(
             f"{directory.parent} has {size_text(free)} free, the export takes {size_text(wanted)}; free space, or name "
@@ -193,14 +193,12 @@ def _write(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
 
 
 def _configs(trained: Trained, transcoder: CrossLayerTranscoder, to: str) -> dict[str, str]:
+    model = trained.model.removeprefix("openai-community/")  # transformer-lens has GPT-2 by the name it had at first
     if to == "circuit-tracer":
-        return {"config.yaml": circuit_tracer.config(transcoder, trained.model)}
+        return {"config.yaml": circuit_tracer.config(transcoder, model)}
     layers = range(transcoder.n_layers) if trained.index is None else trained.index.layers
     context = trained.config.lm.context
-    return {
-        f"layer_{s}/cfg.json": saelens.config(transcoder, trained.model, layer, context)
-        for s, layer in enumerate(layers)
-    }
+    return {f"layer_{s}/cfg.json": saelens.config(transcoder, model, layer, context) for s, layer in enumerate(layers)}
 
 
 def _facts(trained: Trained, exported: CrossLayerTranscoder, to: str, dtype: str) -> dict[str, Any]:
@@ -211,9 +209,9 @@ def _facts(trained: Trained, exported: CrossLayerTranscoder, to: str, dtype: str
             f"Trained with {spec.activation} (k = {spec.k}). The export has a threshold per feature instead, by which "
             "each fires as often on training rows as before; on a single token it may fire otherwise."
         )
-    reach = max(weight.shape[1] for weight in exported.W_dec)
-    if to == "circuit-tracer" and 1 < reach < exported.n_layers:
-        notes.append(f"Features write to at most {reach} layers, their own included: later ones are stored as zeros.")
+    window = spec.window or exported.n_layers
+    if 1 < window < exported.n_layers:
+        notes.append(f"Features write to at most {window} layers, their own included: later ones are stored as zeros.")
     if exported.W_skip is not None and to == "circuit-tracer" and not circuit_tracer.per_layer(exported):
         notes.append(circuit_tracer.SKIP_IS_NOT_READ)
     if to == "circuit-tracer" and trained.index is not None and trained.index.input_sites[0].startswith("gpt_neox."):

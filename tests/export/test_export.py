@@ -151,6 +151,12 @@ def test_k_becomes_a_threshold_per_feature(activation, by_norm, make_run, stores
     assert 0 < otherwise < facts["comparison"]["fired"]
 
 
+def test_a_hub_model_is_named_as_transformer_lens_names_it(make_run, tmp_path):
+    run = make_run("lm.model=openai-community/gpt2", data=tmp_path / "none")
+    assert export(run, "circuit-tracer", tmp_path / "out", "float32")["model"] == "openai-community/gpt2"
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["model_name"] == "gpt2"
+
+
 def test_matrices_are_stored_narrow_and_vectors_are_not(make_run, tmp_path):
     facts = export(make_run(), "circuit-tracer", tmp_path / "out", "bfloat16")
     found = load_file(tmp_path / "out" / "W_enc_1.safetensors") | load_file(tmp_path / "out" / "W_dec_1.safetensors")

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 def foreign_python() -> Path:
     """The Python of .venv-interop, which is made once from requirements.txt; skips when a package cannot be had."""
     home, file = ROOT / ".venv-interop", Path(__file__).parent / "requirements.txt"
-    wanted = [f"torch=={torch.__version__.partition('+')[0]}", "--requirement", str(file)]
-    key = hashlib.sha256(f"{sys.version} {wanted} {file.read_text()}".encode()).hexdigest()
+    torch_wanted = f"torch=={torch.__version__.partition('+')[0]}"
+    key = hashlib.sha256(f"{sys.version} {torch_wanted} {file.read_text()}".encode()).hexdigest()
     python, installed = home / "bin" / "python", home / "installed"
     home.mkdir(exist_ok=True)
     with (home / "lock").open("w") as lock:
@@ -25,7 +25,7 @@ def foreign_python() -> Path:
         if not installed.is_file() or installed.read_text() != key:
             installed.unlink(missing_ok=True)
             subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
-            command = [str(python), "-m", "pip", "install", "--quiet", "--retries=2", *wanted]
+            command = [str(python), "-m", "pip", "install", "--quiet", "--retries=2", torch_wanted, "-r", str(file)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 pytest.skip(f"circuit-tracer and SAELens cannot be installed: {done.stderr.strip().splitlines()[-1]}")

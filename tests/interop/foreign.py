@@ -24,6 +24,11 @@ def load(model: str, export: str):
     config = json.loads((Path(model) / "config.json").read_text())
     (Path(model) / "config.json").write_text(json.dumps({"n_ctx": config.get("n_positions"), **config}))
     transcoders, _ = load_transcoder_from_hub(export, dtype=torch.float32)
+    encoders = [load_file(file) for file in sorted(Path(export).glob("W_enc_*"))]  # a set has none
+    if encoders and "W_skip_0" in encoders[0]:
+        assert not transcoders.skip_connection, "circuit-tracer has read W_skip_{i}; let docs/export.md say so"
+        W_skip = torch.stack([tensors[f"W_skip_{i}"] for i, tensors in enumerate(encoders)])
+        transcoders.W_skip, transcoders.skip_connection = torch.nn.Parameter(W_skip), True
     return ReplacementModel.from_pretrained_and_transcoders(model, transcoders, dtype=torch.float32)
 
 
@@ -49,6 +54,7 @@ def closed_loop(model, tokens, keep):
         else:
             y = sum(features[s] @ transcoders._get_decoder_vectors(s)[:, t - s] for s in range(t + 1))
             y = y + transcoders.b_dec[t]
+            y = y + (transcoders.compute_skip(t, inputs[t]) if transcoders.skip_connection else 0)
         return torch.where(keep[..., None], y, original)
 
     hooks = [(f"blocks.{s}.{model.feature_input_hook}", read) for s in range(model.cfg.n_layers)]

@@ -29,9 +29,11 @@ PLT = ["clt.cross_layer=false", "clt.skip=true"]
 JOBS = {
     "gpt2": ("circuit-tracer", GPT2),
     "llama": ("circuit-tracer", LLAMA),
+    "skip": ("circuit-tracer", [*LLAMA, "clt.skip=true"]),
     "set": ("circuit-tracer", [*LLAMA, *PLT]),
     "saelens": ("saelens", [*LLAMA, *PLT]),
 }
+TRACED = [name for name, (tool, _) in JOBS.items() if tool == "circuit-tracer"]
 
 
 def llama(path: Path) -> None:
@@ -93,7 +95,8 @@ def results(foreign_python: Path, tmp_path_factory: pytest.TempPathFactory) -> d
         clt = CrossLayerTranscoder.from_pretrained(directory / "run" / "checkpoints" / f"step_{last:08d}")
         made[name] = (x, clt, json.loads((directory / "run" / "summary.json").read_text()))
     (base / "jobs.json").write_text(json.dumps(jobs))
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [str(foreign_python), str(Path(__file__).parent / "foreign.py"), base / "jobs.json", base / "found.json"]
     done = subprocess.run(command, cwd=base, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -114,13 +117,13 @@ def test_features_and_reconstructions_are_ours(results, job):
     torch.testing.assert_close(result.outputs["y"], result.transcoder(result.x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("job", ["gpt2", "llama", "set"])
+@pytest.mark.parametrize("job", TRACED)
 def test_the_replaced_model_is_as_good_as_our_evaluation_says(results, job):
     for key in ("top1_agreement", "kl"):
         assert results[job].found[key] == pytest.approx(results[job].summary[key], abs=1e-3), key
 
 
-@pytest.mark.parametrize("job", ["gpt2", "llama", "set"])
+@pytest.mark.parametrize("job", TRACED)
 def test_a_prompt_is_attributed_and_edges_are_the_effects_of_interventions(results, job):
     found = results[job].found
     assert found["features"] > 20
