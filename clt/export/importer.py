@@ -19,7 +19,7 @@ from clt.export import circuit_tracer, gemma_scope, joint_topk, sparsify
 from clt.export.source import Reader, Source
 from clt.files import new_directory
 from clt.lm.forward import forward_text
-from clt.lm.load import first_line
+from clt.lm.load import LanguageModel, first_line
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import tensorfile
 from clt.train.compare import language_model
@@ -43,21 +43,24 @@ def import_transcoder(source: str, directory: Path, config: Config | None = None
     """
     with new_directory(directory) as partial:
         found = open_source(Path(source).expanduser() if Path(source).expanduser().is_dir() else fetch(source))
-        if found.k is not None and config is None:
-            raise UserError(
-                f"{source} has no thresholds: its {found.k} largest features of all layers fire, which are only known "
-                "when all layers have run, so that it cannot take the MLPs' places. Give a CONFIG of its language "
-                f"model and a text: clt import {source} {directory} CONFIG sets the threshold by which {found.k} fire "
-                "on average"
-            )
+        device, lm = torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
+        if found.k is not None:
+            if config is None:
+                raise UserError(
+                    f"{source} has no thresholds: its {found.k} largest features of all layers fire, which are only "
+                    "known when all layers have run, so that it cannot take the MLPs' places. Give a CONFIG of its "
+                    f"language model and a text: clt import {source} {directory} CONFIG sets the threshold by which "
+                    f"{found.k} fire on average"
+                )
+            lm = language_model(config, (found.n_layers, found.d_acts), found.sites, device)
         writer = _Writer(partial, found, _matrix_dtype(found))
         read = Reader(found.folder)
         for layer in range(found.n_layers):
             writer.write(found.layer(read, layer), layer)
         remarks = _remarks(found, writer)
-        if found.k is not None and config is not None:
-            transcoder = CrossLayerTranscoder.from_pretrained(partial, lazy=True)
-            thresholds, tokens = _thresholds(found, transcoder, config)
+        if lm is not None and config is not None:
+            transcoder = CrossLayerTranscoder.from_pretrained(partial, lazy=True).to(device)
+            thresholds, tokens = _thresholds(found, transcoder, config, lm)
             for layer, of_layer in enumerate(thresholds):
                 writer.write({"threshold": of_layer}, layer)
             remarks.append(
@@ -181,7 +184,9 @@ def _matrix_dtype(source: Source) -> torch.dtype:
 
 
 @torch.no_grad()
-def _thresholds(source: Source, transcoder: CrossLayerTranscoder, config: Config) -> tuple[Tensor, int]:
+def _thresholds(
+    source: Source, transcoder: CrossLayerTranscoder, config: Config, lm: LanguageModel
+) -> tuple[Tensor, int]:
     """Thresholds (L, F) above which `source.k` features a token fire on average, and on how many tokens.
 
     transcoder: the source with thresholds of 0. A score is a feature times its norm; one threshold is for all scores,
@@ -189,9 +194,7 @@ def _thresholds(source: Source, transcoder: CrossLayerTranscoder, config: Config
     """
     assert source.k is not None
     assert source.norms is not None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    norms, transcoder = source.norms(Reader(source.folder)).float(), transcoder.to(device)
-    lm = language_model(config, transcoder, device)
+    device, norms = transcoder.b_dec.device, source.norms(Reader(source.folder)).float()
     wide = dataclasses.replace(config, data=dataclasses.replace(config.data, dtype="float32"))
     pieces, tokens = [], 0
     for _, rows in forward_text(wide, "train", lm):
