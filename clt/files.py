@@ -102,6 +102,7 @@ class TensorFiles:
 
     def __init__(self, directory: Path, remedy: str) -> None:
         self.remedy, self.files, self.shapes = remedy, dict[str, Path](), dict[str, list[int]]()
+        self.checked: set[tuple[str, int | None]] = set()
         self.main = directory / "model.safetensors.index.json"
         if self.main.exists():
             parts = read_object(self.main, {"weight_map": dict[str, str]}, remedy)["weight_map"]
@@ -118,16 +119,19 @@ class TensorFiles:
             self.shapes |= shapes
 
     def read(self, name: str, index: int | None = None, *, check: Callable[[str, Tensor], None]) -> Tensor:
-        """A tensor, or its part `index` along the first dimension. `check` raises ValueError for values that cannot be.
+        """A tensor, or its part `index` along the first dimension.
 
-        Raises UserError as it does, and when the file is damaged.
+        check: raises ValueError, here a UserError, for values that cannot be; called when a part is read first. Raises
+        UserError when the file is damaged, too.
         """
         from safetensors import safe_open
 
         file = self.files[name]
         with reading(file, self.remedy), safe_open(file, "pt") as opened:
             tensor = opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
-            check(name, tensor)
+            if (name, index) not in self.checked:
+                check(name, tensor)
+                self.checked.add((name, index))
         return tensor
 
 

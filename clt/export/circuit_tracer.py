@@ -14,16 +14,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import pad
 
+from clt.errors import UserError, shown
 from clt.export.compare import Layer
+from clt.export.source import REMEDY, Reader, Source, count_layers, sizes, spec_of
+from clt.files import reading
+from clt.model.spec import Sites
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.ranges import NORM_OUTPUT
 
+_INPUT_HOOKS = {"hook_resid_mid": None, "mlp.hook_in": NORM_OUTPUT}
+_OUTPUT_HOOKS = ("hook_mlp_out", "mlp.hook_out")
 _SET = {"b_enc": "b_enc", "b_dec": "b_dec", "threshold": "activation_function.threshold"}
 
 SKIP_IS_NOT_READ = (
@@ -79,3 +86,98 @@ def read_layer(directory: Path, s: int) -> Layer:
     found = {name.removesuffix(f"_{s}"): tensor.float() for name, tensor in encoder.items()}
     threshold, skip = found.get("threshold"), found.get("W_skip")
     return Layer(found["W_enc"], found["b_enc"], threshold, found["W_dec"], found["b_dec"], skip)
+
+
+def read(folder: Path) -> Source:
+    """The transcoder in a directory. Raises UserError when it is incomplete, or is none that ours can be."""
+    file = folder / "config.yaml"
+    with reading(file, REMEDY):
+        try:
+            settings = yaml.safe_load(file.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(str(error).splitlines()[0]) from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"found {shown(settings)}, wanted keys and values")
+    kind, model = settings.get("model_kind"), settings.get("model_name")
+    if kind not in ("cross_layer_transcoder", "transcoder_set"):
+        raise UserError(
+            f"{file} is of model_kind {shown(kind)}, wanted cross_layer_transcoder or transcoder_set: this is not a "
+            "transcoder of circuit-tracer (a run of ours needs no import)"
+        )
+    if "transcoders" in settings:
+        raise UserError(
+            f"{file} lists transcoders that lie elsewhere; import the directory or the hub id that has their files"
+        )
+    if settings.get("activation") not in (None, "relu", "jumprelu", "jump_relu"):
+        raise UserError(f"{file} has activation {shown(settings['activation'])}; wanted relu or jumprelu")
+    sites = Sites(_hooked(file, settings), model=model if isinstance(model, str) else None)
+    of_kind = _cross_layer if kind == "cross_layer_transcoder" else _one_by_one
+    return of_kind(folder, sites, relu=settings.get("activation") == "relu")
+
+
+def _hooked(file: Path, settings: dict[str, Any]) -> str | None:
+    """The input site of two of transformer-lens' hook names. Raises UserError for those that no site of ours is."""
+    hooks = [settings.get(f"feature_{side}_hook") for side in ("input", "output")]
+    sandwich = "gemma" in str(settings.get("model_name")).lower()  # mlp.hook_out is before Gemma's second norm
+    if hooks[0] not in list(_INPUT_HOOKS) or hooks[1] not in _OUTPUT_HOOKS or (sandwich and hooks[1] == "mlp.hook_out"):
+        raise UserError(
+            f"{file} has feature_input_hook {shown(hooks[0])} and feature_output_hook {shown(hooks[1])}; wanted "
+            f"{' or '.join(_INPUT_HOOKS)}, and hook_mlp_out: other places of the model cannot be replaced"
+        )
+    return _INPUT_HOOKS[hooks[0]]
+
+
+def _cross_layer(folder: Path, sites: Sites, *, relu: bool) -> Source:
+    L, headers = count_layers(folder, "W_enc_{}.safetensors"), Reader(folder, values=False)
+    F, D = sizes(headers, "W_enc_0.safetensors", "W_enc_0")
+    names = headers.shapes("W_enc_0.safetensors")
+    jump, skip = "threshold_0" in names and not relu, "W_skip_0" in names
+
+    def layer(reader: Reader, i: int) -> dict[str, Tensor]:
+        file = f"W_enc_{i}.safetensors"
+        found = {
+            "W_enc": reader(file, f"W_enc_{i}", F, D).t(),
+            "b_enc": reader(file, f"b_enc_{i}", F),
+            "W_dec": reader(f"W_dec_{i}.safetensors", f"W_dec_{i}", F, L - i, D),
+            "b_dec": reader(file, f"b_dec_{i}", D),
+        }
+        if jump:
+            found["threshold"] = _not_negative(reader, reader(file, f"threshold_{i}", F), file)
+        if skip:
+            found["W_skip"] = reader(file, f"W_skip_{i}", D, D)
+        return found
+
+    return Source("circuit-tracer's cross-layer transcoder", folder, L, D, spec_of(F, jump, skip=skip), sites, layer)
+
+
+def _one_by_one(folder: Path, sites: Sites, *, relu: bool) -> Source:
+    L, headers = count_layers(folder, "layer_{}.safetensors"), Reader(folder, values=False)
+    F, D = sizes(headers, "layer_0.safetensors", "W_enc")
+    names = headers.shapes("layer_0.safetensors")
+    jump, skip = "activation_function.threshold" in names and not relu, "W_skip" in names
+
+    def layer(reader: Reader, i: int) -> dict[str, Tensor]:
+        file = f"layer_{i}.safetensors"
+        found = {
+            "W_enc": reader(file, "W_enc", F, D).t(),
+            "b_enc": reader(file, "b_enc", F),
+            "W_dec": reader(file, "W_dec", F, D).unsqueeze(1),
+            "b_dec": reader(file, "b_dec", D),
+        }
+        if jump:
+            found["threshold"] = _not_negative(reader, reader(file, "activation_function.threshold", F), file)
+        if skip:
+            found["W_skip"] = reader(file, "W_skip", D, D).t()
+        return found
+
+    spec = spec_of(F, jump, skip=skip, cross_layer=False)
+    return Source("circuit-tracer's transcoder set", folder, L, D, spec, sites, layer)
+
+
+def _not_negative(reader: Reader, threshold: Tensor, where: str) -> Tensor:
+    if reader.values and bool((threshold < 0).any()):
+        raise UserError(
+            f"{reader.folder / where} has {int((threshold < 0).sum())} thresholds below 0, by which features fire at "
+            "negative values; ours never do. Train or export it with thresholds of 0 or more"
+        )
+    return threshold

@@ -74,7 +74,7 @@ def find(source: Path) -> Trained:
 
 def _imported(path: Path) -> Trained:
     """A transcoder that is of no run."""
-    transcoder = CrossLayerTranscoder.from_pretrained(path)
+    transcoder = CrossLayerTranscoder.from_pretrained(path, lazy=True)
     sites = transcoder.sites
     if sites.model is None:
         raise UserError(
@@ -119,8 +119,10 @@ def check(trained: Trained, to: str) -> None:
             "clt.normalization is token, which divides each input by its own norm and cannot be folded into weights; "
             "wanted a run with layer, dim or none"
         )
-    known = [*ARCHITECTURES.values(), *([(NORM_OUTPUT, None)] if to == "circuit-tracer" else [])]
-    if not any(lm.input_site in (None, reads) and lm.output_site in (None, writes) for reads, writes in known):
+    known = ARCHITECTURES.values()
+    named = any(lm.input_site in (None, reads) and lm.output_site in (None, writes) for reads, writes in known)
+    of_norm = (lm.input_site, lm.output_site) == (NORM_OUTPUT, None) and to == "circuit-tracer"
+    if not named and not of_norm:
         raise UserError(
             f"the run's sites are lm.input_site={lm.input_site} and lm.output_site={lm.output_site}; wanted the "
             "residual before the MLP's norm and what the MLP adds to it, as clt/lm/sites.py names them: other tools "

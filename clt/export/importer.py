@@ -15,10 +15,11 @@ from clt.config import Config
 from clt.data.index import write_json
 from clt.data.shards import is_full_disk
 from clt.errors import UserError, size_text
-from clt.export.layouts import Reader, Source, open_source
+from clt.export import circuit_tracer, gemma_scope, joint_topk, sparsify
+from clt.export.source import Reader, Source
 from clt.files import new_directory
 from clt.lm.forward import forward_text
-from clt.lm.load import first_line
+from clt.lm.load import LanguageModel, first_line
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import tensorfile
 from clt.train.compare import language_model
@@ -42,21 +43,24 @@ def import_transcoder(source: str, directory: Path, config: Config | None = None
     """
     with new_directory(directory) as partial:
         found = open_source(Path(source).expanduser() if Path(source).expanduser().is_dir() else fetch(source))
-        if found.k is not None and config is None:
-            raise UserError(
-                f"{source} has no thresholds: its {found.k} largest features of all layers fire, which are only known "
-                "when all layers have run, so that it cannot take the MLPs' places. Give a CONFIG of its language "
-                f"model and a text: clt import {source} {directory} CONFIG sets the threshold by which {found.k} fire "
-                "on average"
-            )
+        device, lm = torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
+        if found.k is not None:
+            if config is None:
+                raise UserError(
+                    f"{source} has no thresholds: its {found.k} largest features of all layers fire, which are only "
+                    "known when all layers have run, so that it cannot take the MLPs' places. Give a CONFIG of its "
+                    f"language model and a text: clt import {source} {directory} CONFIG sets the threshold by which "
+                    f"{found.k} fire on average"
+                )
+            lm = language_model(config, (found.n_layers, found.d_acts), found.sites, device)
         writer = _Writer(partial, found, _matrix_dtype(found))
         read = Reader(found.folder)
         for layer in range(found.n_layers):
             writer.write(found.layer(read, layer), layer)
         remarks = _remarks(found, writer)
-        if found.k is not None and config is not None:
-            transcoder = CrossLayerTranscoder.from_pretrained(partial, lazy=True)
-            thresholds, tokens = _thresholds(found, transcoder, config)
+        if lm is not None and config is not None:
+            transcoder = CrossLayerTranscoder.from_pretrained(partial, lazy=True).to(device)
+            thresholds, tokens = _thresholds(found, transcoder, config, lm)
             for layer, of_layer in enumerate(thresholds):
                 writer.write({"threshold": of_layer}, layer)
             remarks.append(
@@ -65,6 +69,24 @@ def import_transcoder(source: str, directory: Path, config: Config | None = None
             )
         CrossLayerTranscoder.from_pretrained(partial, lazy=True)
     return remarks
+
+
+def open_source(folder: Path) -> Source:
+    """The transcoder in a directory of any known layout. Raises UserError when there is none, or it cannot be ours."""
+    if (folder / "config.yaml").is_file():
+        return circuit_tracer.read(folder)
+    if (folder / "W_dec_norm.safetensors").is_file():
+        return joint_topk.read(folder)
+    if list(folder.glob("params_layer_*.safetensors")):
+        return gemma_scope.read(folder)
+    if list(folder.glob("*.mlp/sae.safetensors")):
+        return sparsify.read(folder)
+    names = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise UserError(
+        f"{folder} holds no transcoder of a known layout (found {names}); wanted one of circuit-tracer (config.yaml), "
+        "Gemma Scope 2 (params_layer_0.safetensors), sparsify (h.0.mlp/sae.safetensors) or a joint TopK "
+        "(W_dec_norm.safetensors): give the directory that has these files"
+    )
 
 
 def fetch(source: str) -> Path:
@@ -162,7 +184,9 @@ def _matrix_dtype(source: Source) -> torch.dtype:
 
 
 @torch.no_grad()
-def _thresholds(source: Source, transcoder: CrossLayerTranscoder, config: Config) -> tuple[Tensor, int]:
+def _thresholds(
+    source: Source, transcoder: CrossLayerTranscoder, config: Config, lm: LanguageModel
+) -> tuple[Tensor, int]:
     """Thresholds (L, F) above which `source.k` features a token fire on average, and on how many tokens.
 
     transcoder: the source with thresholds of 0. A score is a feature times its norm; one threshold is for all scores,
@@ -170,9 +194,7 @@ def _thresholds(source: Source, transcoder: CrossLayerTranscoder, config: Config
     """
     assert source.k is not None
     assert source.norms is not None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    norms, transcoder = source.norms(Reader(source.folder)).float(), transcoder.to(device)
-    lm = language_model(config, transcoder, device)
+    device, norms = transcoder.b_dec.device, source.norms(Reader(source.folder)).float()
     wide = dataclasses.replace(config, data=dataclasses.replace(config.data, dtype="float32"))
     pieces, tokens = [], 0
     for _, rows in forward_text(wide, "train", lm):
@@ -207,4 +229,4 @@ def _remarks(source: Source, writer: _Writer) -> list[str]:
     )
     if spec.activation == "relu":
         lines.append("The source has no thresholds: features fire above 0")
-    return [*lines, *source.remarks]
+    return lines

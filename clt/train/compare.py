@@ -22,6 +22,7 @@ from clt.lm.capture import capture
 from clt.lm.load import LanguageModel, load_language_model
 from clt.lm.sites import at_sites, find_sites
 from clt.lm.text import Window
+from clt.model.spec import Sites
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import checkpoint
 from clt.train.evaluation import Evaluation, evaluate_activations, evaluate_replacement, heldout_windows
@@ -43,7 +44,7 @@ def evaluate_transcoders(config: Config, directories: Sequence[str]) -> dict[str
     found, lm, windows = {}, None, []
     for directory in directories:
         transcoder = CrossLayerTranscoder.from_pretrained(_newest(directory), lazy=True).to(device)
-        lm = language_model(config, transcoder, device, lm)
+        lm = language_model(config, (transcoder.n_layers, transcoder.d_acts), transcoder.sites, device, lm)
         windows = windows or heldout_windows(config, lm)
         found[directory] = _evaluate(config, transcoder, lm, windows)
     return found
@@ -56,19 +57,18 @@ def _newest(directory: str) -> str:
 
 
 def language_model(
-    config: Config, transcoder: CrossLayerTranscoder, device: torch.device, lm: LanguageModel | None = None
+    config: Config, size: tuple[int, int], sites: Sites, device: torch.device, lm: LanguageModel | None = None
 ) -> LanguageModel:
-    """The config's language model (`lm`, where it is loaded already), hooked at the sites of a transcoder.
+    """The config's language model (`lm`, where it is loaded already), hooked where a transcoder of (L, D) = `size` is.
 
     Raises UserError when the two do not fit.
     """
-    sites = transcoder.sites
     wanted = at_sites(config.lm, sites.input_site, sites.output_site)
     lm = lm or load_language_model(wanted, device)
-    if (found := (transcoder.n_layers, transcoder.d_acts)) != (len(lm.layers), lm.d_model):
+    if size != (len(lm.layers), lm.d_model):
         of = f" (it was trained on {sites.model})" if sites.model else ""
         raise UserError(
-            f"the transcoder has {found[0]} layers of width {found[1]}{of}, {lm.name!r} has {len(lm.layers)} of width "
+            f"the transcoder has {size[0]} layers of width {size[1]}{of}, {lm.name!r} has {len(lm.layers)} of width "
             f"{lm.d_model}; set lm.model to the one that it was trained on, or lm.layers to its layers"
         )
     hooked = find_sites(lm.model, lm.layers, wanted.input_site, wanted.output_site)

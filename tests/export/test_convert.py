@@ -5,7 +5,7 @@ import torch
 
 from clt.cli import main
 from clt.export.convert import to_jumprelu
-from clt.model.spec import CLTConfig
+from clt.model.spec import CLTConfig, Sites
 from clt.model.transcoder import CrossLayerTranscoder
 
 
@@ -14,12 +14,14 @@ from clt.model.transcoder import CrossLayerTranscoder
 @torch.no_grad()
 def test_each_feature_fires_as_often_as_before(activation, k, by_norm):
     torch.manual_seed(0)
-    clt = CrossLayerTranscoder(3, 8, CLTConfig(d_features=300, activation=activation, k=k, by_norm=by_norm))
+    spec = CLTConfig(d_features=300, activation=activation, k=k, by_norm=by_norm)
+    clt = CrossLayerTranscoder(3, 8, spec, sites=Sites("norm.output"))
     clt.threshold.fill_(0.02 if by_norm else 0.1)
     clt.b_enc[0, 5], clt.b_enc[1, 7] = -100.0, 100.0  # one never fires, one always does
     x = torch.randn(5000, 3, 8)
     converted = to_jumprelu(clt, x)
     assert (converted.spec.activation, converted.spec.k, converted.spec.by_norm) == ("jumprelu", None, False)
+    assert converted.sites == clt.sites
     before, after = ((each.encode(x) > 0).sum(0) for each in (clt, converted))
     assert torch.equal(before, after)
     assert (before[0, 5], before[1, 7]) == (0, 5000)

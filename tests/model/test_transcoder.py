@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clt.errors import UserError
-from clt.model.spec import CLTConfig
+from clt.model.spec import CLTConfig, Sites
 from clt.model.transcoder import CrossLayerTranscoder
 from tests.model.naive import VARIANTS, B, D, F, L, batch, make, naive_features, naive_reconstruction
 
@@ -161,6 +161,15 @@ def test_weights_that_cannot_be(tmp_path, change, what):
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=rf"{tmp_path}/model.safetensors is damaged \({what}.*\); copy it again"):
+        CrossLayerTranscoder.from_pretrained(tmp_path)
+
+
+def test_where_it_reads_is_kept(tmp_path):
+    clt = CrossLayerTranscoder(L, D, CLTConfig(d_features=F), sites=Sites("norm.output", model="org/lm"))
+    clt.save_pretrained(tmp_path)
+    assert CrossLayerTranscoder.from_pretrained(tmp_path).sites == clt.fold().sites == clt.sites
+    (tmp_path / "config.json").write_text(json.dumps(clt.config | {"output_site": "h.0.mlp"}))
+    with pytest.raises(UserError, match=r"output_site is 'h\.0\.mlp'; wanted a path with \{layer\}"):
         CrossLayerTranscoder.from_pretrained(tmp_path)
 
 

@@ -1,0 +1,45 @@
+"""Gemma Scope 2's cross-layer transcoders: JumpReLU with a skip connection, of the output of the norm before the MLP.
+
+config.json                      model_name, hf_hook_point_in
+params_layer_{i}.safetensors     w_enc (D, F), b_enc, threshold (F,), w_dec (F, L, D) of which the targets i.. count,
+                                 b_dec (D,), affine_skip_connection (D, D): x @ it is added to the output
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from clt.errors import UserError, shown
+from clt.export.source import REMEDY, Reader, Source, count_layers, sizes, spec_of
+from clt.files import read_object
+from clt.model.spec import Sites
+from clt.ranges import NORM_OUTPUT
+
+
+def read(folder: Path) -> Source:
+    """The transcoder in a directory. Raises UserError when it is incomplete, or reads elsewhere."""
+    file = folder / "config.json"
+    settings = read_object(file, {"model_name": str | None}, REMEDY)
+    if (hook := settings.get("hf_hook_point_in")) is not None and "pre_feedforward_layernorm.output" not in str(hook):
+        raise UserError(f"{file} has hf_hook_point_in {shown(hook)}; wanted the output of pre_feedforward_layernorm")
+    L, headers = count_layers(folder, "params_layer_{}.safetensors"), Reader(folder, values=False)
+    D, F = sizes(headers, "params_layer_0.safetensors", "w_enc")
+    skip = "affine_skip_connection" in headers.shapes("params_layer_0.safetensors")
+
+    def layer(reader: Reader, i: int) -> dict[str, Tensor]:
+        file = f"params_layer_{i}.safetensors"
+        found = {
+            "W_enc": reader(file, "w_enc", D, F),
+            "b_enc": reader(file, "b_enc", F),
+            "threshold": reader(file, "threshold", F),  # below 0 is as 0: its formula has a ReLU too
+            "W_dec": reader(file, "w_dec", F, L, D)[:, i:],
+            "b_dec": reader(file, "b_dec", D),
+        }
+        if skip:
+            found["W_skip"] = reader(file, "affine_skip_connection", D, D)
+        return found
+
+    sites = Sites(NORM_OUTPUT, model=settings["model_name"])
+    return Source("Gemma Scope 2", folder, L, D, spec_of(F, True, skip=skip), sites, layer)
