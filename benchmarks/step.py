@@ -114,7 +114,7 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
     k = case.get("k") or {"topk": 10, "batchtopk": 10 * batch.shape[2]}.get(rule)
     chosen = [f"clt.activation={rule}", f"clt.k={k}", "loss.sparsity=0"] if k else []
     ours = objective(case["F"], batch, f"train.compile={compiled and not textbook}", *chosen)
-    ours.capacity = k * len(batch) if case.get("sparse") else None
+    ours.capacity = k * len(batch) if k and case.get("sparse") else None
     model: nn.Module = Textbook(ours) if textbook else ours
     memory = ours.gradient_memory = GradientMemory(ours.parameters())
     del ours
