@@ -22,14 +22,14 @@ RULES: dict[str, tuple[str, ...]] = {
 def sparse(rehearsal: bool) -> Found:
     """The sparse step against the dense one in the same precision: gradients as relative norms of the difference.
 
-    fp32 must be within 1e-4, bf16 within 2^-6: the dense step rounds features and decoder, the sparse one does not.
+    fp32 must be within 1e-4, bf16 within 2^-5: the dense step rounds features and decoder, the sparse one does not.
     There is room for exactly the pairs that there are. Repeated, the bits must be the same, and nothing may wait.
     """
     L, D, F, B = (3, 16, 64, 63) if rehearsal else (6, 256, 4096, 2047)
     torch.manual_seed(0)
     batch, rows = torch.randn(B, 2, L, D, device=device_of(rehearsal)), []
     for rule, overrides in RULES.items():
-        for precision, bar in (("fp32", 1e-4), ("bf16", 2**-6)):
+        for precision, bar in (("fp32", 1e-4), ("bf16", 2**-5)):
             model = step.objective(F, batch, *overrides, "train.compile=false")
             model.count_pairs = True
             dense, listed = _gradients(model, batch, machine.PRECISIONS[precision])

@@ -73,7 +73,7 @@ class Losses(NamedTuple):
     l0_per_layer: Tensor  # (L,)
     fired: Tensor  # (L, F) bool: features that fired at least once
     threshold: Tensor  # that of the scores of all layers, with `batchtopk`; else 0
-    listed: Tensor | None  # (L,) int64: pairs of a feature and a token that the sparse step lists, where it is wanted
+    listed: Tensor | None = None  # (L,) int64: pairs of a feature and a token that the sparse step lists, if wanted
 
 
 class Written(NamedTuple):

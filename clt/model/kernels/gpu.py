@@ -21,7 +21,7 @@ PIECE = 256  # pairs that one program adds up
 COLUMNS = 1024  # of a row, that one program adds up
 PAIRS = 4  # that it reads at once
 FUSION = {"enable_fp_fusion": True}  # a * b + c rounds once; the default differs between versions of Triton
-TOKENS = 1024  # that a program of `select` reads at once
+TOKENS = 512  # that a program of `select` reads at once
 
 
 def count(product: Tensor, bias: Tensor, limit: Tensor, of_token: Tensor | None, bandwidth: float | None) -> Tensor:
