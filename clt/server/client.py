@@ -199,18 +199,18 @@ class _Answer(socket.SocketIO):
     def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(self)
 
-    def readinto(self, view: Any) -> int:
+    def readinto(self, b: Any) -> int:
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError(f"the answer did not come within {self.timeout:g} s and at {LEAST_RATE} bytes a second")
         self.socket.settimeout(min(self.timeout, left))
         # For each packet that woke this process, both ends would pay dearly. A view that is larger than the buffer of
-        # the BufferedReader above is one that will be filled. (Under TLS the kernel counts other bytes than `view`.)
+        # the BufferedReader above is one that will be filled. (Under TLS the kernel counts other bytes than `b`.)
         if sys.platform == "linux" and not isinstance(self.socket, ssl.SSLSocket):
-            soon = min(len(view), _WAKE, int(LEAST_RATE * min(self.timeout, left) / 2))
-            wake = soon if len(view) > io.DEFAULT_BUFFER_SIZE else 1
+            soon = min(len(b), _WAKE, int(LEAST_RATE * min(self.timeout, left) / 2))
+            wake = soon if len(b) > io.DEFAULT_BUFFER_SIZE else 1
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake)
-        return self.socket.recv_into(view)
+        return self.socket.recv_into(b)
 
     def close(self) -> None:
         """Nothing: http.client closes it while the answer is still read."""
