@@ -55,13 +55,9 @@ class Buffer:
         texts = (self.header[name].item().decode("latin-1") for name in ("magic", "tag", "segment", "dtype"))
         (magic, self.tag, self.segment, dtype), sizes = texts, self.header["sizes"].tolist()
         self.blocks, self.block_rows, self.open_blocks, self.shape = *sizes[:3], Shape(sizes[3], sizes[4], dtype)
-        if (
-            magic != _MAGIC
-            or dtype not in ITEM_BYTES
-            or size != (layout := _layout(sizes[0], sizes[1], self.shape))[-1]
-        ):
+        if magic != _MAGIC or dtype not in ITEM_BYTES or size != (plan := _layout(sizes[0], sizes[1], self.shape))[-1]:
             raise UserError(f"{self.path} is not a shuffle buffer of this version: remove it, or set server.name")
-        tables, block, first, _ = layout
+        tables, block, first, _ = plan
         found = np.ndarray((), tables, memory)
         self.state, self._progress, self.lines = found["state"], found["progress"], self.header["lines"]
         self._blocks = np.ndarray(self.blocks, block, memory, first)["body"]

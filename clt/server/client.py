@@ -204,7 +204,7 @@ class _Answer(socket.SocketIO):
         if left <= 0:
             raise TimeoutError(f"the answer did not come within {self.timeout:g} s and at {LEAST_RATE} bytes a second")
         self.socket.settimeout(min(self.timeout, left))
-        # For each packet that woke this process, both ends would pay dearly. A `b` that is larger than the buffer of
+        # For each packet that woke this process, both ends would pay dearly. A view that is larger than the buffer of
         # the BufferedReader above is one that will be filled. (Under TLS the kernel counts other bytes than `b`.)
         if sys.platform == "linux" and not isinstance(self.socket, ssl.SSLSocket):
             soon = min(len(b), _WAKE, int(LEAST_RATE * min(self.timeout, left) / 2))
