@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Environment, then the job or the tests:
 #
-#   bash launch.sh [CONFIG] [section.key=value ...]    extract, train, evaluate, report (default configs/quickstart.yaml)
+#   bash launch.sh [CONFIG] [section.key=value ...]    extract, train, evaluate, report; without arguments the quickstart,
+#                                                      configs/quickstart.yaml, and then its features
 #   bash launch.sh test [PYTEST ARGUMENTS]             the tests
 #
 # NPROC processes on each of NNODES nodes (this one is NODE_RANK; node 0 listens at MASTER_ADDR:MASTER_PORT). Under SLURM
@@ -70,7 +71,10 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 if ((NNODES == 1)); then
     # Mistakes in the config end here with one message and status 2, before torchrun adds its own report.
     env -u OMP_NUM_THREADS python train_ddp.py --prepare "$@"
-    exec torchrun --standalone --nproc_per_node="$NPROC" --max-restarts="${MAX_RESTARTS:-0}" train_ddp.py "$@"
+    job=(torchrun --standalone --nproc_per_node="$NPROC" --max-restarts="${MAX_RESTARTS:-0}" train_ddp.py "$@")
+    (($#)) && exec "${job[@]}"
+    "${job[@]}" # the quickstart, which shows its features too
+    exec env -u OMP_NUM_THREADS python -m clt.cli features runs/quickstart
 fi
 # Node 0 keeps the meeting point, whatever names its address has. The others wait half an hour for one that is missing.
 exec torchrun --nnodes="$NNODES" --nproc_per_node="$NPROC" --max-restarts="${MAX_RESTARTS:-3}" \

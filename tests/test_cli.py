@@ -131,6 +131,20 @@ def test_eval_refuses_a_run_or_checkpoint_that_does_not_exist(train, here, tmp_p
     assert "has no checkpoint of step 3; found [10]" in refused(here("eval", run.dir, "--step", "3"))
 
 
+def test_features_of_a_run(train, here):
+    run = train()
+    assert "--tokens is 0; wanted 1 or more" in refused(here("features", run.dir, "--tokens", "0"))
+    assert "has no checkpoint of step 3; found [10]" in refused(here("features", run.dir, "--step", "3"))
+    result = here("features", run.dir, "--tokens", "200")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"{run.dir}/features: 72 features, of which ")
+    assert "of disk" in result.stderr
+    assert "token/s" in result.stderr
+    assert "holds features of something else: windows: found 13, wanted 26" in refused(
+        here("features", run.dir, "--tokens", "401")
+    )
+
+
 def test_ctrl_c_ends_a_command_without_a_message(capsys):
     def work():
         raise KeyboardInterrupt

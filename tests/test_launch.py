@@ -50,7 +50,10 @@ def test_one_node(recorded):
 
 
 def test_the_default_is_two_processes_and_the_default_config(recorded):
-    assert recorded()[1].endswith("--standalone --nproc_per_node=2 --max-restarts=0 train_ddp.py")
+    _, run, features = recorded()
+    assert run.endswith("--standalone --nproc_per_node=2 --max-restarts=0 train_ddp.py")
+    assert features.endswith(" -m clt.cli features runs/quickstart")
+    assert "omp= " in features, "it takes all cores"
 
 
 def test_gpu_memory_is_taken_in_segments_that_grow(recorded):

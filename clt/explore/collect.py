@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from clt.config import Config
 from clt.data.index import write_json
 from clt.errors import UserError, mismatches, size_text, tell
-from clt.explore.firings import OF_LAYER, OF_TEXT, Firings
+from clt.explore.firings import GROUP, GROUP_BYTES, OF_LAYER, OF_TEXT, Firings
 from clt.files import read_object
 from clt.lm.documents import Part
 from clt.lm.forward import check_finite, forward_text
@@ -31,6 +32,7 @@ from clt.model.transcoder import CrossLayerTranscoder
 
 STATE = "state.json"
 _FIELDS = {"identity": dict, "windows": int, "firings": list[int], "done": bool}
+_RECORD = 6000  # bytes of a feature's record, about
 _SAVE_SECONDS = 10.0  # between two states: what an interruption costs at most
 _ROWS, _ELEMENTS = 512, 1 << 26  # encoded at once: tokens on a CPU, whose cache they fit; features of tokens on a GPU
 
@@ -124,10 +126,10 @@ def _stream(
 ) -> None:
     T, state, room = config.lm.context, files.state, True
     with tqdm(total=windows * T, initial=state["windows"] * T, unit="token", desc=part, disable=not progress) as bar:
-        for batch, rows in forward_text(config, part, lm, state["windows"]):
-            if state["windows"] >= windows:
-                break
-            check_finite(lm, batch, rows)
+        passes = -(-(windows - state["windows"]) // config.lm.batch_windows)
+        for batch, rows in islice(forward_text(config, part, lm, state["windows"]), passes):
+            if not rows.activations[:, 0].isfinite().all():
+                check_finite(lm, batch, rows)
             batch = batch[: windows - state["windows"]]
             token, document, keep = (np.concatenate(arrays) for arrays in zip(*batch))  # (p,) each
             for name, array in zip(OF_TEXT, (token, document, keep)):
@@ -142,13 +144,13 @@ def _stream(
                 state["firings"][s] += len(feature)
             state["windows"] += len(batch)
             if room:
-                _check_room(files.directory, state, T, windows)
+                _check_room(files.directory, state, T, windows, transcoder.d_features)
                 room = False
             if time.monotonic() - files.saved > _SAVE_SECONDS:
                 files.save()
             bar.update(len(token))
     if state["windows"] < windows:
-        tell(f"the {part} text ends after {state['windows']} of {windows} windows of {T} tokens; taking these")
+        tell(f"the {part} text ends after {state['windows']} of {windows} windows of {T} tokens; these are taken")
 
 
 @torch.no_grad()
@@ -174,16 +176,21 @@ def _encoded(
         yield feature, value, count
 
 
-def _check_room(directory: Path, state: dict[str, Any], context: int, windows: int) -> None:
-    """Tell what the firings of all windows will take, by those so far; raise UserError when the disk has less."""
-    place = sum(np.dtype(kind).itemsize for kind in OF_TEXT.values()) + 8 * len(state["firings"])
-    done = state["windows"] * context
-    l0 = sum(state["firings"]) / done
-    wanted = (windows * context - done) * (place + 8 * l0)
+def _check_room(directory: Path, state: dict[str, Any], context: int, windows: int, d_features: int) -> None:
+    """Tell what all windows will take, by those so far; raise UserError when the disk has less."""
+    layers, done, all_tokens = state["firings"], state["windows"] * context, windows * context
+    place = sum(np.dtype(kind).itemsize for kind in OF_TEXT.values()) + len(layers) * np.dtype(OF_LAYER["end"]).itemsize
+    firing = sum(np.dtype(OF_LAYER[name]).itemsize for name in ("feature", "value"))
+    l0 = sum(layers) / done
+    wanted = (all_tokens - done) * (place + firing * l0) + len(layers) * d_features * _RECORD
+    memory = max(min(GROUP, all_tokens / done * most) for most in layers) * GROUP_BYTES
     free = shutil.disk_usage(directory).free
-    tell(f"{l0:.1f} features fire on a token; the text's take {size_text(wanted)} of disk until all is written")
+    tell(
+        f"{l0:.1f} features fire on a token; {all_tokens:,} tokens take about {size_text(wanted)} of disk, and "
+        f"{size_text(memory)} of memory in each process that writes records"
+    )
     if free < wanted:
         raise UserError(
-            f"{directory} has {size_text(free)} free, wanted {size_text(wanted)} for what fires on {windows * context} "
-            "tokens: free space, or lower --tokens"
+            f"{directory} has {size_text(free)} free, wanted {size_text(wanted)} for what fires on {all_tokens} tokens "
+            "and the records: free space, or lower --tokens"
         )

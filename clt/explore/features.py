@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,6 @@ from clt.errors import UserError, mismatches, size_text, tell
 from clt.explore.collect import collect
 from clt.explore.direct import direct_logits, final_norm, softcap, token_texts
 from clt.explore.files import ARRAYS, FEATURES, SUMMARY, Features, write_summary
-from clt.explore.firings import GROUP, GROUP_BYTES
 from clt.explore.records import LOGITS, TOP, Source, write_records
 from clt.lm.documents import Part
 from clt.lm.fingerprint import fingerprints, pinned
@@ -32,6 +33,7 @@ from clt.lm.load import LanguageModel, load_language_model
 from clt.memory import keep_freed_memory
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import checkpoint
+from clt.train.distributed import accumulate_in_float32
 from clt.train.optim import autocast_dtype
 
 _WORK = "firings"  # the directory, in that of the features, that is deleted when they are complete
@@ -57,15 +59,17 @@ def make_features(config: Config, run: Path, step: int, part: Part, tokens: int,
         "lm.batch_windows": config.lm.batch_windows,
         "precision": str(dtype).removeprefix("torch."),
         "device": device.type,
-        **fingerprints(config, part, ask_hub=True),
+        **_fingerprints(config, part),
     }
+    accumulate_in_float32()  # as in training
     directory.mkdir(exist_ok=True)
     with locked(directory, "being made", "RUN"):
         if not (directory / SUMMARY).exists():
             lm = load_language_model(config.lm, device)
             transcoder = checkpoint.load_transcoder(path).to(device).requires_grad_(False)
             check(config, part, lm, transcoder)
-            _make(directory, config, part, lm, transcoder, windows, identity, f"{run.name}-{step}", progress)
+            name = f"{run.resolve().name}-{step}"
+            _make(directory, config, part, lm, transcoder, windows, identity, name, progress)
         features = Features(directory)
         if odd := mismatches(features.summary["identity"], identity):
             raise UserError(f"{directory} holds features of something else: {odd}; delete it to make them again")
@@ -73,18 +77,27 @@ def make_features(config: Config, run: Path, step: int, part: Part, tokens: int,
     return features
 
 
+def _fingerprints(config: Config, part: Part) -> dict[str, str]:
+    """Those of the run's store, where it is there and model and text are still the same; else as they are now."""
+    store = Path(config.data.store) / part
+    if not (store / INDEX).exists():
+        tell(f"warning: {store} is not there, so whether model and text are those of the run is not checked")
+        return fingerprints(config, part, ask_hub=True)
+    index = read_index(store)
+    check_files(index, config)
+    return index.fingerprints or fingerprints(config, part, ask_hub=True)
+
+
 def check(config: Config, part: Part, lm: LanguageModel, transcoder: CrossLayerTranscoder) -> None:
     """Raise UserError when the language model is not the one that the run was trained on."""
     found, wanted = (len(lm.layers), lm.d_model), (transcoder.n_layers, transcoder.d_acts)
     if found != wanted:
-        raise UserError(f"{lm.name!r} has activations of (L, D) = {found}, the checkpoint was trained on {wanted}")
-    store = Path(config.data.store) / part
-    if (store / INDEX).exists():
-        index = read_index(store)
-        check_files(index, config)
-        check_model(index, lm)
-    else:
-        tell(f"warning: {store} is not there, so whether model and text are those of the run is not checked")
+        raise UserError(
+            f"{lm.name!r} has activations of (L, D) = {found}, the checkpoint was trained on {wanted}; "
+            "set lm.model and lm.layers in the run's config.yaml back to what they were"
+        )
+    if ((store := Path(config.data.store) / part) / INDEX).exists():
+        check_model(read_index(store), lm)
 
 
 def _make(
@@ -102,10 +115,7 @@ def _make(
     L, F = transcoder.n_layers, transcoder.d_features
     size = sum(tensor.nbytes for module in (lm.model, transcoder) for tensor in module.state_dict().values())
     workers = min(L, len(os.sched_getaffinity(0)))
-    tell(
-        f"{L * F} features; memory: {size_text(size)} for both models, then up to {size_text(GROUP * GROUP_BYTES)} in "
-        f"each of {workers} processes that write the records"
-    )
+    tell(f"{L * F:,} features; the weights of both models take {size_text(size)}")
     precision = getattr(torch, identity["precision"])
     config = pinned(config, part, identity)
     firings = collect(directory / _WORK, config, part, lm, transcoder, precision, windows, identity, progress)
@@ -167,7 +177,15 @@ def _write_all(
                 write_records(*arguments)
                 bar.update(F)
             return
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            for future in as_completed([pool.submit(write_records, *arguments) for arguments in work]):
-                future.result()
-                bar.update(F)
+        # Ctrl-C ends the processes without a word each.
+        quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
+        try:
+            with ProcessPoolExecutor(workers, get_context("spawn"), **quiet) as pool:
+                for future in as_completed([pool.submit(write_records, *arguments) for arguments in work]):
+                    future.result()
+                    bar.update(F)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that wrote records was killed: was there too little memory? Run the same command again; "
+                "finished layers are kept"
+            ) from error

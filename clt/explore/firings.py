@@ -46,8 +46,8 @@ class OfLayer(NamedTuple):
             of_group = np.flatnonzero((self.feature >= first) & (self.feature < last))
             # Integers of 16 bits are sorted several times faster.
             key = (self.feature[of_group] - first).astype(np.uint16 if last - first <= 1 << 16 else np.int32)
-            of_group = of_group[np.argsort(key, kind="stable")]
-            places, values = np.searchsorted(self.end, of_group, "right"), self.value[of_group]
+            order = np.argsort(key, kind="stable")
+            places, values = np.searchsorted(self.end, of_group, "right")[order], self.value[of_group[order]]
             for start, end in zip([0, *(ends[first : last - 1] - done)], ends[first:last] - done):
                 yield places[start:end], values[start:end]
             first = last

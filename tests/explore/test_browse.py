@@ -1,6 +1,7 @@
 """What the page asks for: tables and records against the files, prompts against the models, refusals, mistakes."""
 
 import json
+import re
 import shutil
 import socket
 
@@ -244,13 +245,15 @@ def test_the_page_may_load_nothing_else_and_its_links_may_come_from_elsewhere(cl
     assert "onclick" not in answer.text
 
 
-def test_features_of_other_weights_are_not_mixed_with_the_checkpoints(made, tmp_path):
+@pytest.mark.parametrize("kind", ["checksums", "weights", "tokenizer"])
+def test_features_of_other_models_are_not_mixed_with_those_that_are_there(made, tmp_path, kind):
     run = shutil.copytree(made.run, tmp_path / "run")
     summary = json.loads((run / "features" / "summary.json").read_text())
-    summary["identity"]["checksums"] = "xxh3_128:0"
+    summary["identity"][kind] = "of another one"
     (run / "features" / "summary.json").write_text(json.dumps(summary))
     answer = ask(TestClient(make_app(made.config, run), URL), text=TEXT)
-    assert (answer.status_code, "is of other weights than" in answer.json()["error"]) == (422, True)
+    assert answer.status_code == 422
+    assert re.search(f"made from other files .* now: {kind}: found 'of another one'", answer.json()["error"])
 
 
 def test_a_damaged_record_is_told(made, tmp_path):

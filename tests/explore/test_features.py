@@ -256,7 +256,7 @@ def test_a_text_that_is_shorter_is_told_and_taken(made, again, capsys):
 
 
 def test_too_little_disk_is_refused(made, small_disk):
-    with pytest.raises(UserError, match=r"wanted .* for what fires on 160000 tokens: free space, or lower --tokens"):
+    with pytest.raises(UserError, match=r"wanted .* for what fires on 160000 tokens and the records: free space, or"):
         collect.collect(
             small_disk(300_000) / "firings", made.config, "heldout", made.lm, made.transcoder, torch.float32, 10_000,
             {}, progress=False,

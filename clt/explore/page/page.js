@@ -301,6 +301,7 @@ function showPrompt(params) {
     show();
   }
 
+  const shift = (before, after = before) => before === after ? before : `${before} → ${after}`;
   const activation = (row, run, token) => row.runs[run]?.find(([place]) => place === token)?.[1] ?? 0;
 
   function slider(row) {
@@ -309,8 +310,8 @@ function showPrompt(params) {
     const told = h("output", {}, "×" + value), range = h("input", {
       type: "range", min: 0, max: 4, step: .25, value, "aria-label": `Scale of feature ${id}`, "data-id": id,
       oninput: event => { told.textContent = "×" + event.target.value; later(() => set(Number(event.target.value))); }});
-    return h("div", {class: "scale"}, range, told, h("button", {type: "button", onclick: () => set(0), title: "Turn it off"}, "off"),
-      h("button", {type: "button", onclick: () => set(1), disabled: value === 1, title: "As it was", class: "reset"}, "reset"));
+    return h("div", {class: "scale"}, range, told, h("button", {type: "button", onclick: () => set(value === 1 ? 0 : 1)},
+      value === 1 ? "off" : "reset"));
   }
 
   function show() {
@@ -331,10 +332,10 @@ function showPrompt(params) {
     });
     const rows = here.map(row => h("tr", {class: scales.has(name(row)) ? "changed" : "", onmouseenter: () => shade(row),
       onmouseleave: () => shade(null), onfocusin: () => shade(row), onfocusout: () => shade(null)},
-      h("td", {}, h("a", {href: address(row)}, name(row))), h("td", {class: "number"}, number(activation(row, 0, at)),
-        changed && ` → ${number(activation(row, 1, at))}`), h("td", {}, chips(row.tokens, 4)), h("td", {}, slider(row))));
+      h("td", {}, h("a", {href: address(row)}, name(row))), h("td", {class: "number"}, shift(...row.runs.map((_, run) => number(activation(row, run, at))))), h("td", {}, chips(row.tokens, 4)), h("td", {}, slider(row))));
     const models = ["original", "replaced", ...(changed ? ["changed"] : [])], likeliest = next[at].slice();
-    likeliest.sort((a, b) => Math.max(...b.slice(1)) - Math.max(...a.slice(1)));
+    const largest = ([, ...shares]) => Math.max(...shares);
+    likeliest.sort((a, b) => largest(b) - largest(a));
     out.replaceChildren(strip, h("div", {class: "prompt"},
       card(null, h("div", {class: "head"}, h("h2", {}, "Features on ", chip(tokens[at])), changed && h("button", {type: "button",
         onclick: () => { scales.clear(); run(); }}, "Reset all")),
@@ -343,7 +344,7 @@ function showPrompt(params) {
           .map(label => h("th", {scope: "col"}, label)))), h("tbody", {}, rows)))),
       card(null, h("h2", {}, "What comes next"), h("table", {class: "next", id: "next"}, h("thead", {}, h("tr", {}, h("th", {scope: "col"}, "Token"),
         models.map(model => h("th", {class: "number", scope: "col"}, model)))), h("tbody", {}, likeliest.slice(0, 14).map(([text, ...shares]) =>
-        h("tr", {}, h("td", {}, chip(text)), shares.map((share, m) => h("td", {class: `number meter ${models[m]}`, "--share": share}, share < 1e-4 ? "< 0.01 %" : percent(share))))))),
+        h("tr", {}, h("td", {}, chip(text)), shares.map((share, m) => h("td", {class: `number meter ${models[m]}`, "--share": share / largest(likeliest[0])}, share < 1e-4 ? "< 0.01 %" : percent(share))))))),
         h("p", {class: "soft"}, `KL(original ‖ replaced) is ${number(kl[at][0])} nats` + (changed ? `, with the changes ${number(kl[at][1])}.` : ".")))));
     if (focused) out.querySelector(`[data-id="${CSS.escape(focused)}"]`)?.focus();
   }
