@@ -145,8 +145,8 @@ def _make(
     write_summary(directory, [layer["offsets"].tolist() for layer in layers], arrays, texts, summary)
     if summary["documents"] < TOP:
         tell(
-            f"warning: the text has {summary['documents']} documents, and a feature has at most one example of each: "
-            "more come of a .jsonl file with shorter ones"
+            f"warning: the text has {summary['documents']} documents, and a list of examples has at most one of each: "
+            "lists are longer with more tokens, or with a .jsonl file of shorter documents"
         )
 
 

@@ -194,9 +194,10 @@ def coactive(source: Source, layer: int, feature: int, places: np.ndarray) -> li
     F, m = source.counts.shape[1], len(places)
     sample = places[np.linspace(0, m - 1, min(m, SAMPLED)).astype(np.int64)]
     others = np.concatenate([of_layer.at(sample) + s * F for s, of_layer in enumerate(source.firings.layers)])
-    found, together = np.unique(others, return_counts=True)
-    found, together = found[found != layer * F + feature], together[found != layer * F + feature]
-    share, count = together / len(sample), source.counts.flat[found]
+    together = np.bincount(others)
+    together[layer * F + feature] = 0
+    found = np.flatnonzero(together)
+    share, count = together[found] / len(sample), source.counts.flat[found]
     both = np.minimum(share * m, count)
     jaccard = both / (m + count - both)
     best = np.argsort(-jaccard, kind="stable")[:COACTIVE]
