@@ -6,10 +6,8 @@ let overview, source, move = null, ticket = 0;  // move(±1): what j and k do on
 
 // Elements
 
-const SVG = new Set(["svg", "line", "text"]);
-
 function h(tag, attributes = {}, ...children) {
-  const element = SVG.has(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (name.startsWith("--")) element.style.setProperty(name, value);
@@ -188,8 +186,12 @@ function showTable(params) {
   const asShare = value => Math.min(Math.max(value / 100, 0), 1), asPercent = value => Number((100 * value).toPrecision(6));
   const layers = h("select", {onchange: event => change({layer: event.target.value})}, h("option", {value: ""}, "all"),
     overview.l0_per_layer.map((_, layer) => h("option", {value: layer, selected: state.layer === String(layer)}, layerName(layer))));
+  const sorted = key => {  // numbers with the largest first, and the other way round at the second click
+    const now = state.sort ?? "feature", first = key === "feature" ? key : "-" + key;
+    return now !== first ? first : key === "feature" ? "-" + key : key;
+  };
   const heads = COLUMNS.map(([key, label]) => h("th", {class: key === "feature" ? "" : "number", scope: "col"}, h("button", {
-    type: "button", onclick: () => change({sort: (state.sort ?? "feature") === "-" + key || key === "feature" && state.sort !== undefined && state.sort !== "-feature" ? key : "-" + key}),
+    type: "button", onclick: () => change({sort: sorted(key)}),
   }, label)));
   const back = h("button", {type: "button", onclick: () => change({start: Math.max(Number(state.start ?? 0) - ROWS, 0) || ""})}, "Previous");
   const next = h("button", {type: "button", onclick: () => change({start: Number(state.start ?? 0) + ROWS})}, "Next");
@@ -231,7 +233,7 @@ async function showFeature([layer, feature]) {
   const step = by => address({layer, feature: Math.min(Math.max(feature + by, 0), F - 1)});
   const most = record.act_max || 1, wrapped = localStorage.getItem("wrap") === "1";
   const groups = h("div", {id: "examples", class: wrapped ? "wrap" : ""}, record.examples_quantiles.map(({quantile_name: title, examples}) =>
-    card(title, examples.length ? examples.map(example => showExample(example, most, row)) : h("p", {class: "soft"}, "It never fires here."))));
+    card(title, examples.length ? examples.map(example => showExample(example, most)) : h("p", {class: "soft"}, "It never fires here."))));
   for (const group of groups.children) group.classList.add("group");
   const written = record.decoder_norms ?? [], logits = (key, title, way) => h("div", {}, h("h2", {}, title), h("ol", {},
     record[key].map((text, at) => {
@@ -394,8 +396,10 @@ async function guarded(work) {
 }
 
 async function random() {
-  const {layer, feature} = overview.points, at = Math.floor(Math.random() * layer.length);
-  location.replace(layer.length ? `#/feature/${layer[at]}/${feature[at]}` : "#/features");
+  const {summary, silent_per_layer: silent} = overview;
+  const firing = summary.n_layers * summary.d_features - silent.reduce((a, b) => a + b, 0);
+  const {rows: [row]} = await latest(source.select({min: .5 / summary.tokens, start: Math.floor(Math.random() * firing), limit: 1}));
+  location.replace(row ? address(row) : "#/features");
 }
 
 function route() {
