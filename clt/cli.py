@@ -302,7 +302,7 @@ def _features(arguments: argparse.Namespace) -> None:
     fired = int((features.arrays["count"] > 0).sum())
     print(
         f"{features.directory}: {features.arrays['count'].size:,} features, of which {fired:,} fire on "
-        f"{features.tokens:,} tokens of {features.summary['part']} text"
+        f"{features.tokens:,} tokens of {features.summary['part']} text; look at them with `clt browse {directory}`"
     )
 
 

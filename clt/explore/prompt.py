@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from clt.config import Config
+from clt.data.check import changes
 from clt.errors import UserError
 from clt.explore.features import check
 from clt.explore.table import Table, rounded
+from clt.lm.fingerprint import fingerprints
 from clt.lm.load import LanguageModel, bos_token, check_ids, load_language_model, special_ids
 from clt.lm.replacement import Replaced, run_replaced
 from clt.model.transcoder import CrossLayerTranscoder
@@ -63,12 +65,20 @@ class Prompts:
 
     @cached_property
     def _models(self) -> tuple[LanguageModel, CrossLayerTranscoder]:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # a server's log is no place for it
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         summary = self.table.features.summary
         path = self.run / "checkpoints" / f"step_{summary['step']:08d}"
         transcoder = checkpoint.load_transcoder(path).to(device).requires_grad_(False)
-        if (checkpoint.read_state(path)["checksums"] or {}).get(checkpoint.MODEL) != summary["identity"]["checksums"]:
-            raise UserError(f"{self.table.features.directory} is of other weights than {path}: make the features again")
+        now: dict[str, Any] = {"checksums": (checkpoint.read_state(path)["checksums"] or {}).get(checkpoint.MODEL)}
+        now |= {kind: found for kind, found in fingerprints(self.config, summary["part"]).items() if "text" not in kind}
+        if odd := changes(summary["identity"], now):
+            raise UserError(
+                f"{self.table.features.directory} was made from other files than those that are there now: {odd}; put "
+                "them back, or delete the directory and make the features again"
+            )
         lm = load_language_model(self.config.lm, device)
         check(self.config, summary["part"], lm, transcoder)
         return lm, transcoder
@@ -128,7 +138,7 @@ def factors_of(changes: Changes, transcoder: CrossLayerTranscoder) -> Tensor:
     return factors
 
 
-def _firings(run: Replaced, mask: Tensor, layer: int, feature: int) -> list[list[float]]:
+def _firings(run: Replaced, mask: Tensor, layer: int, feature: int) -> list[list[float | None]]:
     of_tokens = (run.features[layer][0, :, feature] * mask).tolist()
     return [[at, rounded(value)] for at, value in enumerate(of_tokens) if value]
 

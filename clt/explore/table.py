@@ -90,7 +90,7 @@ class Table:
         fired = arrays["count"] > 0
         return {
             "summary": summary,
-            "figures": figures(run, summary.get("step")),
+            "figures": figures(run, summary["step"]),
             "labels": ROWS,
             "l0_per_layer": [rounded(l0) for l0 in arrays["count"].sum(1) / summary["tokens"]],
             "silent_per_layer": (~fired).sum(1).tolist(),
@@ -117,7 +117,7 @@ def _cells(values: np.ndarray) -> np.ndarray:
     return ((values - low) / max(high - low, 1e-9) * (_GRID - 1)).astype(np.int64)
 
 
-def figures(run: Path, step: int | None) -> dict[str, Any] | None:
+def figures(run: Path, step: int) -> dict[str, Any] | None:
     """The quality of a run at a step, from the end of training or `clt eval`; None when it was not evaluated there."""
     remedy = "write it again with `clt eval RUN`"
     for file in (run / f"report_step_{step:08d}" / "evaluation.json", run / "summary.json"):

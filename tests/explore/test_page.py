@@ -163,6 +163,7 @@ def test_the_overview_tells_the_figures_and_a_click_on_a_point_opens_it(page, se
 def test_the_table_sorts_filters_and_is_linked(page, site, made):
     counts = made.features.arrays["count"]
     go(page, site, "features")
+    expect(page.locator("tbody tr")).to_have_count(30)
     assert ids(page) == [f"{layer}.{feature}" for layer in range(3) for feature in range(10)]
     page.get_by_role("button", name="Fires on").click()
     expect(page.locator("th[aria-sort=descending]")).to_have_text("Fires on ↓")

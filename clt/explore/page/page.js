@@ -6,10 +6,8 @@ let overview, source, move = null, ticket = 0;  // move(±1): what j and k do on
 
 // Elements
 
-const SVG = new Set(["svg", "line", "text"]);
-
 function h(tag, attributes = {}, ...children) {
-  const element = SVG.has(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (name.startsWith("--")) element.style.setProperty(name, value);
@@ -188,8 +186,12 @@ function showTable(params) {
   const asShare = value => Math.min(Math.max(value / 100, 0), 1), asPercent = value => Number((100 * value).toPrecision(6));
   const layers = h("select", {onchange: event => change({layer: event.target.value})}, h("option", {value: ""}, "all"),
     overview.l0_per_layer.map((_, layer) => h("option", {value: layer, selected: state.layer === String(layer)}, layerName(layer))));
+  const sorted = key => {  // numbers with the largest first, and the other way round at the second click
+    const now = state.sort ?? "feature", first = key === "feature" ? key : "-" + key;
+    return now !== first ? first : key === "feature" ? "-" + key : key;
+  };
   const heads = COLUMNS.map(([key, label]) => h("th", {class: key === "feature" ? "" : "number", scope: "col"}, h("button", {
-    type: "button", onclick: () => change({sort: (state.sort ?? "feature") === "-" + key || key === "feature" && state.sort !== undefined && state.sort !== "-feature" ? key : "-" + key}),
+    type: "button", onclick: () => change({sort: sorted(key)}),
   }, label)));
   const back = h("button", {type: "button", onclick: () => change({start: Math.max(Number(state.start ?? 0) - ROWS, 0) || ""})}, "Previous");
   const next = h("button", {type: "button", onclick: () => change({start: Number(state.start ?? 0) + ROWS})}, "Next");
@@ -231,7 +233,7 @@ async function showFeature([layer, feature]) {
   const step = by => address({layer, feature: Math.min(Math.max(feature + by, 0), F - 1)});
   const most = record.act_max || 1, wrapped = localStorage.getItem("wrap") === "1";
   const groups = h("div", {id: "examples", class: wrapped ? "wrap" : ""}, record.examples_quantiles.map(({quantile_name: title, examples}) =>
-    card(title, examples.length ? examples.map(example => showExample(example, most, row)) : h("p", {class: "soft"}, "It never fires here."))));
+    card(title, examples.length ? examples.map(example => showExample(example, most)) : h("p", {class: "soft"}, "It never fires here."))));
   for (const group of groups.children) group.classList.add("group");
   const written = record.decoder_norms ?? [], logits = (key, title, way) => h("div", {}, h("h2", {}, title), h("ol", {},
     record[key].map((text, at) => {
@@ -301,6 +303,7 @@ function showPrompt(params) {
     show();
   }
 
+  const shift = (before, after = before) => before === after ? before : `${before} → ${after}`;
   const activation = (row, run, token) => row.runs[run]?.find(([place]) => place === token)?.[1] ?? 0;
 
   function slider(row) {
@@ -309,8 +312,8 @@ function showPrompt(params) {
     const told = h("output", {}, "×" + value), range = h("input", {
       type: "range", min: 0, max: 4, step: .25, value, "aria-label": `Scale of feature ${id}`, "data-id": id,
       oninput: event => { told.textContent = "×" + event.target.value; later(() => set(Number(event.target.value))); }});
-    return h("div", {class: "scale"}, range, told, h("button", {type: "button", onclick: () => set(0), title: "Turn it off"}, "off"),
-      h("button", {type: "button", onclick: () => set(1), disabled: value === 1, title: "As it was", class: "reset"}, "reset"));
+    return h("div", {class: "scale"}, range, told, h("button", {type: "button", onclick: () => set(value === 1 ? 0 : 1)},
+      value === 1 ? "off" : "reset"));
   }
 
   function show() {
@@ -331,10 +334,10 @@ function showPrompt(params) {
     });
     const rows = here.map(row => h("tr", {class: scales.has(name(row)) ? "changed" : "", onmouseenter: () => shade(row),
       onmouseleave: () => shade(null), onfocusin: () => shade(row), onfocusout: () => shade(null)},
-      h("td", {}, h("a", {href: address(row)}, name(row))), h("td", {class: "number"}, number(activation(row, 0, at)),
-        changed && ` → ${number(activation(row, 1, at))}`), h("td", {}, chips(row.tokens, 4)), h("td", {}, slider(row))));
+      h("td", {}, h("a", {href: address(row)}, name(row))), h("td", {class: "number"}, shift(...row.runs.map((_, run) => number(activation(row, run, at))))), h("td", {}, chips(row.tokens, 4)), h("td", {}, slider(row))));
     const models = ["original", "replaced", ...(changed ? ["changed"] : [])], likeliest = next[at].slice();
-    likeliest.sort((a, b) => Math.max(...b.slice(1)) - Math.max(...a.slice(1)));
+    const largest = ([, ...shares]) => Math.max(...shares);
+    likeliest.sort((a, b) => largest(b) - largest(a));
     out.replaceChildren(strip, h("div", {class: "prompt"},
       card(null, h("div", {class: "head"}, h("h2", {}, "Features on ", chip(tokens[at])), changed && h("button", {type: "button",
         onclick: () => { scales.clear(); run(); }}, "Reset all")),
@@ -343,7 +346,7 @@ function showPrompt(params) {
           .map(label => h("th", {scope: "col"}, label)))), h("tbody", {}, rows)))),
       card(null, h("h2", {}, "What comes next"), h("table", {class: "next", id: "next"}, h("thead", {}, h("tr", {}, h("th", {scope: "col"}, "Token"),
         models.map(model => h("th", {class: "number", scope: "col"}, model)))), h("tbody", {}, likeliest.slice(0, 14).map(([text, ...shares]) =>
-        h("tr", {}, h("td", {}, chip(text)), shares.map((share, m) => h("td", {class: `number meter ${models[m]}`, "--share": share}, share < 1e-4 ? "< 0.01 %" : percent(share))))))),
+        h("tr", {}, h("td", {}, chip(text)), shares.map((share, m) => h("td", {class: `number meter ${models[m]}`, "--share": share / largest(likeliest[0])}, share < 1e-4 ? "< 0.01 %" : percent(share))))))),
         h("p", {class: "soft"}, `KL(original ‖ replaced) is ${number(kl[at][0])} nats` + (changed ? `, with the changes ${number(kl[at][1])}.` : ".")))));
     if (focused) out.querySelector(`[data-id="${CSS.escape(focused)}"]`)?.focus();
   }
@@ -393,8 +396,10 @@ async function guarded(work) {
 }
 
 async function random() {
-  const {layer, feature} = overview.points, at = Math.floor(Math.random() * layer.length);
-  location.replace(layer.length ? `#/feature/${layer[at]}/${feature[at]}` : "#/features");
+  const {summary, silent_per_layer: silent} = overview;
+  const firing = summary.n_layers * summary.d_features - silent.reduce((a, b) => a + b, 0);
+  const {rows: [row]} = await latest(source.select({min: .5 / summary.tokens, start: Math.floor(Math.random() * firing), limit: 1}));
+  location.replace(row ? address(row) : "#/features");
 }
 
 function route() {
