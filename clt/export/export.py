@@ -67,9 +67,16 @@ def find(source: Path) -> Trained:
             return _imported(path)
         run = parents[0]
     config = load_config(run / "config.yaml")
-    load = checkpoint.load_transcoder if (path / "state.json").is_file() else CrossLayerTranscoder.from_pretrained
+    if (path / "state.json").is_file():
+        checkpoint.verify(path, checkpoint.MODEL)
     there = (Path(config.data.store) / "heldout" / INDEX).is_file()
-    return Trained(load(path), config, open_store(config, "heldout").index if there else None)
+    return Trained(_load(path), config, open_store(config, "heldout").index if there else None)
+
+
+def _load(path: Path) -> CrossLayerTranscoder:
+    """The transcoder, whose weights are read a layer at a time unless its rule is to be converted."""
+    transcoder = CrossLayerTranscoder.from_pretrained(path, lazy=True)
+    return CrossLayerTranscoder.from_pretrained(path) if transcoder.spec.activation in BY_K else transcoder
 
 
 def _imported(path: Path) -> Trained:

@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from clt import hub
 from clt.config import Config
 from clt.data.index import write_json
-from clt.data.shards import is_full_disk
 from clt.errors import UserError, size_text
 from clt.export import circuit_tracer, gemma_scope, joint_topk, sparsify
 from clt.export.source import Reader, Source
 from clt.files import new_directory
 from clt.lm.forward import forward_text
-from clt.lm.load import LanguageModel, first_line
+from clt.lm.load import LanguageModel
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import tensorfile
 from clt.train.compare import language_model
@@ -92,25 +92,14 @@ def open_source(folder: Path) -> Source:
 def fetch(source: str) -> Path:
     """The local copy of `user/name[/folder][@revision]`: only files of known layouts, none of which can run code.
 
-    Raises UserError when the hub does not have it or does not answer.
+    Raises UserError as `hub.fetch`.
     """
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)((?:/(?!\.)[\w.-]+)*)(?:@([\w./-]+))?", source)
     if match is None:
         raise UserError(f"there is no directory {source}; wanted one, or user/name[/folder][@revision] of the hub")
-    from huggingface_hub import snapshot_download
-
     name, folder, revision = match[1], match[2].lstrip("/"), match[3]
-    patterns = [f"{folder}/{pattern}" if folder else pattern for pattern in _WANTED]
-    try:
-        place = snapshot_download(name, revision=revision, allow_patterns=patterns)
-    except Exception as error:  # whatever the hub's client raises
-        if isinstance(error, OSError) and is_full_disk(error):
-            raise
-        raise UserError(
-            f"there is no directory {source}, and the hub gave none: {type(error).__name__}: {first_line(error)} "
-            "Check the spelling and the network; a gated repository needs `hf auth login`"
-        ) from error
-    if not (path := Path(place) / folder).is_dir():
+    place = hub.fetch(name, revision, [f"{folder}/{pattern}" if folder else pattern for pattern in _WANTED])
+    if not (path := place / folder).is_dir():
         raise UserError(f"{name} on the hub has no files of a transcoder in {folder or 'its main folder'}")
     return path
 

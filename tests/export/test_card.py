@@ -1,6 +1,7 @@
 """The model card: what it tells, and what it never does."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def test_what_was_trained(run):
     assert header(text)["license"] == "mit"
     assert text.count("\n# Cross-layer transcoder of a local language model\n") == 1
     summary = json.loads((run / "summary.json").read_text())
-    assert f"fraction of variance explained (held out)  {summary['fve']:>12.4g}" in text
+    assert re.search(rf"fraction of variance explained \(held out\) +{summary['fve']:.4g}\n", text)
     assert "| tokens | 600 in training; 1,000 extracted, and 150 held out |" in text
     assert "| layers | all 3 |" in text
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
