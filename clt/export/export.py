@@ -17,9 +17,10 @@ from clt.config import Config, DataConfig, LMConfig, load_config
 from clt.data.index import INDEX, StoreIndex
 from clt.errors import UserError, size_text
 from clt.export import circuit_tracer, saelens
+from clt.export.card import card
 from clt.export.compare import compare
 from clt.export.convert import evenly, to_jumprelu
-from clt.files import new_directory
+from clt.files import new_directory, read_object
 from clt.lm.sites import ARCHITECTURES
 from clt.model.spec import BY_K
 from clt.model.transcoder import CrossLayerTranscoder
@@ -39,6 +40,8 @@ class Trained:
     config: Config
     index: StoreIndex | None
     """Of the held-out store; None when that is gone."""
+    results: dict[str, Any] | None
+    """Of the run's summary.json, {} where it tells of no such checkpoint; None when there is no run."""
 
     @property
     def model(self) -> str:
@@ -70,7 +73,16 @@ def find(source: Path) -> Trained:
     if (path / "state.json").is_file():
         checkpoint.verify(path, checkpoint.MODEL)
     there = (Path(config.data.store) / "heldout" / INDEX).is_file()
-    return Trained(_load(path), config, open_store(config, "heldout").index if there else None)
+    index = open_store(config, "heldout").index if there else None
+    return Trained(_load(path), config, index, _results(run, path))
+
+
+def _results(run: Path, path: Path) -> dict[str, Any]:
+    """The run's summary, if it is of the checkpoint `path`."""
+    if not (run / "summary.json").is_file():
+        return {}
+    results = read_object(run / "summary.json", {"steps": int}, "finish the run with the command that started it")
+    return results if path.name == f"step_{results['steps']:08d}" else {}
 
 
 def _load(path: Path) -> CrossLayerTranscoder:
@@ -89,7 +101,7 @@ def _imported(path: Path) -> Trained:
             "the hub id of the one that it was trained on"
         )
     lm = LMConfig(model=sites.model, input_site=sites.input_site, output_site=sites.output_site)
-    return Trained(transcoder, Config(lm=lm, data=DataConfig(store=str(path))), None)
+    return Trained(transcoder, Config(lm=lm, data=DataConfig(store=str(path))), None, None)
 
 
 def export(source: Path, to: str, directory: Path, dtype: str) -> dict[str, Any]:
@@ -114,7 +126,7 @@ def export(source: Path, to: str, directory: Path, dtype: str) -> dict[str, Any]
             rows = evenly(open_store(trained.config, "heldout"), _ROWS_TO_COMPARE).float()
             read = lambda s: form.read_layer(partial, s)  # noqa: E731
             facts["comparison"] = compare(trained.transcoder, read, rows[:, 0], rows[:, 1])
-        (partial / "README.md").write_text(card(facts))
+        (partial / "README.md").write_text(_readme(trained, facts))
     return facts
 
 
@@ -266,6 +278,7 @@ def summary(facts: dict[str, Any]) -> str:
     )
 
 
-def card(facts: dict[str, Any]) -> str:
-    """README.md of an export."""
+def _readme(trained: Trained, facts: dict[str, Any]) -> str:
+    if trained.results is not None:
+        return card(trained.config, trained.results, trained.index, facts)
     return f"# Transcoder of {facts['model']}, in the format of {facts['format']}\n\n```\n{summary(facts)}\n```\n"

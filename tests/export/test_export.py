@@ -1,6 +1,7 @@
 """Exported directories, read by safetensors alone and put into the formulas of the tools that they are for."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -228,7 +229,7 @@ def test_what_cannot_be_exported(make_run, stores, tmp_path):
 def test_without_a_heldout_store_nothing_is_compared_and_the_card_says_so(make_run, tmp_path):
     facts = export(make_run(data=tmp_path / "none"), "circuit-tracer", tmp_path / "out", "float32")
     assert facts["comparison"] is None
-    assert "Not compared with the training forward" in (tmp_path / "out" / "README.md").read_text()
+    assert "It was not compared with the training forward" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_disk_that_is_too_small_ends_in_one_message(make_run, small_disk):
@@ -248,6 +249,10 @@ def test_the_command_exports_runs_checkpoints_and_converted_ones(train, capsys, 
         printed = capsys.readouterr().out
         assert "cross-layer transcoder of lm0: 3 layers, width 16, 24 features a layer, jumprelu" in printed
         assert ("Trained with batchtopk" in printed) == (number < 2)
-        assert printed.split("The export")[0] in (out / "README.md").read_text()
-        assert str(tmp_path) not in (out / "README.md").read_text()
+        card, fired = (out / "README.md").read_text(), re.search(r"in one alone +(\d+ of \d+)\n", printed)
+        assert fired
+        assert f"| features that fire in one alone | {fired[1]} |" in card
+        assert ("Trained with batchtopk" in card) == (number < 2)
+        assert ("## Figures" in card) == (number < 2)  # of the checkpoint that summary.json is of
+        assert str(tmp_path) not in card
     assert "The export is in" in printed

@@ -398,10 +398,8 @@ def test_a_source_on_the_hub(hub, source, tmp_path):
     clt = CrossLayerTranscoder.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(clt(x), function(x)[1].float(), rtol=1e-4, atol=1e-5)
     for wrong in ("org/absent", "org/transcoder@v9", "org/transcoder/clt/narrow", "org/../../etc", "absent"):
-        with pytest.raises(
-            UserError,
-            match=f"there is no directory {wrong}|no copy of {wrong.partition('@')[0]}|no files of a transcoder in clt/narr",
-        ):
+        why = f"there is no directory {wrong}|no copy of {wrong.partition('@')[0]}|no files of a transcoder in clt/narr"
+        with pytest.raises(UserError, match=why):
             import_transcoder(wrong, tmp_path / "other")
     assert not list(tmp_path.glob("other*"))
 
