@@ -27,7 +27,7 @@ flock 9 # several nodes may share this directory: one installs, the others find 
 if ! grep -qsxE "($what|test) $versions" "$VENV/installed"; then
     # Also where a first start was interrupted, before the environment had its pip.
     "$VENV/bin/python" -m pip --version &>/dev/null || "${PYTHON:-python3}" -m venv "$VENV"
-    extras=""
+    extras="[serve]" # for `clt browse` as well
     [[ $what == test ]] && extras="[test,serve,nnsight,wandb,hub,gguf]"
     echo "Installing into $VENV ..."
     "$VENV/bin/python" -m pip install --quiet --constraint constraints.txt --editable ".$extras"

@@ -299,10 +299,12 @@ def _features(arguments: argparse.Namespace) -> None:
     from clt.explore.features import make_features
 
     features = make_features(config, directory, step, arguments.part, arguments.tokens)
-    fired = int((features.arrays["count"] > 0).sum())
+    fired, command = int((features.arrays["count"] > 0).sum()), Path(sys.executable).with_name("clt")
+    if command.is_relative_to(Path.cwd()):  # an environment that launch.sh made is not on the shell's path
+        command = command.relative_to(Path.cwd())
     print(
         f"{features.directory}: {features.arrays['count'].size:,} features, of which {fired:,} fire on "
-        f"{features.tokens:,} tokens of {features.summary['part']} text; look at them with `clt browse {directory}`"
+        f"{features.tokens:,} tokens of {features.summary['part']} text; look at them: {command} browse {directory}"
     )
 
 

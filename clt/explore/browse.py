@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ def make_app(config: Config, run: Path) -> Starlette:
     """The page of a run and what it asks for. Raises UserError as `Features` does."""
     table = Table(Features(run / FEATURES))
     prompts, overview = Prompts(config, run, table), {"prompt": True, **table.overview(run)}
+    alone = asyncio.Lock()  # prompts that wait take no thread from the other answers
 
     def show_overview(request: Request) -> Response:
         return JSONResponse(overview)
@@ -43,7 +45,10 @@ def make_app(config: Config, run: Path) -> Starlette:
         return JSONResponse(table.select(parse_query(dict(request.query_params), table.features.n_layers)))
 
     def feature(request: Request) -> Response:
-        return JSONResponse(show_feature(table, request.path_params["layer"], request.path_params["feature"]))
+        numbers = [request.path_params[name] for name in ("layer", "feature")]
+        if not all(number.isdecimal() and len(number) < 10 for number in numbers):
+            raise HTTPException(404, f"no feature {shown('/'.join(numbers))}; wanted LAYER/FEATURE")
+        return JSONResponse(show_feature(table, int(numbers[0]), int(numbers[1])))
 
     async def prompt(request: Request) -> Response:
         tree = await read_json(request, _MOST_BYTES)
@@ -55,17 +60,18 @@ def make_app(config: Config, run: Path) -> Starlette:
             changes = parse_changes(tree.get("changes", []))
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
-        try:
-            return JSONResponse(await run_in_threadpool(prompts.answer, text, changes))
-        except UserError as error:
-            raise HTTPException(422, str(error)) from error
+        async with alone:
+            try:
+                return JSONResponse(await run_in_threadpool(prompts.answer, text, changes))
+            except UserError as error:
+                raise HTTPException(422, str(error)) from error
 
     routes = [
         Route("/", file("index.html")),
         *(Route(f"/{name}", file(name)) for name in _FILES[1:]),
         Route("/overview.json", show_overview),
         Route("/features", select),
-        Route("/features/{layer:int}/{feature:int}", feature),
+        Route("/features/{layer}/{feature}", feature),
         Route("/prompt", prompt, methods=["POST"]),
     ]
     handlers: dict[Any, Any] = {HTTPException: refused, UserError: failed}
@@ -112,7 +118,8 @@ def parse_query(given: dict[str, str], n_layers: int) -> Query:
             raise HTTPException(400, f"{name} is {shown(text)}; wanted a number") from error
     query = Query(**values)
     allowed = {
-        f"sort: one of {', '.join(SORTS)}, with a - before it for the largest first": query.sort.lstrip("-") in SORTS,
+        f"sort: one of {', '.join(SORTS)}, with a - before it for the largest first": query.sort.removeprefix("-")
+        in SORTS,
         f"layer: 0 to {n_layers - 1}": query.layer is None or 0 <= query.layer < n_layers,
         "min and max: 0 to 1": 0 <= query.min <= 1 and 0 <= query.max <= 1,
         "start: 0 or more": 0 <= query.start < 2**40,
@@ -156,8 +163,8 @@ def write_static(run: Path, directory: Path) -> None:
     Raises UserError when the directory has files already, and as `Features` does.
     """
     table = Table(Features(run / FEATURES))
-    if directory.exists() and any(directory.iterdir()):
-        raise UserError(f"{directory} is not empty; name a new directory, or delete this one")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} is a file, or not empty; name a new directory, or delete this one")
     directory.mkdir(parents=True, exist_ok=True)
     for name in _FILES:
         shutil.copyfile(_PAGE / name, directory / name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from functools import cached_property
 from pathlib import Path
@@ -151,7 +150,7 @@ def parse_changes(value: Any) -> Changes:
     changes = {}
     for change in value:
         match change:
-            case [int(layer), int(feature), int() | float() as factor] if math.isfinite(factor) and abs(factor) <= 100:
+            case [int(layer), int(feature), int() | float() as factor] if abs(factor) <= 100:
                 changes[layer, feature] = float(factor)
             case _:
                 raise ValueError(f"changes: {wanted}, the factor from -100 to 100")

@@ -80,13 +80,14 @@ def choose(order: np.ndarray, documents: np.ndarray) -> list[list[int]]:
     equal ones. Of a fifth four evenly spaced ones are taken, or instead of one the next lower one that may be.
     """
     owners, m = documents[order], len(order)
+    distinct = len(np.unique(owners))
     taken: set[int] = set()
 
     def take(start: int, end: int, most: int, used: set[int]) -> list[int]:
         """Numbers of the first `most` from `start` on that are not taken, nor of a document in `used`."""
         found = []
         for i in range(start, end):
-            if len(found) == most:
+            if len(found) == most or len(used) == distinct:
                 break
             if i not in taken and owners[i] not in used:
                 used.add(owners[i])

@@ -79,6 +79,7 @@ class Update:
         self.good_steps = torch.zeros((), device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.failed_at = torch.full((len(self.names),), NEVER, device=device)
+        self.excusable = torch.tensor([name != "train_mse" for name in self.names], device=device)
 
     def tensors(self) -> dict[str, Tensor]:
         """The state that a checkpoint must hold."""
@@ -98,7 +99,7 @@ class Update:
         finite = scaled.isfinite()
         failed = torch.cat([~values.isfinite(), (~finite & ((self.scale <= 1) | (lost > 0))).view(1)])
         if expected is not None:
-            failed = failed & ~expected
+            failed = failed & ~(expected & self.excusable)  # a squared error that is nan comes from the data
         self.failed_at = torch.where(failed & (self.failed_at == NEVER), step, self.failed_at)
         skip = ~finite
         if self.stop:

@@ -84,7 +84,6 @@ class TrainState:
         dist.on_rank_zero(self.world, checkpoint.verify, path, checkpoint.MODEL, checkpoint.TRAINING)
         state = checkpoint.restore(path, self.transcoder, self.optimizer, tensors, identity)
         self.step = self.saved = state["step"]
-        self.switch.choose()
         self.busy_seconds, self.wandb_id = state["busy_seconds"], state["wandb_id"]
         return state
 

@@ -113,6 +113,7 @@ def test_the_table_is_the_one_sorted_and_filtered_by_hand(client, made, query):
         ("layer=one", "layer is 'one'; wanted a number"),
         ("layer=3", "wanted layer: 0 to 2"),
         ("sort=name", "wanted sort: one of feature, count,"),
+        ("sort=--count", "wanted sort: one of feature, count,"),
         ("min=nan", "wanted min and max: 0 to 1"),
         ("max=-1", "wanted min and max: 0 to 1"),
         ("start=-1", "wanted start: 0 or more"),
@@ -133,7 +134,7 @@ def test_a_feature_is_its_record_and_its_row(client, made):
         assert (found["row"]["layer"], found["row"]["feature"]) == (layer, feature)
         near = [(other["layer"], other["feature"]) for other in found["record"]["coactive"]]
         assert [(other["layer"], other["feature"]) for other in found["others"]] == near
-    for path in ("3/0", "0/10", "0/" + "9" * 30):
+    for path in ("3/0", "0/10", "0/" + "9" * 30, "9" * 5000 + "/0"):
         answer = client.get(f"/features/{path}")
         assert (answer.status_code, answer.json()["error"][:10]) == (404, "no feature")
     assert client.get("/features/0/-1").status_code == 404
@@ -198,6 +199,7 @@ def test_a_prompt_is_answered_by_both_models(client, made):
         (400, {"text": "a", "changes": [[0, 0]]}, "[layer, feature, factor]"),
         (400, {"text": "a", "changes": [[0, 0, "0"]]}, "[layer, feature, factor]"),
         (400, {"text": "a", "changes": [[0, 0, 1e9]]}, "from -100 to 100"),
+        (400, {"text": "a", "changes": [[0, 0, 10**400]]}, "from -100 to 100"),
         (400, {"text": "a", "changes": [[0, 0, 1]] * 65}, "at most 64"),
         (422, {"text": "a", "changes": [[0, 10, 0]]}, "there is no feature 10 of layer 0"),
         (422, {"text": "a", "changes": [[-1, 0, 0]]}, "there is no feature 0 of layer -1"),
@@ -274,8 +276,10 @@ def test_the_static_pages_are_the_page_and_the_files(made, tmp_path):
     assert copied == {"summary.json", "summary.safetensors", "vocabulary.json.gz", "index.json.gz", *layers}
     for name in copied:
         assert (tmp_path / "site" / "features" / name).read_bytes() == (made.features.directory / name).read_bytes()
-    with pytest.raises(UserError, match="is not empty"):
-        write_static(made.run, tmp_path / "site")
+    (tmp_path / "file").touch()
+    for there in ("site", "file"):
+        with pytest.raises(UserError, match="is a file, or not empty"):
+            write_static(made.run, tmp_path / there)
 
 
 def test_mistakes_on_the_command_line_are_told(made, tmp_path, capsys):

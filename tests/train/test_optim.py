@@ -165,3 +165,14 @@ def test_a_run_keeps_thresholds_at_or_above_the_floor(train):
     """At this rate Adam would have some of them below 0 after the first step."""
     weights = train("optim.lr=0.1", "eval.replacement_tokens=0").weights
     assert weights["threshold"].min() == torch.tensor(0.01)
+
+
+@pytest.mark.parametrize(("place", "is_told"), [("mse", True), ("sparsity", False)])
+def test_a_step_without_room_does_not_hide_a_nan_in_the_data(place, is_told):
+    (ours, _), gradients = problem()
+    update, values = updater(ours), torch.zeros(len(value_names()))
+    for parameter, gradient in zip(ours, gradients):
+        parameter.grad = torch.full_like(gradient, torch.nan)
+    values[value_names().index(place)] = torch.nan
+    update(1, 0.1, values, torch.tensor(True))
+    assert (update.failed_at != NEVER).tolist() == [is_told] + [False] * (len(update.names) - 1)
