@@ -236,6 +236,12 @@ def _eval(arguments: argparse.Namespace) -> None:
         for option in ("step", "nnsight"):
             if getattr(arguments, option):
                 raise UserError(f"--{option} is of a run; leave it out with --transcoder and --compare")
+        if odd := [name for name in directories if "=" in name or name.endswith((".yaml", ".yml"))]:
+            raise UserError(f"{odd[0]} is no transcoder; put CONFIG and overrides before --compare")
+        if not arguments.config:
+            raise UserError(
+                "found no CONFIG; wanted the YAML file with the language model and the text, before --compare"
+            )
         from clt.train.compare import conclude as conclude_comparison
         from clt.train.compare import evaluate_transcoders
 

@@ -52,14 +52,14 @@ def card(
     parts = [
         _header(hub_model, public_text(index), license),
         f"# {_kind(config)} of {model or 'a local language model'}",
-        "It reads the residual stream before every MLP of a language model. Its sparse features write the MLP outputs "
-        f"of {_reach(config)}.",
+        f"It reads {_reads(config)} of a language model. Its sparse features write the MLP outputs of "
+        f"{_reach(config)}.",
         _data(config, index),
         *_figures(summary),
         *([] if facts is None else _comparison(facts)),
         f"## Recipe\n\nOf the config that it was trained with:\n\n```yaml\n{_recipe(config)}```",
         *([] if facts else _plots(summary)),
-        _loading(hub_model, facts, name),
+        _loading(config, hub_model, facts, name),
         "## Licence\n\n" + (f"{license}." if license else "The author has not stated one."),
     ]
     return "\n\n".join(parts) + "\n"
@@ -84,6 +84,16 @@ def public_text(index: StoreIndex | None) -> str | None:
 
 def _kind(config: Config) -> str:
     return "Cross-layer transcoder" if config.clt.cross_layer else "Per-layer transcoders"
+
+
+def _reads(config: Config) -> str:
+    match config.lm.input_site:
+        case "norm.output":
+            return "the output of the norm before each MLP"
+        case site if site is not None and site.endswith(".output"):
+            return "the output of the module that the config names"
+    which = "each MLP" if config.lm.layers is None else f"the MLPs of layers {config.lm.layers}"
+    return f"the residual stream before {which}"
 
 
 def _reach(config: Config) -> str:
@@ -170,13 +180,13 @@ def _plots(summary: dict[str, Any]) -> list[str]:
     return ["## Plots\n\n" + "\n\n".join(f"![{what}](report/{plot}.png)" for plot, what in _PLOTS.items())]
 
 
-def _loading(model: str | None, facts: dict[str, Any] | None, name: str | None) -> str:
+def _loading(config: Config, model: str | None, facts: dict[str, Any] | None, name: str | None) -> str:
     """Three lines in this code's package and in the other tool's."""
     place = name or "DIRECTORY"
     here = [
         "from clt.model.transcoder import CrossLayerTranscoder",
         f'transcoder = CrossLayerTranscoder.from_pretrained("{place}")',
-        "features = transcoder.encode(x)  # x: (tokens, layers, width), the residual stream before each MLP",
+        f"features = transcoder.encode(x)  # x: (tokens, layers, width), {_reads(config)}",
     ]
     tracer = [
         "from circuit_tracer import ReplacementModel, attribute",

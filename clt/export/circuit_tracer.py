@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 from clt.errors import UserError, shown
 from clt.export.compare import Layer
-from clt.export.source import REMEDY, Reader, Source, count_layers, sizes, spec_of
+from clt.export.source import REMEDY, Reader, Source, count_layers, everywhere, sizes, spec_of
 from clt.files import reading
 from clt.model.spec import Sites
 from clt.model.transcoder import CrossLayerTranscoder
@@ -130,8 +130,8 @@ def _hooked(file: Path, settings: dict[str, Any]) -> str | None:
 def _cross_layer(folder: Path, sites: Sites, *, relu: bool) -> Source:
     L, headers = count_layers(folder, "W_enc_{}.safetensors"), Reader(folder, values=False)
     F, D = sizes(headers, "W_enc_0.safetensors", "W_enc_0")
-    names = headers.shapes("W_enc_0.safetensors")
-    jump, skip = "threshold_0" in names and not relu, "W_skip_0" in names
+    jump, skip = (everywhere(headers, "W_enc_{}.safetensors", name, L) for name in ("threshold_{}", "W_skip_{}"))
+    jump = jump and not relu
 
     def layer(reader: Reader, i: int) -> dict[str, Tensor]:
         file = f"W_enc_{i}.safetensors"
@@ -153,8 +153,9 @@ def _cross_layer(folder: Path, sites: Sites, *, relu: bool) -> Source:
 def _one_by_one(folder: Path, sites: Sites, *, relu: bool) -> Source:
     L, headers = count_layers(folder, "layer_{}.safetensors"), Reader(folder, values=False)
     F, D = sizes(headers, "layer_0.safetensors", "W_enc")
-    names = headers.shapes("layer_0.safetensors")
-    jump, skip = "activation_function.threshold" in names and not relu, "W_skip" in names
+    names = ("activation_function.threshold", "W_skip")
+    jump, skip = (everywhere(headers, "layer_{}.safetensors", name, L) for name in names)
+    jump = jump and not relu
 
     def layer(reader: Reader, i: int) -> dict[str, Tensor]:
         file = f"layer_{i}.safetensors"

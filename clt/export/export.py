@@ -46,9 +46,11 @@ class Trained:
     @property
     def model(self) -> str:
         """The language model's hub id, or of a local one the last part of its path."""
-        local = self.index is not None and self.index.revision is None
         name = self.config.lm.model
-        return Path(name).name.removesuffix(".gguf") if local or Path(name).exists() else name
+        local = self.index is not None and self.index.revision is None
+        # A path stays private also where it leads nowhere any more: it may be another machine's.
+        local = local or name.startswith(("/", "~", ".")) or name.count("/") > 1 or Path(name).exists()
+        return Path(name).name.removesuffix(".gguf") if local else name
 
 
 def find(source: Path) -> Trained:
@@ -175,6 +177,10 @@ def _without_k(trained: Trained) -> CrossLayerTranscoder:
     rule = transcoder.spec.activation
     if rule not in BY_K:
         return transcoder
+    if trained.results is None:
+        raise UserError(
+            f"the transcoder is {rule} and was imported, so there is no training store to set thresholds on"
+        )
     if not (store := Path(config.data.store) / "train" / INDEX).is_file():
         raise UserError(
             f"{store} does not exist. Other tools have no {rule}: thresholds are set on rows of the run's training "
@@ -215,7 +221,8 @@ def _configs(trained: Trained, transcoder: CrossLayerTranscoder, to: str) -> dic
     model = trained.model.removeprefix("openai-community/")  # transformer-lens has GPT-2 by the name it had at first
     if to == "circuit-tracer":
         return {"config.yaml": circuit_tracer.config(transcoder, model)}
-    layers = range(transcoder.n_layers) if trained.index is None else trained.index.layers
+    layers = trained.config.lm.layers or range(transcoder.n_layers)
+    layers = layers if trained.index is None else trained.index.layers
     context = trained.config.lm.context
     return {f"layer_{s}/cfg.json": saelens.config(transcoder, model, layer, context) for s, layer in enumerate(layers)}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from clt.errors import UserError, shown
-from clt.export.source import REMEDY, Reader, Source, count_layers, sizes, spec_of
+from clt.export.source import REMEDY, Reader, Source, count_layers, everywhere, sizes, spec_of
 from clt.files import read_object
 from clt.model.spec import Sites
 from clt.ranges import NORM_OUTPUT
@@ -26,7 +26,7 @@ def read(folder: Path) -> Source:
         raise UserError(f"{file} has hf_hook_point_in {shown(hook)}; wanted the output of pre_feedforward_layernorm")
     L, headers = count_layers(folder, "params_layer_{}.safetensors"), Reader(folder, values=False)
     D, F = sizes(headers, "params_layer_0.safetensors", "w_enc")
-    skip = "affine_skip_connection" in headers.shapes("params_layer_0.safetensors")
+    skip = everywhere(headers, "params_layer_{}.safetensors", "affine_skip_connection", L)
 
     def layer(reader: Reader, i: int) -> dict[str, Tensor]:
         file = f"params_layer_{i}.safetensors"

@@ -12,7 +12,7 @@ from clt.export.card import card
 from clt.files import read_object
 from clt.train import checkpoint
 
-_EXPORT = ("README.md", "config.yaml", "*.safetensors", "*/cfg.json", "*/*.safetensors", "features/*")
+_EXPORT = ("README.md", "config.yaml", "*.safetensors", "layer_*/cfg.json", "layer_*/*.safetensors", "features/*")
 
 
 def push(source: Path, name: str, license: str | None = None, *, private: bool = False) -> str:
@@ -45,7 +45,9 @@ def _of_run(run: Path, name: str, license: str | None) -> dict[str, Path | bytes
 def _of_export(directory: Path, license: str | None) -> dict[str, Path | bytes]:
     found = {file for pattern in _EXPORT for file in directory.glob(pattern) if file.is_file()}
     names = {str(file.relative_to(directory)): file for file in sorted(found)}
-    if "README.md" not in names or len(names) < 2:
+    settings = directory / "config.yaml"
+    is_export = (settings.is_file() and b"model_kind:" in settings.read_bytes()) or "layer_0/cfg.json" in names
+    if "README.md" not in names or not is_export:
         raise UserError(
             f"{directory} is neither a run (with checkpoints/) nor what `clt export` has written (README.md)"
         )

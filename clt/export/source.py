@@ -96,6 +96,16 @@ def sizes(reader: Reader, file: str, name: str) -> tuple[int, int]:
     return found[0], found[1]
 
 
+def everywhere(reader: Reader, file: str, name: str, layers: int) -> bool:
+    """Whether each layer's file has a tensor, of names with {} for the layer. Raises UserError when some lack it."""
+    missing = [i for i in range(layers) if name.format(i) not in reader.shapes(file.format(i))]
+    if 0 < len(missing) < layers:
+        raise UserError(
+            f"{reader.folder / file.format(missing[0])} has no {name.format(missing[0])}, other layers do; {REMEDY}"
+        )
+    return not missing
+
+
 def spec_of(d_features: int, jump: bool, *, skip: bool = False, cross_layer: bool = True) -> CLTConfig:
     """A transcoder that was not trained here: JumpReLU, or else ReLU."""
     rule = "jumprelu" if jump else "relu"

@@ -64,14 +64,25 @@ def read(folder: Path) -> Source:
         skip=skip,
         normalization="none",
     )
-    return Source("sparsify", folder, L, D, spec, Sites(_input_site(folder)), layer)
+    return Source("sparsify", folder, L, D, spec, _sites(folder), layer)
 
 
 def _settings(file: Path) -> dict[str, Any]:
     """One cfg.json. Raises UserError for what no transcoder of ours computes."""
     settings = read_object(file, {"k": Annotated[int, POSITIVE], "skip_connection": bool | None}, REMEDY)
-    wanted = {"transcode": True, "activation": "topk", "normalize_io": False, "divide_cross_layer": False}
+    wanted = {
+        "embed_skip": False,
+        "gram_lookup": False,
+        "activation": "topk",
+        "normalize_io": False,
+        "divide_cross_layer": False,
+    }
     wanted |= {"per_source_tied": False, "secondary_target_tied": False, "coalesce_topk": "none"}
+    if settings.get("transcode") is not True:
+        raise UserError(
+            f"{file} has transcode {shown(settings.get('transcode', False))}; wanted True: otherwise it is an "
+            "autoencoder, which encodes x - b_dec"
+        )
     for name, value in wanted.items():
         if (found := settings.get(name, value)) != value:
             raise UserError(f"{file} has {name} {shown(found)}; wanted {shown(value)}: no other can be imported")
@@ -92,12 +103,19 @@ def _check(reader: Reader, file: str) -> None:
             )
 
 
-def _input_site(folder: Path) -> str | None:
-    """Where the MLPs' inputs were read: `hookpoints_in` of the training's config.json, else the MLPs themselves."""
+def _sites(folder: Path) -> Sites:
+    """The model and where the MLPs' inputs were read, by the training's config.json; else the MLPs themselves."""
     file = folder / "config.json"
-    hookpoints = read_object(file, {}, REMEDY).get("hookpoints_in") if file.is_file() else None
+    settings = read_object(file, {}, REMEDY) if file.is_file() else {}
+    model, hookpoints = settings.get("model"), settings.get("hookpoints_in")
+    model = model if isinstance(model, str) else None
+    if "gemma" in (model or "").lower():
+        raise UserError(
+            f"{file} is of {model}: its targets are the MLPs' outputs before Gemma's second norm, and not what "
+            "the MLPs add to the residual stream; they cannot be replaced there"
+        )
     if not hookpoints:
-        return NORM_OUTPUT
+        return Sites(NORM_OUTPUT, model=model)
     if not all(str(name).rpartition(".")[2] in _NORMS for name in hookpoints):
         raise UserError(f"{file} has hookpoints_in {shown(hookpoints)}; wanted the norms before the MLPs, or none")
-    return None
+    return Sites(model=model)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clt.config import Config
+from clt.config import Config, load_config
 from clt.data.statistics import Moments, Statistics
 from clt.errors import UserError
 from clt.files import or_null
@@ -25,6 +25,7 @@ from clt.lm.text import Window
 from clt.model.spec import Sites
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import checkpoint
+from clt.train.distributed import accumulate_in_float32
 from clt.train.evaluation import Evaluation, evaluate_activations, evaluate_replacement, heldout_windows
 from clt.train.optim import autocast_dtype
 
@@ -41,9 +42,16 @@ def evaluate_transcoders(config: Config, directories: Sequence[str]) -> dict[str
     if not config.eval.replacement_tokens:
         raise UserError("eval.replacement_tokens is 0; wanted the number of held-out tokens to evaluate on")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accumulate_in_float32()  # as in training
     found, lm, windows = {}, None, []
+    # All are opened first, so that a wrong name is told before hours of work.
+    opened = {
+        directory: CrossLayerTranscoder.from_pretrained(_newest(directory), lazy=True) for directory in directories
+    }
     for directory in directories:
-        transcoder = CrossLayerTranscoder.from_pretrained(_newest(directory), lazy=True).to(device)
+        _check_layers(config, Path(directory))
+    for directory, transcoder in opened.items():
+        transcoder = transcoder.to(device)
         lm = language_model(config, (transcoder.n_layers, transcoder.d_acts), transcoder.sites, device, lm)
         windows = windows or heldout_windows(config, lm)
         found[directory] = _evaluate(config, transcoder, lm, windows)
@@ -54,6 +62,18 @@ def _newest(directory: str) -> str:
     """The newest checkpoint of a run, or the directory itself."""
     steps = checkpoint.steps(Path(directory) / "checkpoints")
     return f"{directory}/checkpoints/step_{steps[-1]:08d}" if steps else directory
+
+
+def _check_layers(config: Config, directory: Path) -> None:
+    """Raise UserError when a transcoder is of a run on other layers of a language model."""
+    for run in (directory, *directory.resolve().parents[:2]):
+        if (file := run / "config.yaml").is_file() and (run / "checkpoints").is_dir():
+            if (trained := load_config(file).lm.layers) != config.lm.layers:
+                raise UserError(
+                    f"{directory} was trained on lm.layers={trained}, lm.layers here is {config.lm.layers}; set it to "
+                    "the same"
+                )
+            return
 
 
 def language_model(
@@ -130,10 +150,12 @@ def decoder_mass(transcoder: CrossLayerTranscoder, statistics: Statistics, which
     scale = transcoder.normalization.target_sd / sd  # (L, 1) or (L, D)
     mass = torch.zeros(transcoder.n_layers, dtype=torch.float64, device=device)
     for s in range(transcoder.n_layers):
-        weight = transcoder.W_dec[s][which[s]]  # (f, T, D)
-        squares = (weight * scale[s : s + weight.shape[1]]).square().sum(-1).double()
-        shares = squares / squares.sum(1, keepdim=True).clamp_min(1e-300)
-        mass[: weight.shape[1]] += shares.sum(0)
+        whole = transcoder.W_dec[s]
+        for part in which[s].nonzero()[:, 0].split(1024):
+            weight = whole[part]  # (f, T, D)
+            squares = (weight * scale[s : s + weight.shape[1]]).square().sum(-1).double()
+            shares = squares / squares.sum(1, keepdim=True).clamp_min(1e-300)
+            mass[: weight.shape[1]] += shares.sum(0)
     return mass / which.sum().clamp_min(1)
 
 

@@ -107,6 +107,15 @@ def test_a_cross_layer_transcoder_for_circuit_tracer(options, make_run, stores, 
     assert any("at most 2 layers" in note for note in facts["notes"]) == ("window" in options)
 
 
+@pytest.mark.parametrize("name", ["~/models/lm", "/home/ann/models/lm", "org/models/lm"])
+def test_without_a_store_layers_are_the_configs_and_no_path_gets_out(name, make_run, tmp_path):
+    run = make_run("lm.layers=[5, 6, 7]", f"lm.model={name}", data=tmp_path / "none", cross_layer=False)
+    export(run, "saelens", tmp_path / "out", "float32")
+    for s in range(L):
+        metadata = json.loads((tmp_path / "out" / f"layer_{s}" / "cfg.json").read_text())["metadata"]
+        assert (metadata["model_name"], metadata["hook_name"]) == ("lm", f"blocks.{5 + s}.hook_resid_mid")
+
+
 @pytest.mark.parametrize("options", [{"skip": True}, {"activation": "relu"}], ids=str)
 @torch.no_grad()
 def test_transcoders_of_one_layer_for_both_tools(options, make_run, stores, tmp_path):

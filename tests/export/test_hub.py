@@ -191,10 +191,10 @@ def test_an_export_goes_up_as_it_is(hub, login, tmp_path):
     export = tmp_path / "export"
     (export / "layer_0").mkdir(parents=True)
     for name in ("README.md", "config.yaml", "W_enc_0.safetensors", "layer_0/cfg.json", "weights.pt", "notes.txt"):
-        (export / name).write_text(name)
+        (export / name).write_text("model_kind: cross_layer_transcoder" if name == "config.yaml" else name)
     cli.main(["push", str(export), NAME, "--private"])
     wanted = ("README.md", "config.yaml", "W_enc_0.safetensors", "layer_0/cfg.json")
-    assert hub.repositories[NAME][-1] == {name: name.encode() for name in wanted}
+    assert hub.repositories[NAME][-1] == {name: (export / name).read_bytes() for name in wanted}
     assert hub.private == {NAME}
 
 
@@ -289,6 +289,9 @@ def test_pushes_that_are_refused(hub, run, tmp_path, monkeypatch, capsys):
     assert "'clt' is no name on the hub; wanted user/name" in refused(run, "clt")
     assert '"license" must be one of' in refused(run, NAME, "--license", "nonsense")
     assert "is neither a run (with checkpoints/) nor what `clt export` has written" in refused(tmp_path, NAME)
+    for name in ("README.md", "config.yaml", "model.safetensors"):  # of somebody else
+        (tmp_path / name).write_text("data: private")
+    assert "nor what `clt export` has written" in refused(tmp_path, NAME)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert "it has not finished" in refused(tmp_path / "run", NAME)
     for file in ("config.yaml", "summary.json"):

@@ -315,7 +315,8 @@ def of_config(**settings):
         (cut, r"W_dec_1.safetensors is damaged \(.*\); copy or download it again"),
         (lambda folder: (folder / "W_enc_1.safetensors").unlink(), r"W_enc_1.safetensors is missing: .* \[0, 2\]"),
         (lambda folder: (folder / "W_dec_2.safetensors").unlink(), r"W_dec_2.safetensors cannot be read \(No such"),
-        (changed("threshold_2", lambda t, n: t.pop(n)), "W_enc_2.safetensors has no tensor 'threshold_2'"),
+        (changed("threshold_2", lambda t, n: t.pop(n)), "W_enc_2.safetensors has no threshold_2, other layers do"),
+        (changed("threshold_0", lambda t, n: t.pop(n)), "W_enc_0.safetensors has no threshold_0, other layers do"),
         (changed("W_enc_1", lambda t, n: t.update({n: t[n][:-2].clone()})), r"W_enc_1 is \[8, 4\], wanted \[10, 4\]"),
         (changed("W_dec_0", lambda t, n: t.update({n: t[n][:, :2].clone()})), r"W_dec_0 is \[10, 2, 4\], wanted \["),
         (changed("W_dec_1", lambda t, n: t[n][0].fill_(torch.nan)), "W_dec_1 has a value that is nan or inf"),
@@ -343,6 +344,8 @@ def test_what_cannot_be_imported_is_told_in_one_message_and_leaves_nothing(spoil
     ("change", "message"),
     [
         ({"transcode": False}, "cfg.json has transcode False; wanted True"),
+        ({"transcode": None}, "cfg.json has transcode None; wanted True"),
+        ({"embed_skip": True}, "cfg.json has embed_skip True; wanted False"),
         ({"activation": "groupmax"}, "cfg.json has activation 'groupmax'; wanted 'topk'"),
         ({"k": 4}, "k or skip_connection differ by layer"),
         ({"k": None}, "k is None; wanted int"),

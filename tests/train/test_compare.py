@@ -125,6 +125,8 @@ def test_a_run_that_reads_the_norms_output_is_compared_where_it_was_trained(trai
         for name in ("kl", "ce_replaced", "top1_agreement", "replacement_tokens"):
             assert results[str(run.dir)][name] == pytest.approx(run.summary[name], rel=1e-4), name
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 10_000
+    with pytest.raises(UserError, match=r"was trained on lm\.layers=None, lm\.layers here is \[0, 1, 2\]"):
+        evaluate_transcoders(config("lm.layers=[0, 1, 2]", "eval.replacement_tokens=64"), [str(runs[0].dir)])
     assert "decoder mass by distance in layers, %" in out
 
 
@@ -140,6 +142,8 @@ def test_what_cannot_be_evaluated(config, saved, tmp_path, capsys):
         (["--transcoder", directory, "--step", "3"], "--step is of a run; leave it out with --transcoder"),
         ([], "found nothing; wanted one run directory, or --transcoder"),
         (["a", "b"], "found a b; wanted one run directory"),
+        (["--transcoder", directory], "found no CONFIG; wanted the YAML file"),
+        (["--compare", directory, "c.yaml"], "c.yaml is no transcoder; put CONFIG and overrides before --compare"),
     ):
         with pytest.raises(SystemExit):
             main(["eval", *words])
