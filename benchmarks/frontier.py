@@ -5,7 +5,7 @@
 
 Every run is the real command (`train_ddp.py configs/NAME.yaml ..`, one process). A rule first gets the best of three
 learning rates, by held-out NMSE at a wanted L0 of 40. Its other L0s and the second seed are trained with that one. The
-JSON file is written after each run. The same command goes on from it, and trains what is not there.
+JSON file and its plot are written after each run. The same command goes on from them, and trains what is not there.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ class Frontier:
         result = train(self.name, [*self.overrides, *overrides, f"run.seed={seed}", f"optim.lr={rate}"])
         self.rows.append(key | result | {"commit": self.about["commit"]})
         self.path.write_text(json.dumps(self.about | {"runs": self.rows}, indent=1, allow_nan=False) + "\n")
+        plot(self.rows, f"{self.name}, {self.layers} layers", self.path.with_suffix(".png"))
         print(json.dumps(self.rows[-1]), flush=True)
         return self.rows[-1]
 
@@ -113,7 +114,7 @@ class Frontier:
 
 
 def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Held-out NMSE and recovered cross-entropy against L0; a line per rule joins the means over seeds."""
+    """Held-out NMSE and recovered cross-entropy against L0, each rule at its best rate; lines join means of seeds."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -121,7 +122,9 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for rule in [rule for rule in ORDER if any(row["rule"] == rule for row in rows)]:
-        of_rule = [row for row in rows if row["rule"] == rule]
+        tried = [row for row in rows if row["rule"] == rule]
+        best = min(tried, key=lambda row: (row["target"] != REFERENCE, row["seed"], row["nmse"]))
+        of_rule = [row for row in tried if row["lr"] == best["lr"]]
         groups = [[row for row in of_rule if row["target"] == t] for t in sorted({row["target"] for row in of_rule})]
         for axis, key in zip(axes, ("nmse", "ce_recovered"), strict=True):
             x, y = ([sum(row[k] for row in group) / len(group) for group in groups] for k in ("l0_total", key))
@@ -129,6 +132,8 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             axis.plot([r["l0_total"] for r in of_rule], [r[key] for r in of_rule], ".", color=line.get_color())
     for axis, label in zip(axes, ("normalised MSE, held out", "cross-entropy gap recovered"), strict=True):
         axis.set(xscale="log", xlabel="L0, all layers", ylabel=label, title=title)
+        axis.set_xticks([10, 20, 40, 80], ["10", "20", "40", "80"], minor=False)
+        axis.set_xticks([], minor=True)
     axes[0].set_yscale("log")
     axes[0].legend()
     figure.savefig(path, dpi=110)
@@ -159,7 +164,6 @@ def main() -> None:
     for target in arguments.targets:
         best = min((row for row in rows if row["target"] == target), key=lambda row: row["nmse"])
         print(f"L0 {target}: {best['rule']} has the lowest NMSE, {best['nmse']:.4f} at L0 {best['l0_total']:.1f}")
-    plot(rows, f"{arguments.config}, {layers} layers", arguments.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":
