@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import numpy as np
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -25,7 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route, Router
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 from xxhash import xxh3_64_hexdigest
 
@@ -49,7 +50,7 @@ QUERIES = {
 }
 """Of the paths that give rows, whose clients count among `server.max_streams`: (least, default) of each parameter."""
 _PUBLIC = ("/", "/healthz")  # need no token: they tell nothing but whether the server works
-_TENSOR_BYTES, _JSON_BYTES = 16 << 20, 1 << 17  # of the rows in an answer that is made before it is sent, or a block
+_TENSOR_BYTES, _JSON_BYTES = 2 << 20, 1 << 17  # of the rows in an answer, or a piece of one, that is made at once
 _BYTES = "application/octet-stream"
 
 
@@ -80,7 +81,7 @@ def frames(n: int, most: int) -> list[int]:
 
 
 class Ended(Exception):
-    """A stream that has begun cannot go on. Its connection is closed; the client retries and is told the cause."""
+    """An answer that has begun cannot go on. Its connection is closed; the client retries and is told the cause."""
 
 
 async def stream(request: Request) -> Response:
@@ -198,17 +199,27 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         state, counts = scope["state"], scope["path"] in QUERIES
-        most, buffer = state["server"].max_streams, state["buffer"]
+        most, buffer, idle = state["server"].max_streams, state["buffer"], state["server"].idle_seconds
+
+        async def send_in_time(message: Message) -> None:
+            try:
+                with anyio.fail_after(idle):
+                    await send(message)
+            except TimeoutError as error:
+                state["abort"]()
+                raise Ended(f"its client took more than {idle:g} seconds to read a block") from error
+
         try:
             refuse(scope, Headers(scope=scope))
             if counts and buffer.living()["clients"].sum() >= most:
                 raise Unavailable(f"{most} clients are being served already (server.max_streams)")
             buffer.line["clients"] += counts
             try:
-                await (self.local if state["token"] is None else self.app)(scope, receive, send)
+                await (self.local if state["token"] is None else self.app)(scope, receive, send_in_time)
             finally:
                 buffer.line["clients"] -= counts
-        except Ended as error:  # uvicorn closes the connection of an answer that is not complete
+        except Ended as error:  # uvicorn closes the connection of an answer that is not complete, once it is sent
+            asyncio.get_running_loop().call_later(idle, state["abort"])
             log.warning("a stream was ended: %s", error)
 
 
@@ -245,11 +256,12 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     }
     leading = asyncio.create_task(lead(config, buffer))
     try:
-        yield {"server": config.server, "token": token, "buffer": buffer, "heldout": heldout, "kept": kept}
+        yield {"server": config.server, "token": token, "buffer": buffer, "heldout": heldout, "kept": kept,
+               "abort": lambda: None}  # fmt: skip
     finally:
         leading.cancel()
         await asyncio.wait([leading])
-        close_buffer(config, buffer)
+        await asyncio.to_thread(close_buffer, config, buffer)  # it may wait for others that close theirs
 
 
 _GET = {"/": kept, "/index": kept, "/statistics": kept, "/healthz": health, "/stats": stats, "/heldout": heldout,

@@ -65,15 +65,28 @@ def note(config: Config, buffer: Buffer) -> None:
     """Record the place in the text and the counters, in a thread: a busy disk may take longer than the buffer lasts."""
     history = buffer.header["history"]
     while True:
-        record(config, buffer)
-        found = buffer.stats()
-        history[:-1] = history[1:]
-        history[-1] = (time.time(), found["rows_drawn"], found["fill"])
+        try:
+            record(config, buffer)
+            found = buffer.stats()
+            history[:-1] = history[1:]
+            history[-1] = (time.time(), found["rows_drawn"], found["fill"])
+        except Exception:  # without its thread, a later server would begin the text again
+            log.exception("the place in the text was not recorded")
         time.sleep(_NOTE)
 
 
 async def lead(config: Config, buffer: Buffer) -> None:
-    """Once no other serving process does: keep a generator running, restarted with back-off. Ends with its task."""
+    """Once no other serving process does: keep a generator running. Ends with its task, whatever fails."""
+    while True:
+        try:
+            await _lead(config, buffer)
+        except Exception:
+            log.exception("the task that keeps the generator running failed, and begins again")
+        await asyncio.sleep(1.0)
+
+
+async def _lead(config: Config, buffer: Buffer) -> None:
+    """Wait for the leader's lock, then run one generator after the other, with back-off."""
     spawn, delay = multiprocessing.get_context("spawn"), 0.25
     while not buffer.locks.hold(LEADER):
         await asyncio.sleep(_TICK)
@@ -90,7 +103,8 @@ async def lead(config: Config, buffer: Buffer) -> None:
         finally:
             if child.pid is not None:
                 child.kill()
-                child.join()
+                while child.is_alive():  # join() would hold up all requests
+                    await asyncio.sleep(_TICK)
         if (status := child.exitcode or 0) < 0:
             hint = "SIGKILL; was there too little memory?" if -status == signal.SIGKILL else signal.strsignal(-status)
             buffer.say("failed", f"it was killed by signal {-status}: {hint}")

@@ -14,24 +14,19 @@ _MAX_HEAD, _HEAD_SECONDS = 16_384, 10.0
 
 
 class Protocol(HttpToolsProtocol):
-    """One connection. Its client has ten seconds to send a head, and `server.idle_seconds` to take what it was sent."""
+    """One connection, ended by one timer while it has no request. While it has one, the app may end it by `abort`."""
 
-    timer: asyncio.TimerHandle | None = None
     head = 0  # bytes that came since the last head; no request here has a body
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        if self.client is not None and self.client[0] in ("127.0.0.1", "::1"):
-            # There is no bottleneck to be found out: bbr, where it is the default, costs a tenth (measured).
-            with contextlib.suppress(OSError):
-                transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
-        self.wait(_HEAD_SECONDS)
+        self.app_state = {**self.app_state, "abort": transport.abort}
+        self.timer = self.abort_in(min(_HEAD_SECONDS, self.app_state["server"].idle_seconds))
         if len(self.connections) > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
             transport.abort()
+        tune(transport)
 
     def data_received(self, data: bytes) -> None:
-        if self.head == 0:
-            self.wait(_HEAD_SECONDS)
         self.head += len(data)
         self.transport.abort() if self.head > _MAX_HEAD else super().data_received(data)
 
@@ -39,28 +34,19 @@ class Protocol(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             return self.transport.abort()  # pipelined: uvicorn would not tell the first answer of a client that leaves
         self.head = 0
-        if not self.flow.write_paused:
-            self.wait(None)
+        self.timer.cancel()
         super().on_headers_complete()
 
-    def on_response_complete(self) -> None:
-        # What then waits may be too little for pause_writing, and a connection is not closed before it has left.
-        self.wait(self.app_state["server"].idle_seconds)
+    def on_response_complete(self) -> None:  # but it may not be sent, and a connection is not closed before it is
         super().on_response_complete()
+        self.timer = self.abort_in(self.app_state["server"].idle_seconds)
 
-    def pause_writing(self) -> None:
-        self.wait(self.app_state["server"].idle_seconds)
-        super().pause_writing()
+    def abort_in(self, seconds: float) -> asyncio.TimerHandle:
+        return self.loop.call_later(seconds, self.transport.abort)
 
-    def resume_writing(self) -> None:
-        if not self.cycle.response_complete:
-            self.wait(None)
-        super().resume_writing()
 
-    def wait(self, seconds: float | None) -> None:
-        """End the connection in so many seconds, if nothing else is said until then."""
-        if self.timer is not None:
-            self.timer.cancel()
-        if seconds is not None:
-            seconds = min(seconds, self.app_state["server"].idle_seconds)
-            self.timer = self.loop.call_later(seconds, self.transport.abort)
+def tune(transport: Any) -> None:
+    """Between programs of one machine, bbr looks for a bottleneck; where it is the default, it costs a tenth."""
+    with contextlib.suppress(OSError):
+        if (transport.get_extra_info("peername") or [""])[0] in ("127.0.0.1", "::1"):
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
