@@ -94,7 +94,7 @@ def build(config: Config, index: StoreIndex, statistics: Statistics, feature: Ax
         )
     torch.manual_seed(config.run.seed)
     shard = (feature.rank, feature.size)
-    sites = Sites(config.lm.input_site, config.lm.output_site)
+    sites = Sites(config.lm.input_site, config.lm.output_site, layers=index.some_layers)
     transcoder = CrossLayerTranscoder(
         index.n_layers, index.d_acts, config.clt, sites=sites, shard=shard, sum_shards=feature.sum
     )
