@@ -46,7 +46,7 @@ def main(config: Config, prepare: bool) -> int:
     keep_freed_memory()
 
     # Data: rank 0 extracts activations, and the others wait; held-out rows and text for evaluation.
-    dist.on_rank_zero(world, check_run, config)
+    dist.on_rank_zero(world, check_run, config, world)
     dist.on_rank_zero(world, make_stores, config)
     source, heldout = open_source(config, world)
     evaluate = Evaluator(config, heldout, source.statistics.target_mean, world, dtype)

@@ -242,10 +242,11 @@ def _eval(arguments: argparse.Namespace) -> None:
             raise UserError(
                 "found no CONFIG; wanted the YAML file with the language model and the text, before --compare"
             )
-        from clt.train.compare import conclude as conclude_comparison
-        from clt.train.compare import evaluate_transcoders
+        from clt.train import compare
 
-        conclude_comparison(evaluate_transcoders(_config(arguments), directories), Path(arguments.out or "evaluation"))
+        out = Path(arguments.out or "evaluation")
+        compare.check_new(out)
+        compare.conclude(compare.evaluate_transcoders(_config(arguments), directories), out)
         return
     if len(arguments.config) != 1 or arguments.out:
         raise UserError(f"found {' '.join(arguments.config) or 'nothing'}; wanted one run directory, or --transcoder")

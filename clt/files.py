@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -72,26 +71,6 @@ def read_object(file: Path, fields: Mapping[str, Any], remedy: str) -> dict[str,
     """`parse_object` of a file. Raises UserError that names the file and the remedy."""
     with reading(file, remedy):
         return parse_object(file.read_bytes(), fields)
-
-
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to write into, which gets the name `path` when all is written; an error or Ctrl-C leaves nothing.
-
-    Raises UserError when there is something of that name. What a killed process has left is deleted.
-    """
-    if path.exists() or path.is_symlink():
-        raise UserError(f"{path} exists already; delete it, or name another directory")
-    partial = path.with_name(path.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
 
 
 class TensorFiles:

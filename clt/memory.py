@@ -77,19 +77,23 @@ def open_own(path: Path, flags: int = 0) -> int:
 def _check_memory(size: int, folder: Path) -> None:
     """Raise UserError when `size` bytes are more than the file system in memory at `folder`, the machine or the
     container's limit have left."""
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = {
-        str(folder): shutil.disk_usage(folder).free,
-        "the machine's memory": int(meminfo["MemAvailable"].split()[0]) * 1024,
-    }
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        # What the page cache holds there is given up when memory is wanted.
-        cache = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
-        free["the container's memory"] = int(text) - int(used.read_text()) + int(cache["inactive_file"])
+    free = {str(folder): shutil.disk_usage(folder).free} | free_memory()
     place = min(free, key=lambda name: free[name])
     if free[place] < size:
         raise UserError(_too_large(size, f"{place} has {size_text(free[place])} free"))
+
+
+def free_memory() -> dict[str, int]:
+    """Bytes that the machine, and a container that has a limit, have left. The page cache is given up when memory is
+    wanted."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = {"the machine's memory": int(meminfo["MemAvailable"].split()[0]) * 1024}
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        counts = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+        cache = int(counts["inactive_file"]) + int(counts["active_file"])
+        free["the container's memory"] = int(text) - int(used.read_text()) + cache
+    return free
 
 
 def _too_large(size: int, found: str) -> str:

@@ -32,12 +32,13 @@ _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 @dataclass(frozen=True)
 class Machine:
     """`gpus`: how many; None: as few as fit. `memory` of each in GB (1e9 bytes), `tflops` its peak in dense bf16, of
-    which matrix products reach `share`."""
+    which matrix products reach `share`. `cpu`: instead of GPUs there are ranks that share a machine's memory."""
 
     gpus: int | None = None
     memory: float = 80.0
     tflops: float = 989.0
     share: float = 0.4
+    cpu: bool = False
 
     def seconds(self, work: float, dtype: str) -> float:
         """How long that many FLOPs of matrix products take on one GPU."""
@@ -50,15 +51,13 @@ def plan(config: Config, shape: Shape, machine: Machine) -> tuple[str, str | Non
     Raises UserError for features or GPUs that do not divide into `parallel.feature_shards`.
     """
     check_rule(config.clt, shape.n_layers)
-    job = make_job(config, shape)
-    shards, gpus = config.parallel.feature_shards, machine.gpus or config.parallel.feature_shards
+    job, own, lm_bytes = _jobs(config, shape, machine)
+    shards, gpus = own.feature, machine.gpus or own.feature
     if gpus % shards or job.d_features % shards:
         raise UserError(
             f"parallel.feature_shards={shards} divides {gpus} GPUs into {gpus / shards:.4g} and clt.d_features="
             f"{job.d_features} into {job.d_features / shards:.4g}; wanted whole numbers"
         )
-    own = replace(job, data=gpus // shards, feature=shards)
-    lm_bytes = (shape.parameters or 0) * _BYTES[config.lm.dtype] if config.eval.replacement_tokens else 0
     fitting = smallest(job, machine, lm_bytes)
     table = layouts(job, machine.gpus) if machine.gpus else sorted({own, fitting or own}, key=lambda j: j.feature)
     costs = _table(table, own, fitting, machine, lm_bytes, config.train.steps)
@@ -66,6 +65,27 @@ def plan(config: Config, shape: Shape, machine: Machine) -> tuple[str, str | Non
     if need(own, lm_bytes) <= machine.memory * 1e9:
         return text, None
     return text, _refusal(own, fitting, machine, lm_bytes)
+
+
+def shortage(config: Config, shape: Shape, machine: Machine) -> tuple[str | None, bool]:
+    """Why a run on `machine.gpus` ranks needs more memory than there is, and whether that is sure. None: it fits.
+
+    Sure is what lives from step to step, and beside it either the encoder's products, which the backward pass waits
+    for, or the language model: all else depends on what is compiled, how many features are dead, and the allocator.
+    """
+    job, own, lm_bytes = _jobs(config, shape, machine)
+    if need(own, lm_bytes) <= machine.memory * 1e9:
+        return None, False
+    products = own.n_layers * own.micro * own.local[2] * own.width if config.train.kernels == "dense" else 0
+    sure = state_bytes(own) + max(products, lm_bytes) > machine.memory * 1e9
+    return _refusal(own, smallest(job, machine, lm_bytes), machine, lm_bytes), sure
+
+
+def _jobs(config: Config, shape: Shape, machine: Machine) -> tuple[Job, Job, int]:
+    """A config's step on one rank and in its own layout, and the bytes of the language model in an evaluation."""
+    job, shards = make_job(config, shape), config.parallel.feature_shards
+    lm_bytes = (shape.parameters or 0) * _BYTES[config.lm.dtype] if config.eval.replacement_tokens else 0
+    return job, replace(job, data=max((machine.gpus or shards) // shards, 1), feature=shards), lm_bytes
 
 
 def make_job(config: Config, shape: Shape) -> Job:
@@ -178,21 +198,22 @@ def _refusal(own: Job, fitting: Job | None, machine: Machine, lm_bytes: int) -> 
         remedies.append(f"parallel.feature_shards={fitting.feature}{gpus}")
     elif smallest(own, machine, 0):
         remedies.append("eval.replacement_tokens=0, which keeps the language model off the GPU")
-    if fitting is None and machine.gpus:
+    if fitting is None and machine.gpus and not machine.cpu:
         more = smallest(own, replace(machine, gpus=None), lm_bytes)
         remedies += [f"parallel.feature_shards={more.feature} on as many GPUs"] if more else []
     machine = replace(machine, gpus=own.data * own.feature)
     for key, field, values in (
         ("train.accumulate", "accumulate", [own.accumulate << n for n in range(1, 11)]),
-        ("clt.d_features", "d_features", [own.d_features >> n for n in range(1, 11)]),
+        ("clt.d_features", "d_features", [own.d_features >> n for n in range(1, own.d_features.bit_length())]),
     ):
         jobs = (smallest(replace(own, **{field: value}), machine, lm_bytes) for value in values)
         if found := next(filter(None, jobs), None):
             shards = f" with parallel.feature_shards={found.feature}" if found.feature != own.feature else ""
             remedies.append(f"{key}={getattr(found, field)}{shards}")
+    there = "of this machine's free memory it has" if machine.cpu else "a GPU has"
     return (
         f"a rank of {own.data} x {own.feature} (data x feature) takes {size_text(need(own, lm_bytes))}, "
-        f"{size_text(state_bytes(own))} of it weights, gradients and optimizer state; a GPU has {machine.memory:g} GB. "
+        f"{size_text(state_bytes(own))} of it weights, gradients and optimizer state; {there} {machine.memory:.4g} GB. "
         f"Wanted one of: {'; '.join(remedies) or 'a smaller model'}"
     )
 

@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from clt import cli
 from clt.errors import UserError
-from clt.files import new_directory, read_object, read_token, reading
+from clt.files import read_object, read_token, reading
 
 
 def by_json(path):
@@ -60,28 +60,6 @@ def test_the_command_line_names_a_file_that_the_system_refuses(capsys):
     )
     with pytest.raises(OSError, match="Read-only"):  # without a file: nothing that a user could mend
         cli.exit_on_user_error(refuse, None)
-
-
-@pytest.mark.parametrize("ends", [KeyboardInterrupt, OSError])
-def test_a_directory_gets_its_name_when_it_is_whole(ends, tmp_path):
-    path, leftover = tmp_path / "parent" / "new", tmp_path / "parent" / "new.partial"
-
-    def write():
-        with new_directory(path) as partial:
-            (partial / "half").touch()
-            raise ends
-
-    with pytest.raises(ends):
-        write()
-    assert not list(path.parent.iterdir())
-    (leftover / "of a killed process").mkdir(parents=True)
-    with new_directory(path) as partial:
-        (partial / "file").touch()
-        assert not path.exists()
-    assert [file.name for file in path.iterdir()] == ["file"]
-    with pytest.raises(UserError, match="new exists already; delete it, or name another directory"):
-        write()
-    assert not leftover.exists()
 
 
 @pytest.mark.parametrize(

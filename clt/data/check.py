@@ -55,7 +55,8 @@ def differences(index: StoreIndex, config: Config) -> str:
             if any(site.endswith(OUTPUT) != (template is not None) for site in found[key]):
                 wanted[key] = template
         else:
-            wanted[key] = [template.replace("{layer}", str(layer)) for layer in index.layers]
+            paths = [template.replace("{layer}", str(layer)) for layer in index.layers]  # or their ends
+            wanted[key] = [s if f".{s}".endswith(f".{path}") else path for s, path in zip(found[key], paths)]
     return mismatches(found, wanted)
 
 

@@ -86,6 +86,11 @@ class StoreIndex:
         return parse_index(parse_object(data, {}))
 
     @property
+    def some_layers(self) -> list[int] | None:
+        """`layers` as `lm.layers` says it: None for all of the language model's."""
+        return None if self.layers == list(range(self.lm_layers or self.n_layers)) else self.layers
+
+    @property
     def shape(self) -> Shape:
         """The shape of its rows."""
         return Shape(self.n_layers, self.d_acts, self.dtype)

@@ -13,6 +13,8 @@ import yaml
 
 from clt.config import Config
 from clt.data.index import StoreIndex
+from clt.errors import UserError
+from clt.export.fits import parallel, refusal
 from clt.lm.fingerprint import TEXT_REVISION
 from clt.train.report import table
 
@@ -59,7 +61,7 @@ def card(
         *([] if facts is None else _comparison(facts)),
         f"## Recipe\n\nOf the config that it was trained with:\n\n```yaml\n{_recipe(config)}```",
         *([] if facts else _plots(summary)),
-        _loading(config, hub_model, facts, name),
+        _loading(config, hub_model, index, facts, name),
         "## Licence\n\n" + (f"{license}." if license else "The author has not stated one."),
     ]
     return "\n\n".join(parts) + "\n"
@@ -122,8 +124,7 @@ def _data(config: Config, index: StoreIndex | None) -> str:
     lm = f"[{model}](https://huggingface.co/{model}), commit {commit}" if commit else model or "a local model"
     rows = {"language model": lm}
     if index is not None:
-        every = index.layers == list(range(index.lm_layers or 0))
-        layers = f"all {index.n_layers}" if every else ", ".join(map(str, index.layers))
+        layers = f"all {index.n_layers}" if index.some_layers is None else ", ".join(map(str, index.layers))
         rows |= {"layers": layers, "width": f"{index.d_acts:,}"}
         rows |= {"first input": index.input_sites[0], "first output": index.output_sites[0]}
     rows["features"] = f"{config.clt.d_features:,} a layer, {config.clt.activation}"
@@ -180,8 +181,10 @@ def _plots(summary: dict[str, Any]) -> list[str]:
     return ["## Plots\n\n" + "\n\n".join(f"![{what}](report/{plot}.png)" for plot, what in _PLOTS.items())]
 
 
-def _loading(config: Config, model: str | None, facts: dict[str, Any] | None, name: str | None) -> str:
-    """Three lines in this code's package and in the other tool's."""
+def _loading(
+    config: Config, model: str | None, index: StoreIndex | None, facts: dict[str, Any] | None, name: str | None
+) -> str:
+    """Three lines in this code's package and in the other tool's, which is left out where it cannot load it."""
     place = name or "DIRECTORY"
     here = [
         "from clt.model.transcoder import CrossLayerTranscoder",
@@ -195,14 +198,29 @@ def _loading(config: Config, model: str | None, facts: dict[str, Any] | None, na
     ]
     saelens = [
         "from sae_lens import Transcoder",
-        f'layer = Transcoder.load_from_disk("{place}/layer_0")',
+        f'layer = Transcoder.load_from_disk("{place if facts else "EXPORT"}/layer_0")',
         "features = layer.encode(x)",
     ]
+    others = {"circuit-tracer": ("In circuit-tracer", tracer), "saelens": ("In SAELens, one layer", saelens)}
     if facts is None:
-        exported = "In circuit-tracer, from an `EXPORT` that `clt export RUN --to circuit-tracer EXPORT` writes:"
-        blocks = [("In the trainer that it comes from:", here), (exported, tracer)]
-    elif facts["format"] == "circuit-tracer":
-        blocks = [("In circuit-tracer:", tracer)]
+        blocks = [("In the trainer that it comes from:", here)]
+        for to, (where, code) in others.items():
+            if _loads(to, config, index):
+                blocks.append((f"{where}, from an `EXPORT` that `clt export RUN --to {to} EXPORT` writes:", code))
     else:
-        blocks = [("In SAELens, one layer:", saelens)]
+        where, code = others[facts["format"]]
+        blocks = [(f"{where}:", code)] if _loads(facts["format"], config, index) else []
+    if not blocks:
+        return "## Load it\n\nNot without what is said above."
     return "## Load it\n\n" + "\n\n".join(f"{head}\n\n```python\n" + "\n".join(code) + "\n```" for head, code in blocks)
+
+
+def _loads(to: str, config: Config, index: StoreIndex | None) -> bool:
+    """Whether a tool can use the transcoder's export as it is."""
+    layers = config.lm.layers if index is None else index.some_layers
+    try:
+        if refusal(to, config.clt, config.lm, layers) is not None:
+            return False
+    except UserError:  # the sites cannot be checked here
+        return False
+    return to == "saelens" or not (parallel(index) or (config.clt.skip and config.clt.cross_layer))

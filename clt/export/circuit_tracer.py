@@ -29,8 +29,9 @@ from clt.model.spec import Sites
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.ranges import NORM_OUTPUT
 
-_INPUT_HOOKS = {"hook_resid_mid": None, "mlp.hook_in": NORM_OUTPUT}
-_OUTPUT_HOOKS = ("hook_mlp_out", "mlp.hook_out")
+INPUT_HOOKS = {"hook_resid_mid": None, "mlp.hook_in": NORM_OUTPUT}
+OUTPUT_HOOKS = {"hook_mlp_out": None, "mlp.hook_out": "{layer}.mlp"}
+"""The sites at transformer-lens' hooks. Of Gemma the MLP's own output is not what is added to the residual stream."""
 _SET = {"b_enc": "b_enc", "b_dec": "b_dec", "threshold": "activation_function.threshold"}
 
 SKIP_IS_NOT_READ = (
@@ -39,16 +40,12 @@ SKIP_IS_NOT_READ = (
 )
 
 
-def per_layer(transcoder: CrossLayerTranscoder) -> bool:
-    """Whether no feature writes beyond its own layer, which makes a `transcoder_set`."""
-    return not transcoder.spec.cross_layer or transcoder.spec.window == 1
-
-
 def config(transcoder: CrossLayerTranscoder, model: str) -> str:
-    """The text of config.yaml."""
-    kind = "transcoder_set" if per_layer(transcoder) else "cross_layer_transcoder"
-    reads = "mlp.hook_in" if transcoder.sites.input_site == NORM_OUTPUT else "hook_resid_mid"
-    hooks = {"feature_input_hook": reads, "feature_output_hook": "hook_mlp_out"}
+    """The text of config.yaml. Sites by paths are the residual stream before the norm, and what is added to it."""
+    kind, sites = "cross_layer_transcoder" if transcoder.spec.cross_layer else "transcoder_set", transcoder.sites
+    reads = next((hook for hook, site in INPUT_HOOKS.items() if site == sites.input_site), "hook_resid_mid")
+    writes = next((hook for hook, site in OUTPUT_HOOKS.items() if site == sites.output_site), "hook_mlp_out")
+    hooks = {"feature_input_hook": reads, "feature_output_hook": writes}
     return yaml.safe_dump({"model_kind": kind, "model_name": model, **hooks}, sort_keys=False)
 
 
@@ -61,7 +58,7 @@ def files(transcoder: CrossLayerTranscoder) -> Iterator[tuple[str, dict[str, Ten
         layer["threshold"] = layer["threshold"].clamp_min(0)
         if transcoder.spec.activation == "relu":
             del layer["threshold"]
-        if per_layer(transcoder):
+        if not transcoder.spec.cross_layer:
             layer["W_dec"] = layer["W_dec"][:, 0]
             if "W_skip" in layer:
                 layer["W_skip"] = layer["W_skip"].T
@@ -110,21 +107,20 @@ def read(folder: Path) -> Source:
         )
     if settings.get("activation") not in (None, "relu", "jumprelu", "jump_relu"):
         raise UserError(f"{file} has activation {shown(settings['activation'])}; wanted relu or jumprelu")
-    sites = Sites(_hooked(file, settings), model=model if isinstance(model, str) else None)
+    sites = Sites(*_hooked(file, settings), model=model if isinstance(model, str) else None)
     of_kind = _cross_layer if kind == "cross_layer_transcoder" else _one_by_one
     return of_kind(folder, sites, relu=settings.get("activation") == "relu")
 
 
-def _hooked(file: Path, settings: dict[str, Any]) -> str | None:
-    """The input site of two of transformer-lens' hook names. Raises UserError for those that no site of ours is."""
-    hooks = [settings.get(f"feature_{side}_hook") for side in ("input", "output")]
-    sandwich = "gemma" in str(settings.get("model_name")).lower()  # mlp.hook_out is before Gemma's second norm
-    if hooks[0] not in list(_INPUT_HOOKS) or hooks[1] not in _OUTPUT_HOOKS or (sandwich and hooks[1] == "mlp.hook_out"):
+def _hooked(file: Path, settings: dict[str, Any]) -> tuple[str | None, str | None]:
+    """The sites of two of transformer-lens' hook names. Raises UserError for those that no site of ours is."""
+    reads, writes = (settings.get(f"feature_{side}_hook") for side in ("input", "output"))
+    if reads not in list(INPUT_HOOKS) or writes not in list(OUTPUT_HOOKS):  # lists: a hook may be unhashable
         raise UserError(
-            f"{file} has feature_input_hook {shown(hooks[0])} and feature_output_hook {shown(hooks[1])}; wanted "
-            f"{' or '.join(_INPUT_HOOKS)}, and hook_mlp_out: other places of the model cannot be replaced"
+            f"{file} has feature_input_hook {shown(reads)} and feature_output_hook {shown(writes)}; wanted "
+            f"{' or '.join(INPUT_HOOKS)}, and {' or '.join(OUTPUT_HOOKS)}: other places of the model cannot be replaced"
         )
-    return _INPUT_HOOKS[hooks[0]]
+    return INPUT_HOOKS[reads], OUTPUT_HOOKS[writes]
 
 
 def _cross_layer(folder: Path, sites: Sites, *, relu: bool) -> Source:

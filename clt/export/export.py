@@ -20,11 +20,11 @@ from clt.export import circuit_tracer, saelens
 from clt.export.card import card
 from clt.export.compare import compare
 from clt.export.convert import evenly, to_jumprelu
-from clt.files import new_directory, read_object
-from clt.lm.sites import ARCHITECTURES
+from clt.export.directory import new_directory
+from clt.export.fits import PARALLEL, parallel, refusal
+from clt.files import read_object
 from clt.model.spec import BY_K
 from clt.model.transcoder import CrossLayerTranscoder
-from clt.ranges import NORM_OUTPUT
 from clt.train import checkpoint, tensorfile
 from clt.train.run import open_store
 
@@ -51,6 +51,13 @@ class Trained:
         # A path stays private also where it leads nowhere any more: it may be another machine's.
         local = local or name.startswith(("/", "~", ".")) or name.count("/") > 1 or Path(name).exists()
         return Path(name).name.removesuffix(".gguf") if local else name
+
+    @property
+    def layers(self) -> list[int] | None:
+        """The language model's layers that it is of; None: all."""
+        if self.index is not None:
+            return self.index.some_layers
+        return self.transcoder.sites.layers or self.config.lm.layers
 
 
 def find(source: Path) -> Trained:
@@ -102,7 +109,7 @@ def _imported(path: Path) -> Trained:
             f"{path} lies in no run (config.yaml), and its config.json names no language model; write there, as model, "
             "the hub id of the one that it was trained on"
         )
-    lm = LMConfig(model=sites.model, input_site=sites.input_site, output_site=sites.output_site)
+    lm = LMConfig(sites.model, layers=sites.layers, input_site=sites.input_site, output_site=sites.output_site)
     return Trained(transcoder, Config(lm=lm, data=DataConfig(store=str(path))), None, None)
 
 
@@ -114,7 +121,8 @@ def export(source: Path, to: str, directory: Path, dtype: str) -> dict[str, Any]
     and when it is interrupted, it leaves nothing.
     """
     trained = find(source)
-    check(trained, to)
+    if why := refusal(to, trained.transcoder.spec, trained.config.lm, trained.layers):
+        raise UserError(why)
     with new_directory(directory) as partial:
         transcoder = _without_k(trained)
         _check_room(transcoder, partial, dtype)
@@ -130,45 +138,6 @@ def export(source: Path, to: str, directory: Path, dtype: str) -> dict[str, Any]
             facts["comparison"] = compare(trained.transcoder, read, rows[:, 0], rows[:, 1])
         (partial / "README.md").write_text(_readme(trained, facts))
     return facts
-
-
-def check(trained: Trained, to: str) -> None:
-    """Raise UserError for what cannot be exported."""
-    transcoder, lm = trained.transcoder, trained.config.lm
-    if transcoder.spec.normalization == "token":
-        raise UserError(
-            "clt.normalization is token, which divides each input by its own norm and cannot be folded into weights; "
-            "wanted a run with layer, dim or none"
-        )
-    known = ARCHITECTURES.values()
-    named = any(lm.input_site in (None, reads) and lm.output_site in (None, writes) for reads, writes in known)
-    of_norm = (lm.input_site, lm.output_site) == (NORM_OUTPUT, None) and to == "circuit-tracer"
-    if not named and not of_norm:
-        raise UserError(
-            f"the run's sites are lm.input_site={lm.input_site} and lm.output_site={lm.output_site}; wanted the "
-            "residual before the MLP's norm and what the MLP adds to it, as clt/lm/sites.py names them: other tools "
-            "know these as hook_resid_mid and hook_mlp_out, and would read another place without a word"
-        )
-    if to == "circuit-tracer":
-        _check_layers(trained)
-    elif not circuit_tracer.per_layer(transcoder):
-        raise UserError(
-            "SAELens has transcoders of one layer alone, and these features write to later layers too; wanted a run "
-            "with clt.cross_layer=false, or --to circuit-tracer"
-        )
-
-
-def _check_layers(trained: Trained) -> None:
-    index, layers = trained.index, trained.config.lm.layers
-    if index is not None:
-        count = index.lm_layers or index.n_layers
-        layers = None if index.layers == list(range(count)) else index.layers
-    if layers is not None:
-        raise UserError(
-            f"the transcoder is of lm.layers={layers}, not of all layers of the language model. circuit-tracer numbers "
-            "the layers of a directory from 0 and wants every one: it would put these into the first MLPs' places, or "
-            "end in an index error; wanted a run with lm.layers=null, or --to saelens with clt.cross_layer=false"
-        )
 
 
 def _without_k(trained: Trained) -> CrossLayerTranscoder:
@@ -191,13 +160,13 @@ def _without_k(trained: Trained) -> CrossLayerTranscoder:
 
 def _check_room(transcoder: CrossLayerTranscoder, directory: Path, dtype: str) -> None:
     L, D, F = transcoder.n_layers, transcoder.d_acts, transcoder.d_features
-    targets = L if circuit_tracer.per_layer(transcoder) else L * (L + 1) // 2  # windows are filled up with zeros
+    targets = L * (L + 1) // 2 if transcoder.spec.cross_layer else L  # windows are filled up with zeros
     skip = 0 if transcoder.W_skip is None else L * D * D
     wanted = (L * D * F + targets * D * F + skip) * getattr(torch, dtype).itemsize
     if (free := shutil.disk_usage(directory).free) < wanted * 1.01:
         raise UserError(
-            f"{directory.parent} has {size_text(free)} free, the export takes {size_text(wanted)}; free space, or name "
-            "a directory on another disk"
+            f"{directory.parents[1]} has {size_text(free)} free, the export takes {size_text(wanted)}; free space, or "
+            "name a directory on another disk"
         )
 
 
@@ -221,9 +190,7 @@ def _configs(trained: Trained, transcoder: CrossLayerTranscoder, to: str) -> dic
     model = trained.model.removeprefix("openai-community/")  # transformer-lens has GPT-2 by the name it had at first
     if to == "circuit-tracer":
         return {"config.yaml": circuit_tracer.config(transcoder, model)}
-    layers = trained.config.lm.layers or range(transcoder.n_layers)
-    layers = layers if trained.index is None else trained.index.layers
-    context = trained.config.lm.context
+    layers, context = trained.layers or range(transcoder.n_layers), trained.config.lm.context
     return {f"layer_{s}/cfg.json": saelens.config(transcoder, model, layer, context) for s, layer in enumerate(layers)}
 
 
@@ -238,13 +205,10 @@ def _facts(trained: Trained, exported: CrossLayerTranscoder, to: str, dtype: str
     window = spec.window or exported.n_layers
     if 1 < window < exported.n_layers:
         notes.append(f"Features write to at most {window} layers, their own included: later ones are stored as zeros.")
-    if exported.W_skip is not None and to == "circuit-tracer" and not circuit_tracer.per_layer(exported):
+    if exported.W_skip is not None and to == "circuit-tracer" and spec.cross_layer:
         notes.append(circuit_tracer.SKIP_IS_NOT_READ)
-    if to == "circuit-tracer" and trained.index is not None and trained.index.input_sites[0].startswith("gpt_neox."):
-        notes.append(
-            "transformer-lens has no hook_resid_mid in a GPT-NeoX whose attention and MLP run in parallel (Pythia), so "
-            "that circuit-tracer cannot attribute through this transcoder."
-        )
+    if to == "circuit-tracer" and parallel(trained.index):
+        notes.append(PARALLEL)
     return {
         "format": to,
         "model": trained.model,
@@ -252,7 +216,7 @@ def _facts(trained: Trained, exported: CrossLayerTranscoder, to: str, dtype: str
         "layers": exported.n_layers,
         "width": exported.d_acts,
         "features": exported.d_features,
-        "cross_layer": not circuit_tracer.per_layer(exported),
+        "cross_layer": spec.cross_layer,
         "activation": exported.spec.activation,
         "trained_activation": spec.activation,
         "dtype": dtype,

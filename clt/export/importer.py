@@ -16,11 +16,12 @@ from clt.config import Config
 from clt.data.index import write_json
 from clt.errors import UserError, size_text
 from clt.export import circuit_tracer, gemma_scope, joint_topk, sparsify
+from clt.export.directory import new_directory
 from clt.export.source import Reader, Source
-from clt.files import new_directory
 from clt.lm.forward import forward_text
 from clt.lm.load import LanguageModel
 from clt.model.transcoder import CrossLayerTranscoder
+from clt.ranges import NORM_OUTPUT
 from clt.train import tensorfile
 from clt.train.compare import language_model
 from clt.train.tensorfile import Part
@@ -53,6 +54,8 @@ def import_transcoder(source: str, directory: Path, config: Config | None = None
                     f"{found.k} fire on average"
                 )
             lm = language_model(config, (found.n_layers, found.d_acts), found.sites, device)
+            if lm.layers != list(range(lm.model.config.get_text_config().num_hidden_layers)):
+                found.sites = dataclasses.replace(found.sites, layers=lm.layers)
         writer = _Writer(partial, found, _matrix_dtype(found))
         read = Reader(found.folder)
         for layer in range(found.n_layers):
@@ -118,7 +121,7 @@ class _Writer:
         self.size = sum(tensor.nbytes for tensor in tensors.values())
         if (free := shutil.disk_usage(directory).free) < self.size * 1.01:
             raise UserError(
-                f"{directory.parent} has {size_text(free)} free, the transcoder takes {size_text(self.size)}; free "
+                f"{directory.parents[1]} has {size_text(free)} free, the transcoder takes {size_text(self.size)}; free "
                 "space, or name a directory on another disk"
             )
         groups: list[dict[str, Tensor]] = [{}]
@@ -209,7 +212,8 @@ def _remarks(source: Source, writer: _Writer) -> list[str]:
     rule = f"{spec.activation}, k {spec.k}" if spec.k else spec.activation
     dtype = str(writer.dtypes["W_enc"]).removeprefix("torch.")
     size = f"{source.n_layers} layers, width {source.d_acts}, {spec.d_features:,} features a layer"
-    reads = "the residual stream before the MLP's norm" if sites.input_site is None else "the norm's output"
+    places = {None: "the residual stream before the MLP's norm", NORM_OUTPUT: "the norm's output"}
+    reads = places.get(sites.input_site, f"the input of {sites.input_site}")
     lines = [f"{source.layout}{f' of {sites.model}' if sites.model else ''}: {size}, {rule}{', skip' * spec.skip}"]
     lines.append(f"It reads {reads}; matrices are in {dtype}, {size_text(writer.size)} in all")
     lines.append(

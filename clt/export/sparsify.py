@@ -9,6 +9,8 @@ config.json                      of the training: hookpoints_in, where the input
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,26 +18,25 @@ import torch
 from torch import Tensor
 
 from clt.errors import UserError, shown
-from clt.export.source import REMEDY, Reader, Source, count_layers, sizes
+from clt.export.source import REMEDY, Reader, Source, sizes
 from clt.files import read_object
 from clt.model.spec import CLTConfig, Sites
-from clt.ranges import NORM_OUTPUT, POSITIVE
+from clt.ranges import POSITIVE
 
 _NORMS = ("ln_2", "post_attention_layernorm", "pre_feedforward_layernorm", "final_layer_norm")
 
 
 def read(folder: Path) -> Source:
     """The transcoder in a directory. Raises UserError when it is incomplete, or computes what ours cannot."""
-    block = next(path.parent.name for path in folder.glob("*.mlp/sae.safetensors")).rpartition(".mlp")[0]
-    hookpoint = block.rpartition(".")[0] + ".{}.mlp"
-    L, headers = count_layers(folder, hookpoint + "/sae.safetensors"), Reader(folder, values=False)
-    files = [f"{hookpoint.format(i)}/sae.safetensors" for i in range(L)]
+    names, layers = _hookpoints(folder)
+    L, headers = len(layers), Reader(folder, values=False)
+    files = [f"{name}/sae.safetensors" for name in names]
     F, D = sizes(headers, files[0], "encoder.weight")
-    settings = [_settings(folder / hookpoint.format(i) / "cfg.json") for i in range(L)]
+    settings = [_settings(folder / name / "cfg.json") for name in names]
     if len({(each["k"], bool(each["skip_connection"])) for each in settings}) > 1:
         raise UserError(f"{folder}: k or skip_connection differ by layer; wanted the same in each cfg.json")
     targets = [max(1, sum(name.startswith("W_decs.") for name in headers.shapes(file))) for file in files]
-    if targets != [min(targets[0], L - i) for i in range(L)]:
+    if targets != [min(targets[0], L - i) for i in range(L)] or (targets[0] > 1 and layers != list(range(L))):
         raise UserError(f"{folder}: the layers write to {targets} layers each, which are not their own and the next")
     skip, several = bool(settings[0]["skip_connection"]), targets[0] > 1
 
@@ -64,7 +65,18 @@ def read(folder: Path) -> Source:
         skip=skip,
         normalization="none",
     )
-    return Source("sparsify", folder, L, D, spec, _sites(folder), layer)
+    return Source("sparsify", folder, L, D, spec, _sites(folder, names[0], layers), layer)
+
+
+def _hookpoints(folder: Path) -> tuple[list[str], list[int]]:
+    """The names of the hooked MLPs, and their layers: ascending, not always all. Raises UserError for other names."""
+    found = {path.parent.name for path in folder.glob("*.mlp/sae.safetensors")}
+    matches = [re.fullmatch(r"([\w.]+)\.(\d+)\.mlp", name) for name in found]
+    numbers = {int(match[2]): match[0] for match in matches if match}
+    if len({match and match[1] for match in matches}) != 1 or not numbers:
+        raise UserError(f"{folder} has {', '.join(sorted(found))}; wanted MLPs of one list of layers: h.0.mlp, h.1.mlp")
+    layers = sorted(numbers)
+    return [numbers[layer] for layer in layers], layers
 
 
 def _settings(file: Path) -> dict[str, Any]:
@@ -103,19 +115,19 @@ def _check(reader: Reader, file: str) -> None:
             )
 
 
-def _sites(folder: Path) -> Sites:
-    """The model and where the MLPs' inputs were read, by the training's config.json; else the MLPs themselves."""
+def _sites(folder: Path, hookpoint: str, layers: list[int]) -> Sites:
+    """The hooked modules by their own names: an MLP's output is what it wrote, before any norm that follows.
+
+    The inputs were read before the norms that the training's config.json names, else at the MLPs themselves.
+    """
     file = folder / "config.json"
     settings = read_object(file, {}, REMEDY) if file.is_file() else {}
     model, hookpoints = settings.get("model"), settings.get("hookpoints_in")
-    model = model if isinstance(model, str) else None
-    if "gemma" in (model or "").lower():
-        raise UserError(
-            f"{file} is of {model}: its targets are the MLPs' outputs before Gemma's second norm, and not what "
-            "the MLPs add to the residual stream; they cannot be replaced there"
-        )
+    output = re.sub(r"\.\d+\.", ".{layer}.", hookpoint)
+    sites = Sites(output, output, model=model if isinstance(model, str) else None, layers=layers)
     if not hookpoints:
-        return Sites(NORM_OUTPUT, model=model)
-    if not all(str(name).rpartition(".")[2] in _NORMS for name in hookpoints):
+        return sites
+    reads = {re.sub(r"\.\d+\.", ".{layer}.", str(name)) for name in hookpoints}
+    if len(reads) != 1 or next(iter(reads)).rpartition(".")[2] not in _NORMS:
         raise UserError(f"{file} has hookpoints_in {shown(hookpoints)}; wanted the norms before the MLPs, or none")
-    return Sites(model=model)
+    return replace(sites, input_site=reads.pop())

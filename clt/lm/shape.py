@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,6 +11,9 @@ from torch import nn
 from clt.config import LMConfig
 from clt.errors import UserError
 from clt.lm.load import chosen_layers, load_settings, locate
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 class Shape(NamedTuple):
@@ -22,14 +25,14 @@ class Shape(NamedTuple):
     flops_per_token: int | None = None  # of a forward pass up to the last layer that is explained
 
 
-def read_shape(config: LMConfig) -> Shape:
-    """The shape of `lm.model`, from its config alone. Asks no hub.
+def read_settings(config: LMConfig, *, ask_hub: bool = False, otherwise: str = "") -> PretrainedConfig:
+    """The own config of `lm.model`, as transformers has it.
 
-    FLOPs are 2 a weight of the layers that run, and 4 * width for each token of the context that attention reads.
-    Raises UserError when the config is not on this machine or cannot be read, and for layers that the model lacks.
+    Raises UserError when it cannot be read, and without `ask_hub` when it is not on this machine; the message ends with
+    what can be done `otherwise`.
     """
     source, gguf = locate(config.model)
-    if not Path(source).exists():
+    if not ask_hub and not Path(source).exists():
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
@@ -40,11 +43,21 @@ def read_shape(config: LMConfig) -> Shape:
         if not isinstance(found, str):
             raise UserError(
                 f"config.json of lm.model={config.model!r} is not on this machine: `hf download {source} config.json` "
-                "fetches it; or give the model's shape with --layers and --width"
+                f"fetches it{otherwise}"
             )
+    settings, _ = load_settings(config, source, gguf, local=not ask_hub)
+    return settings
+
+
+def read_shape(config: LMConfig, *, ask_hub: bool = False) -> Shape:
+    """The shape of `lm.model`, from its config alone.
+
+    FLOPs are 2 a weight of the layers that run, and 4 * width for each token of the context that attention reads.
+    Raises UserError as `read_settings`, and for layers that the model lacks.
+    """
     from transformers import AutoModelForCausalLM
 
-    settings, _ = load_settings(config, source, gguf, local=True)
+    settings = read_settings(config, ask_hub=ask_hub, otherwise="; or give the model's shape with --layers and --width")
     text = settings.get_text_config()
     layers = chosen_layers(config, text.num_hidden_layers)
     with torch.device("meta"):  # shapes without memory

@@ -59,7 +59,8 @@ def find_sites(
 ) -> list[Site]:
     """The hooked modules of `layers`, from the table above or from dotted paths as `lm.input_site` and `.output_site`.
 
-    Raises UserError for an architecture that is not in the table, and for a path that names no module of the model.
+    A path may be the end of one, `{layer}.mlp`, if only one module's ends so. Raises UserError for an architecture that
+    is not in the table, and for a path that names no module of the model.
     """
     if input_site in (None, NORM_OUTPUT) or output_site is None:
         architecture = getattr(model.config, "model_type", type(model).__name__)
@@ -76,7 +77,13 @@ def find_sites(
 
     def path(key: str, site: str, layer: int) -> str:
         found = site.replace("{layer}", str(layer))
-        if found.removesuffix(OUTPUT) not in modules:
+        module = found.removesuffix(OUTPUT)
+        if module not in modules:
+            ends = [name for name in modules if name.endswith(f".{module}")]
+            if len(ends) == 1:
+                return ends[0] + found[len(module) :]
+            if ends:
+                raise UserError(f"{key}: {found!r} ends the paths of {' and '.join(ends)}; wanted one of these")
             (near,) = difflib.get_close_matches(found, modules, 1, cutoff=0.0)
             raise UserError(f"{key}: the model has no module {found!r} (layer {layer}); the nearest module is {near!r}")
         return found

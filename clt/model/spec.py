@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from clt.errors import UserError
-from clt.ranges import INPUT_SITE, NOT_NEGATIVE, POSITIVE, SHARE, SITE, WINDOW
+from clt.ranges import ASCENDING, INPUT_SITE, NOT_NEGATIVE, POSITIVE, SHARE, SITE, WINDOW
 
 BY_K = ("topk", "batchtopk")
 """The rules that choose how many features fire."""
@@ -46,7 +46,7 @@ class CLTConfig:
 
 @dataclass(frozen=True)
 class Sites:
-    """Where a transcoder reads and writes in its language model, in the words of `lm.input_site` and `lm.output_site`.
+    """Where a transcoder reads and writes in its language model, in the words of the config's section `lm`.
 
     Its own runs and imported ones are evaluated there.
     """
@@ -57,6 +57,8 @@ class Sites:
     """Null is the MLP's output as it is added to the residual stream."""
     model: str | None = None
     """The language model, by its hub id, where the transcoder was imported from files that name it."""
+    layers: Annotated[list[int] | None, ASCENDING] = None
+    """The layers of the language model that it is of; null is all of them (older checkpoints have none)."""
 
 
 def check_rule(clt: CLTConfig, n_layers: int | None = None) -> None:

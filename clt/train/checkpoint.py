@@ -288,7 +288,8 @@ def restore(
     expected: what state.json must hold for the run to go on. Raises UserError that names what differs.
     """
     state = read_state(checkpoint)
-    found = read_object(checkpoint / "config.json", {}, _remedy(checkpoint)) | state
+    older = {"layers": transcoder.sites.layers}  # which older checkpoints do not say; `data_hash` is of their rows
+    found = older | read_object(checkpoint / "config.json", {}, _remedy(checkpoint)) | state
     if odd := mismatches(found, transcoder.config | versions() | expected):
         raise UserError(
             f"checkpoint {checkpoint} is not one that this run can go on from: {odd}. Go back to the versions and the "

@@ -19,7 +19,7 @@ from clt.data.statistics import Moments, Statistics
 from clt.errors import UserError
 from clt.files import or_null
 from clt.lm.capture import capture
-from clt.lm.load import LanguageModel, load_language_model
+from clt.lm.load import LanguageModel, chosen_layers, load_language_model
 from clt.lm.sites import at_sites, find_sites
 from clt.lm.text import Window
 from clt.model.spec import Sites
@@ -45,35 +45,35 @@ def evaluate_transcoders(config: Config, directories: Sequence[str]) -> dict[str
     accumulate_in_float32()  # as in training
     found, lm, windows = {}, None, []
     # All are opened first, so that a wrong name is told before hours of work.
-    opened = {
-        directory: CrossLayerTranscoder.from_pretrained(_newest(directory), lazy=True) for directory in directories
-    }
-    for directory in directories:
-        _check_layers(config, Path(directory))
+    opened = {name: CrossLayerTranscoder.from_pretrained(path, lazy=True) for name, path in _places(directories)}
     for directory, transcoder in opened.items():
         transcoder = transcoder.to(device)
-        lm = language_model(config, (transcoder.n_layers, transcoder.d_acts), transcoder.sites, device, lm)
+        sites = dataclasses.replace(transcoder.sites, layers=transcoder.sites.layers or _of_run(Path(directory)))
+        lm = language_model(config, (transcoder.n_layers, transcoder.d_acts), sites, device, lm)
         windows = windows or heldout_windows(config, lm)
         found[directory] = _evaluate(config, transcoder, lm, windows)
     return found
 
 
-def _newest(directory: str) -> str:
-    """The newest checkpoint of a run, or the directory itself."""
-    steps = checkpoint.steps(Path(directory) / "checkpoints")
-    return f"{directory}/checkpoints/step_{steps[-1]:08d}" if steps else directory
+def _places(directories: Sequence[str]) -> list[tuple[str, str]]:
+    """Each name with the newest checkpoint of that run, or itself. Raises UserError for one that is named twice."""
+    places, named = [], dict[Path, str]()
+    for name in directories:
+        steps = checkpoint.steps(Path(name) / "checkpoints")
+        path = f"{name}/checkpoints/step_{steps[-1]:08d}" if steps else name
+        if other := named.get(Path(path).resolve()):
+            raise UserError(f"{other} and {name} are the same transcoder; name it once")
+        named[Path(path).resolve()] = name
+        places.append((name, path))
+    return places
 
 
-def _check_layers(config: Config, directory: Path) -> None:
-    """Raise UserError when a transcoder is of a run on other layers of a language model."""
-    for run in (directory, *directory.resolve().parents[:2]):
-        if (file := run / "config.yaml").is_file() and (run / "checkpoints").is_dir():
-            if (trained := load_config(file).lm.layers) != config.lm.layers:
-                raise UserError(
-                    f"{directory} was trained on lm.layers={trained}, lm.layers here is {config.lm.layers}; set it to "
-                    "the same"
-                )
-            return
+def _of_run(directory: Path) -> list[int] | None:
+    """The `lm.layers` of the run that a transcoder lies in, which an older one does not say itself; None outside."""
+    for run in (directory, *directory.resolve().parents[:2]) if directory.is_dir() else ():
+        if (run / "config.yaml").is_file() and (run / "checkpoints").is_dir():
+            return load_config(run / "config.yaml").lm.layers
+    return None
 
 
 def language_model(
@@ -81,18 +81,22 @@ def language_model(
 ) -> LanguageModel:
     """The config's language model (`lm`, where it is loaded already), hooked where a transcoder of (L, D) = `size` is.
 
-    Raises UserError when the two do not fit.
+    Of a transcoder that does not say its layers they are all, or those of the config if it is not of so many. Raises
+    UserError when the two do not fit.
     """
     wanted = at_sites(config.lm, sites.input_site, sites.output_site)
-    lm = lm or load_language_model(wanted, device)
-    if size != (len(lm.layers), lm.d_model):
+    lm = lm or load_language_model(dataclasses.replace(wanted, layers=None), device)
+    count = lm.model.config.get_text_config().num_hidden_layers
+    chosen = sites.layers or (None if size[0] == count else config.lm.layers)
+    layers = chosen_layers(dataclasses.replace(wanted, layers=chosen), count)
+    if size != (len(layers), lm.d_model):
         of = f" (it was trained on {sites.model})" if sites.model else ""
         raise UserError(
-            f"the transcoder has {size[0]} layers of width {size[1]}{of}, {lm.name!r} has {len(lm.layers)} of width "
+            f"the transcoder has {size[0]} layers of width {size[1]}{of}, {lm.name!r} has {len(layers)} of width "
             f"{lm.d_model}; set lm.model to the one that it was trained on, or lm.layers to its layers"
         )
-    hooked = find_sites(lm.model, lm.layers, wanted.input_site, wanted.output_site)
-    return dataclasses.replace(lm, sites=hooked)
+    hooked = find_sites(lm.model, layers, wanted.input_site, wanted.output_site)
+    return dataclasses.replace(lm, layers=layers, sites=hooked)
 
 
 class LiveRows:
@@ -130,6 +134,7 @@ def _evaluate(
     density = tensors["density"]
     tensors["decoder_mass"] = decoder_mass(transcoder, statistics, density > 0)
     shares = {
+        "layers": lm.layers,
         "dense_fraction": (density > DENSE).double().mean().item(),
         "never_fired": (density == 0).double().mean().item(),
         "decoder_mass": [100 * share for share in tensors["decoder_mass"].tolist()],
@@ -172,12 +177,19 @@ def plot(evaluations: dict[str, Evaluation], file: Path) -> None:
     panels = figure.subplots(1, 3)
     for axes, (key, (xlabel, title)) in zip(panels, titles.items()):
         for name, evaluation in evaluations.items():
-            axes.plot(evaluation.tensors[key].tolist(), marker=".", label=name)
+            y = evaluation.tensors[key].tolist()
+            axes.plot(evaluation.numbers["layers"] if xlabel == "layer" else range(len(y)), y, marker=".", label=name)
         axes.set(xlabel=xlabel, title=title)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.xaxis.get_major_locator().set_params(integer=True)
     panels[-1].legend(loc="upper right", fontsize="small")
     figure.savefig(file, dpi=120)
+
+
+def check_new(directory: Path) -> None:
+    """Raise UserError when `conclude` would write over another evaluation in `directory`."""
+    if found := [name for name in ("evaluation.json", "comparison.png") if (directory / name).exists()]:
+        raise UserError(f"{directory} has {found[0]} of another evaluation; delete it, or name a directory with --out")
 
 
 def conclude(evaluations: dict[str, Evaluation], directory: Path) -> None:

@@ -14,15 +14,18 @@ import torch
 from clt.config import Config, config_hash, identity, load_config
 from clt.data.check import changes, check_store
 from clt.data.extract import extract_all
-from clt.data.index import StoreIndex, content_hash, write_whole
+from clt.data.index import INDEX, StoreIndex, content_hash, read_index, write_whole
 from clt.data.lock import locked
 from clt.data.statistics import Statistics
 from clt.data.store import DiscBuffer
-from clt.errors import UserError, mismatches
+from clt.errors import UserError, mismatches, tell
+from clt.lm.shape import Shape, read_shape
+from clt.memory import free_memory
 from clt.model.loss import Objective
 from clt.model.spec import Sites, check_rule
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.parsing import to_yaml
+from clt.plan import Machine, shortage
 from clt.train import distributed as dist
 from clt.train.distributed import ALONE, Axis, World
 from clt.train.logger import check_wandb
@@ -32,10 +35,36 @@ if TYPE_CHECKING:
     from clt.lm.documents import Part
 
 
-def check_run(config: Config) -> None:
-    """Raise UserError for what would stop the run later: its directory, and W&B."""
+def check_run(config: Config, world: World) -> None:
+    """Raise UserError for what would stop the run later: its directory, W&B, and too little memory."""
     check_run_dir(config)
     check_wandb(config)
+    check_memory(config, world)
+
+
+def check_memory(config: Config, world: World) -> None:
+    """Raise UserError when the run is sure to need more memory than there is, and warn when it probably does.
+
+    The sizes are those of the store or, where it has to be extracted, of the language model's config. With a server's
+    rows they are not known before the first run.
+    """
+    heldout = Path(config.data.store) / "heldout"
+    if (heldout / INDEX).is_file():
+        index = read_index(heldout)
+        shape = Shape(index.n_layers, index.d_acts)
+    elif config.data.source == "store":
+        shape = read_shape(config.lm, ask_hub=True)
+    else:
+        return
+    if cpu := world.device.type == "cpu":
+        memory = min(free_memory().values()) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    else:
+        memory = torch.cuda.get_device_properties(world.device).total_memory
+    found, sure = shortage(config, shape, Machine(world.size, memory / 1e9, cpu=cpu))
+    if sure:
+        raise UserError(f"the run does not fit: {found}")
+    if found is not None:
+        tell(f"warning: the run may not fit: {found}")
 
 
 def make_stores(config: Config) -> None:
@@ -94,7 +123,7 @@ def build(config: Config, index: StoreIndex, statistics: Statistics, feature: Ax
         )
     torch.manual_seed(config.run.seed)
     shard = (feature.rank, feature.size)
-    sites = Sites(config.lm.input_site, config.lm.output_site)
+    sites = Sites(config.lm.input_site, config.lm.output_site, layers=index.some_layers)
     transcoder = CrossLayerTranscoder(
         index.n_layers, index.d_acts, config.clt, sites=sites, shard=shard, sum_shards=feature.sum
     )

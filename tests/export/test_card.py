@@ -102,4 +102,27 @@ def test_an_export_tells_how_it_compares(run):
     assert "CrossLayerTranscoder.from_pretrained" not in text
     assert "report/" not in text
     assert "not compared" in of(run, facts=FACTS | {"comparison": None})
-    assert "sae_lens" in of(run, facts=FACTS | {"format": "saelens"})
+    assert "sae_lens" in of(run, "clt.cross_layer=false", facts=FACTS | {"format": "saelens"})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tools"),
+    [
+        ([], {"circuit-tracer"}),
+        (["clt.cross_layer=false"], {"circuit-tracer", "saelens"}),
+        (["clt.cross_layer=false", "lm.layers=[0, 2]"], {"saelens"}),
+        (["lm.layers=[0, 2]"], set()),
+        (["clt.normalization=token"], set()),
+        (["clt.skip=true"], set()),
+        (["lm.input_site=norm.output"], {"circuit-tracer"}),
+        (["lm.input_site=h.{layer}.a", "lm.output_site=h.{layer}.b"], set()),
+        (["lm.input_site=h.{layer}.a", "lm.output_site=h.{layer}.b", "lm.model=org/absent"], set()),
+    ],
+    ids=str,
+)
+def test_only_tools_that_can_load_it_are_named(run, overrides, tools):
+    """Those to which `clt export` can take it, and which then compute the same without more ado."""
+    text = card(load_config(run / "config.yaml", overrides), {}, None)
+    assert set(re.findall(r"clt export RUN --to ([\w-]+) EXPORT", text)) == tools
+    assert ("circuit_tracer" in text, "sae_lens" in text) == ("circuit-tracer" in tools, "saelens" in tools)
+    assert "from_pretrained" in text

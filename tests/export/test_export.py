@@ -216,11 +216,26 @@ def test_what_cannot_be_exported(make_run, stores, tmp_path):
     sites = ["lm.input_site=transformer.h.{layer}.mlp", "lm.output_site=transformer.h.{layer}.mlp"]
     found = refused(make_run(*sites, data=tmp_path / "none"), "circuit-tracer", out, "float32")
     assert "wanted the residual before the MLP's norm" in found
+    (tmp_path / "gemma").mkdir()
+    (tmp_path / "gemma" / "config.json").write_text('{"model_type": "gemma2"}')
+    layer = "model.layers.{layer}"
+    llama = (f"{layer}.post_attention_layernorm", f"{layer}.mlp")
+    gemma = (f"{layer}.pre_feedforward_layernorm", f"{layer}.post_feedforward_layernorm")
+    for pair, model in ((llama, "gemma"), (gemma, "lm"), (("a.{layer}", "b.{layer}"), "gemma")):
+        sites = [f"lm.model={tmp_path / model}" if model == "gemma" else "lm.dtype=float32"]
+        sites += [f"lm.input_site={pair[0]}", f"lm.output_site={pair[1]}"]
+        found = refused(make_run(*sites, data=tmp_path / "none"), "circuit-tracer", out, "float32")
+        assert f"lm.input_site={pair[0]}" in found
+    names = [f"lm.input_site={gemma[0]}", f"lm.output_site={gemma[1]}"]
+    absent = refused(make_run(*names, "lm.model=org/lm", data=tmp_path / "none"), "circuit-tracer", out, "float32")
+    assert "config.json of lm.model='org/lm' is not on this machine: `hf download org/lm config.json`" in absent
     assert "lm.layers=[0, 1]" in refused(
         make_run("lm.layers=[0, 1]", data=tmp_path / "none"), "circuit-tracer", out, "float32"
     )
     topk = make_run(activation="topk", k=4, data=tmp_path / "none")
     assert "Other tools have no topk: thresholds are set on rows" in refused(topk, "circuit-tracer", out, "float32")
+    run = make_run(f"lm.model={tmp_path / 'gemma'}", *names, data=tmp_path / "none")
+    export(run, "circuit-tracer", tmp_path / "gemmas", "float32")
     run = make_run()
     clt = CrossLayerTranscoder.from_pretrained(run / STEP)
     clt.b_dec.data[1], clt.W_dec[1].data[0, 0, 0] = 1e5, 1e12

@@ -152,9 +152,9 @@ SOURCES = {
     "set": (transcoder_set, {"skip": True}, "jumprelu", None),
     "set of relu": (transcoder_set, {"jump": False, "activation": "relu"}, "relu", None),
     "gemma scope": (gemma_scope, {}, "jumprelu", "norm.output"),
-    "sparsify": (sparsify, {}, "topk", "norm.output"),
-    "sparsify, two targets": (sparsify, {"reach": 2}, "topk", "norm.output"),
-    "sparsify, all targets": (sparsify, {"reach": 9, "skip": False, "block": "layers"}, "topk", "norm.output"),
+    "sparsify": (sparsify, {}, "topk", "h.{layer}.mlp"),
+    "sparsify, two targets": (sparsify, {"reach": 2}, "topk", "h.{layer}.mlp"),
+    "sparsify, all targets": (sparsify, {"reach": 9, "skip": False, "block": "layers"}, "topk", "layers.{layer}.mlp"),
 }
 
 
@@ -176,7 +176,8 @@ def test_an_import_computes_what_its_source_does(name, source, tmp_path):
     assert 0.05 < (features > 0).float().mean() < 0.9
     torch.testing.assert_close(clt.encode(x), features, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(clt(x), y, rtol=1e-4, atol=1e-5)
-    assert (clt.spec.activation, clt.sites.input_site, clt.sites.output_site) == (activation, input_site, None)
+    output_site = input_site if activation == "topk" else None
+    assert (clt.spec.activation, clt.sites.input_site, clt.sites.output_site) == (activation, input_site, output_site)
     assert f"{L} layers, width {D}, {F} features a layer, {activation}" in told[0]
     assert "no statistics" in told[2]
     assert ("The source has no thresholds: features fire above 0" in told) == (activation == "relu")
@@ -281,8 +282,9 @@ def test_a_joint_topk_needs_a_text(source, tmp_path, config):
     joint_topk(source, 16)
     with pytest.raises(UserError, match=rf"has no thresholds: its 6 largest .*: clt import {source} .*out CONFIG sets"):
         import_transcoder(str(source), tmp_path / "out")
-    with pytest.raises(UserError, match=r"the transcoder has 3 layers of width 16, .* has 2 of width 16; set lm.model"):
-        import_transcoder(str(source), tmp_path / "out", config("lm.layers=[0, 1]"))
+    (source / "W_enc_2.safetensors").unlink()
+    with pytest.raises(UserError, match=r"the transcoder has 2 layers of width 16, .* has 3 of width 16; set lm.model"):
+        import_transcoder(str(source), tmp_path / "out", config())
     assert not list(tmp_path.glob("out*"))
 
 
@@ -326,7 +328,7 @@ def of_config(**settings):
         (of_config(transcoders=["hf://a/b/c"]), "lists transcoders that lie elsewhere"),
         (of_config(activation="topk", k=3), "has activation 'topk'; wanted relu or jumprelu"),
         (of_config(feature_input_hook="ln2.hook_normalized"), "feature_input_hook 'ln2.hook_normalized' and"),
-        (of_config(model_name="gemma", feature_output_hook="mlp.hook_out"), "feature_output_hook 'mlp.hook_out'"),
+        (of_config(feature_output_hook="hook_resid_post"), "feature_output_hook 'hook_resid_post'"),
         (lambda folder: (folder / "config.yaml").write_text("a: [1"), r"config.yaml is damaged \(.*\); copy or"),
         (lambda folder: (folder / "config.yaml").write_text("- 1"), r"found \[1\], wanted keys and values"),
         (lambda folder: (folder / "config.yaml").unlink(), "holds no transcoder of a known layout"),
@@ -357,6 +359,45 @@ def test_sparse_coders_that_are_no_transcoders_of_ours(change, message, source, 
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=message):
         import_transcoder(str(source), tmp_path / "out")
+
+
+@pytest.mark.parametrize("said", [None, {"model": "google/gemma-2-2b"}, {"model": "/data/lm"}], ids=str)
+@pytest.mark.parametrize("norm", [None, "pre_feedforward_layernorm"])
+def test_sparse_coders_are_of_the_modules_that_were_hooked_whatever_their_model(said, norm, source, tmp_path):
+    """Of Gemma the MLP's own output is not what the residual stream gets, and the site of an import says so."""
+    sparsify(source, block="layers")
+    if said:
+        hookpoints = {"hookpoints_in": [f"layers.{i}.{norm}" for i in range(L)]} if norm else {}
+        (source / "config.json").write_text(json.dumps(said | hookpoints))
+    import_transcoder(str(source), tmp_path / "out")
+    sites = CrossLayerTranscoder.from_pretrained(tmp_path / "out").sites
+    input_site = f"layers.{{layer}}.{norm if norm and said else 'mlp'}"
+    assert (sites.input_site, sites.output_site) == (input_site, "layers.{layer}.mlp")
+
+
+def test_sparse_coders_of_some_layers(source, tmp_path):
+    sparsify(source)
+    for i, to in ((2, 11), (1, 9)):
+        (source / f"h.{i}.mlp").rename(source / f"h.{to}.mlp")
+    import_transcoder(str(source), tmp_path / "out")
+    clt, last = CrossLayerTranscoder.from_pretrained(tmp_path / "out"), source / "h.11.mlp"
+    assert clt.sites.layers == [0, 9, 11]
+    assert torch.equal(clt.W_dec[2][:, 0], load_file(last / "sae.safetensors")["W_dec"])
+    last.rename(source / "layers.11.mlp")
+    with pytest.raises(UserError, match=r"has h.0.mlp, h.9.mlp, layers.11.mlp; wanted MLPs of one list of layers"):
+        import_transcoder(str(source), tmp_path / "other")
+
+
+@pytest.mark.parametrize("model", [{}, {"model_name": "gemma-2-2b"}], ids=str)
+def test_the_mlps_own_output_goes_to_circuit_tracer_and_back(model, source, tmp_path):
+    hooks = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "mlp.hook_out"}
+    circuit_tracer(source, **hooks, **model)
+    import_transcoder(str(source), tmp_path / "ours")
+    sites = CrossLayerTranscoder.from_pretrained(tmp_path / "ours").sites
+    assert (sites.input_site, sites.output_site) == ("norm.output", "{layer}.mlp")
+    export(tmp_path / "ours", "circuit-tracer", tmp_path / "theirs", "float32")
+    config = yaml.safe_load((tmp_path / "theirs" / "config.yaml").read_text())
+    assert {key: config[key] for key in hooks} == hooks
 
 
 def test_values_that_differ_by_target_are_refused(source, tmp_path):

@@ -40,6 +40,19 @@ def test_braces_that_are_not_the_layers_are_part_of_the_path(tiny: Callable[...,
         find_sites(tiny("gpt2").model, [0], "transformer.h.{layer}.{x}", "transformer.h.{layer}.mlp")
 
 
+def test_a_path_may_be_the_end_of_one(tiny: Callable[..., LanguageModel], input_ids: Tensor) -> None:
+    """Gemma's MLP itself: what it wrote, before the norm that follows, is read and replaced there."""
+    whole = tiny("gemma2")
+    sites = find_sites(whole.model, [0, 1, 2], "layers.{layer}.pre_feedforward_layernorm.output", "{layer}.mlp")
+    assert sites[1] == Site(1, "model.layers.1.pre_feedforward_layernorm.output", "model.layers.1.mlp")
+    lm = dataclasses.replace(whole, sites=find_sites(whole.model, [0, 1, 2], "{layer}.mlp", "layers.{layer}.mlp"))
+    x, y = capture(lm, input_ids).unbind(2)
+    for layer, of_layer in enumerate(x.unbind(2)):
+        torch.testing.assert_close(whole.model.get_submodule(f"model.layers.{layer}.mlp")(of_layer), y[:, :, layer])
+    with pytest.raises(UserError, match=r"'o_proj' ends the paths of .*\.0.*o_proj and .*; wanted one of these"):
+        find_sites(whole.model, [0], "o_proj", "o_proj")
+
+
 def test_an_unknown_architecture_says_what_is_known_and_what_to_do(tiny: Callable[..., LanguageModel]) -> None:
     model = tiny("gpt2").model
     model.config.model_type = "mamba"

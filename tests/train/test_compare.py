@@ -21,9 +21,9 @@ from clt.train.evaluation import evaluate_activations, evaluate_replacement, hel
 def saved(tmp_path):
     """saved(name, sites, **fields of CLTConfig) -> a transcoder of random weights, and its directory."""
 
-    def save(name, sites=Sites(), **options):  # noqa: B008 - frozen
+    def save(name, sites=Sites(), n_layers=3, **options):  # noqa: B008 - frozen
         torch.manual_seed(0)
-        clt = CrossLayerTranscoder(3, 16, CLTConfig(d_features=20, **options), sites=sites)
+        clt = CrossLayerTranscoder(n_layers, 16, CLTConfig(d_features=20, **options), sites=sites)
         with torch.no_grad():
             clt.b_enc.normal_(0, 0.5)
             clt.b_dec.normal_(0, 0.1)
@@ -83,6 +83,34 @@ def test_the_figures_are_the_evaluators_own_at_the_transcoders_sites(config, sav
     assert sum(numbers["decoder_mass"]) == pytest.approx(100)
 
 
+def test_each_transcoder_is_evaluated_at_its_own_layers(config, saved):
+    """Whatever the config's; which stand for those that an older one does not say."""
+    known, of_config = saved("known", Sites(layers=[0, 2]), n_layers=2)[1], saved("older", n_layers=2)[1]
+    config = config("eval.replacement_tokens=64", "lm.layers=[0, 2]")
+    found = evaluate_transcoders(config, [known, of_config, saved("all")[1]])
+    assert [numbers["layers"] for numbers, _ in found.values()] == [[0, 2], [0, 2], [0, 1, 2]]
+    assert found[known].numbers == found[of_config].numbers
+    config.lm.layers = [1, 2]
+    again = evaluate_transcoders(config, [known, of_config])
+    assert again[known].numbers == found[known].numbers
+    assert again[of_config].numbers["fve_per_layer"] != found[of_config].numbers["fve_per_layer"]
+
+
+def test_a_run_on_some_layers_says_so_in_its_checkpoints(train, config, tmp_path):
+    """And of an older one, whose config.json does not, they are the run's."""
+    run = train("lm.layers=[1, 2]", f"data.store={tmp_path / 'stores'}", "data.train_tokens=400", "train.steps=2")
+    file = run.dir / "checkpoints" / "step_00000002" / "config.json"
+    tree = json.loads(file.read_text())
+    assert tree.pop("layers") == [1, 2]
+    file.write_text(json.dumps(tree))
+    found = evaluate_transcoders(config("eval.replacement_tokens=64"), [str(file.parent)])
+    assert found[str(file.parent)].numbers["layers"] == [1, 2]
+    train(
+        "lm.layers=[1, 2]", f"data.store={tmp_path / 'stores'}", "data.train_tokens=400", "train.steps=2",
+        f"run.dir={run.dir}",
+    )  # fmt: skip
+
+
 @torch.no_grad()
 def test_decoder_mass_is_by_distance_in_each_layers_own_scale():
     clt = CrossLayerTranscoder(3, 2, CLTConfig(d_features=2, normalization="layer"))
@@ -125,15 +153,19 @@ def test_a_run_that_reads_the_norms_output_is_compared_where_it_was_trained(trai
         for name in ("kl", "ce_replaced", "top1_agreement", "replacement_tokens"):
             assert results[str(run.dir)][name] == pytest.approx(run.summary[name], rel=1e-4), name
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 10_000
-    with pytest.raises(UserError, match=r"was trained on lm\.layers=None, lm\.layers here is \[0, 1, 2\]"):
-        evaluate_transcoders(config("lm.layers=[0, 1, 2]", "eval.replacement_tokens=64"), [str(runs[0].dir)])
     assert "decoder mass by distance in layers, %" in out
 
 
 def test_what_cannot_be_evaluated(config, saved, tmp_path, capsys):
     _, directory = saved("a")
-    with pytest.raises(UserError, match=r"the transcoder has 3 layers of width 16, .* has 2 of width 16; set lm.model"):
-        evaluate_transcoders(config("lm.layers=[0, 1]", "eval.replacement_tokens=64"), [directory])
+    _, narrow = saved("narrow", n_layers=2)
+    with pytest.raises(UserError, match=r"the transcoder has 2 layers of width 16, .* has 3 of width 16; set lm.model"):
+        evaluate_transcoders(config("eval.replacement_tokens=64"), [narrow])
+    _, deep = saved("deep", Sites(layers=[2, 5]), n_layers=2)
+    with pytest.raises(UserError, match=r"lm.layers=\[2, 5\] does not fit .*, which has 3 layers"):
+        evaluate_transcoders(config("eval.replacement_tokens=64"), [deep])
+    with pytest.raises(UserError, match=rf"{directory} and {directory}/ are the same transcoder; name it once"):
+        evaluate_transcoders(config("eval.replacement_tokens=64"), [directory, f"{directory}/"])
     with pytest.raises(UserError, match=r"eval\.replacement_tokens is 0; wanted the number"):
         evaluate_transcoders(config("eval.replacement_tokens=0"), [directory])
     with pytest.raises(UserError, match=r"absent/config.json cannot be read \(No such file"):
@@ -144,7 +176,9 @@ def test_what_cannot_be_evaluated(config, saved, tmp_path, capsys):
         (["a", "b"], "found a b; wanted one run directory"),
         (["--transcoder", directory], "found no CONFIG; wanted the YAML file"),
         (["--compare", directory, "c.yaml"], "c.yaml is no transcoder; put CONFIG and overrides before --compare"),
+        (["c.yaml", "--transcoder", directory, "--out", str(tmp_path)], "has evaluation.json of another evaluation"),
     ):
+        (tmp_path / "evaluation.json").touch()
         with pytest.raises(SystemExit):
             main(["eval", *words])
         assert message in capsys.readouterr().err

@@ -13,9 +13,11 @@ from clt.data.check import check_model
 from clt.data.index import read_index
 from clt.errors import UserError
 from clt.lm.load import load_language_model
+from clt.lm.shape import Shape
+from clt.plan import make_job, need
 from clt.train.distributed import World
 from clt.train.evaluation import heldout_windows
-from clt.train.run import check_run_dir, claim_run_dir, open_source, sole_use
+from clt.train.run import check_memory, check_run_dir, claim_run_dir, open_source, sole_use
 
 
 @pytest.fixture
@@ -92,3 +94,28 @@ def test_windows_without_anything_to_predict(base):
     short = dataclasses.replace(base, lm=dataclasses.replace(base.lm, context=2))
     with pytest.raises(UserError, match=r"lm\.context=2 held-out tokens has two neighbours .* raise lm\.context"):
         heldout_windows(short, load_language_model(base.lm))
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["with a store", "before the extraction"])
+def test_a_run_that_cannot_fit_is_refused_before_it_begins(base, made, tmp_path):
+    """By the machine's free memory; the remedies that are named fit."""
+    base = base if made else dataclasses.replace(base, data=dataclasses.replace(base.data, store=str(tmp_path / "no")))
+    check_memory(base, World(0, 1, torch.device("cpu")))
+    wide = dataclasses.replace(base, clt=dataclasses.replace(base.clt, d_features=1 << 34))
+    with pytest.raises(UserError, match=r"the run does not fit: a rank of 1 x 1 .* TB.*: clt.d_features=\d+$") as e:
+        train_ddp.main(wide, prepare=True)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "no").exists()
+    narrow = dataclasses.replace(base.clt, d_features=int(str(e.value).rpartition("=")[2]))
+    check_memory(dataclasses.replace(base, clt=narrow), World(0, 1, torch.device("cpu")))
+
+
+def test_what_may_or_may_not_fit_is_a_warning(base, monkeypatch, capsys):
+    job = make_job(base, Shape(3, 16))
+    for memory, said in ((need(job, 0), ""), (need(job, 0) - 1, "warning: the run may not fit: a rank of 1 x 1")):
+        monkeypatch.setattr("clt.train.run.free_memory", lambda memory=memory: {"the machine's memory": memory})
+        check_memory(base, World(0, 1, torch.device("cpu")))
+        assert capsys.readouterr().err.startswith(said)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(UserError, match="the run does not fit"):
+        check_memory(base, World(0, 1, torch.device("cpu")))
