@@ -24,7 +24,6 @@ from clt.lm.sites import at_sites, find_sites
 from clt.lm.text import Window
 from clt.model.spec import Sites
 from clt.model.transcoder import CrossLayerTranscoder
-from clt.train import checkpoint
 from clt.train.distributed import accumulate_in_float32
 from clt.train.evaluation import Evaluation, evaluate_activations, evaluate_replacement, heldout_windows
 from clt.train.optim import autocast_dtype
@@ -45,9 +44,7 @@ def evaluate_transcoders(config: Config, directories: Sequence[str]) -> dict[str
     accumulate_in_float32()  # as in training
     found, lm, windows = {}, None, []
     # All are opened first, so that a wrong name is told before hours of work.
-    opened = {
-        directory: CrossLayerTranscoder.from_pretrained(_newest(directory), lazy=True) for directory in directories
-    }
+    opened = {directory: CrossLayerTranscoder.from_pretrained(directory, lazy=True) for directory in directories}
     for directory in directories:
         _check_layers(config, Path(directory))
     for directory, transcoder in opened.items():
@@ -56,12 +53,6 @@ def evaluate_transcoders(config: Config, directories: Sequence[str]) -> dict[str
         windows = windows or heldout_windows(config, lm)
         found[directory] = _evaluate(config, transcoder, lm, windows)
     return found
-
-
-def _newest(directory: str) -> str:
-    """The newest checkpoint of a run, or the directory itself."""
-    steps = checkpoint.steps(Path(directory) / "checkpoints")
-    return f"{directory}/checkpoints/step_{steps[-1]:08d}" if steps else directory
 
 
 def _check_layers(config: Config, directory: Path) -> None:
