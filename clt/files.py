@@ -51,6 +51,12 @@ def _refusal(file: Path) -> OSError | None:
     return None
 
 
+def steps(directory: Path) -> list[int]:
+    """The steps that have a whole checkpoint in a run's `checkpoints`, ascending."""
+    names = (re.fullmatch(r"step_(\d{8})", path.name) for path in directory.glob("step_*"))
+    return sorted(int(match[1]) for match in names if match)
+
+
 def or_null(value: float) -> float | None:
     """A number as strict JSON can hold it: null instead of nan and inf, which mean that there is no value."""
     return value if math.isfinite(value) else None

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from clt.errors import UserError
+from clt.files import steps
 
 TRANSCODER = ("config.json", "model*.safetensors", "model*.safetensors.index.json")
 """Names of the files that `CrossLayerTranscoder.from_pretrained` reads. No others are fetched."""
@@ -17,8 +18,8 @@ _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 def local_directory(name: str | Path, revision: str | None = None) -> Path:
     """The directory of a transcoder: `name` itself, or where the files of the hub's `user/name` are on this machine.
 
-    A directory of that name wins, and a Path is never a hub id. revision: a branch, tag or commit on the hub. Raises
-    UserError as `fetch`, and for the revision of a directory.
+    Of a run it is the newest checkpoint. A directory of that name wins, and a Path is never a hub id. revision: a
+    branch, tag or commit on the hub. Raises UserError as `fetch`, and for the revision of a directory.
     """
     if isinstance(name, str) and _ID.fullmatch(name) and not Path(name).exists():
         directory = fetch(name, revision, TRANSCODER)
@@ -29,7 +30,8 @@ def local_directory(name: str | Path, revision: str | None = None) -> Path:
         return directory
     if revision is not None:
         raise UserError(f"revision={revision!r} is for the hub, but {name} is a name on this machine; leave out one")
-    return Path(name)
+    checkpoints = Path(name) / "checkpoints"
+    return checkpoints / f"step_{found[-1]:08d}" if (found := steps(checkpoints)) else Path(name)
 
 
 def fetch(name: str, revision: str | None, patterns: Sequence[str]) -> Path:

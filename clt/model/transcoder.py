@@ -230,7 +230,8 @@ class CrossLayerTranscoder(nn.Module):
     ) -> CrossLayerTranscoder:
         """Read what `save_pretrained` or `clt import` wrote, or what `clt push` put on the hub as `user/name`.
 
-        A directory of that name wins. revision: a branch, tag or commit on the hub.
+        Of a run it reads the newest checkpoint. A directory of that name wins. revision: a branch, tag or commit on the
+        hub.
 
         lazy: W_enc and W_dec are read a layer at a time, by the methods that work on one layer: one layer of a large
         transcoder fits where the whole does not. It cannot be trained or saved.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import math
-import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -29,7 +28,7 @@ import clt
 from clt.data.index import sync, write_json
 from clt.data.shards import checksum, is_full_disk
 from clt.errors import UserError, mismatches, size_text
-from clt.files import read_object, reading
+from clt.files import read_object, reading, steps
 from clt.model.transcoder import CrossLayerTranscoder, feature_dim
 from clt.ranges import NOT_NEGATIVE
 from clt.train import distributed as dist
@@ -224,12 +223,6 @@ def rng_states() -> dict[str, Tensor]:
 def versions() -> dict[str, str]:
     """Those that a run must have to go on from a checkpoint."""
     return {"clt_version": clt.__version__, "torch_version": torch.__version__}
-
-
-def steps(directory: Path) -> list[int]:
-    """The steps that have a whole checkpoint, ascending."""
-    names = (re.fullmatch(r"step_(\d{8})", path.name) for path in directory.glob("step_*"))
-    return sorted(int(match[1]) for match in names if match)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from clt.config import Config, load_config
 from clt.data.statistics import Moments, Statistics
 from clt.errors import UserError
 from clt.files import or_null
+from clt.hub import local_directory
 from clt.lm.capture import capture
 from clt.lm.load import LanguageModel, chosen_layers, load_language_model
 from clt.lm.sites import at_sites, find_sites
 from clt.lm.text import Window
 from clt.model.spec import Sites
 from clt.model.transcoder import CrossLayerTranscoder
-from clt.train import checkpoint
 from clt.train.distributed import accumulate_in_float32
 from clt.train.evaluation import Evaluation, evaluate_activations, evaluate_replacement, heldout_windows
 from clt.train.optim import autocast_dtype
@@ -43,28 +43,26 @@ def evaluate_transcoders(config: Config, directories: Sequence[str]) -> dict[str
         raise UserError("eval.replacement_tokens is 0; wanted the number of held-out tokens to evaluate on")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     accumulate_in_float32()  # as in training
-    found, lm, windows = {}, None, []
+    found, lm, windows, places = {}, None, [], _places(directories)
     # All are opened first, so that a wrong name is told before hours of work.
-    opened = {name: CrossLayerTranscoder.from_pretrained(path, lazy=True) for name, path in _places(directories)}
+    opened = {name: CrossLayerTranscoder.from_pretrained(place, lazy=True) for name, place in places.items()}
     for directory, transcoder in opened.items():
         transcoder = transcoder.to(device)
-        sites = dataclasses.replace(transcoder.sites, layers=transcoder.sites.layers or _of_run(Path(directory)))
+        sites = dataclasses.replace(transcoder.sites, layers=transcoder.sites.layers or _of_run(places[directory]))
         lm = language_model(config, (transcoder.n_layers, transcoder.d_acts), sites, device, lm)
         windows = windows or heldout_windows(config, lm)
         found[directory] = _evaluate(config, transcoder, lm, windows)
     return found
 
 
-def _places(directories: Sequence[str]) -> list[tuple[str, str]]:
-    """Each name with the newest checkpoint of that run, or itself. Raises UserError for one that is named twice."""
-    places, named = [], dict[Path, str]()
-    for name in directories:
-        steps = checkpoint.steps(Path(name) / "checkpoints")
-        path = f"{name}/checkpoints/step_{steps[-1]:08d}" if steps else name
-        if other := named.get(Path(path).resolve()):
-            raise UserError(f"{other} and {name} are the same transcoder; name it once")
-        named[Path(path).resolve()] = name
-        places.append((name, path))
+def _places(names: Sequence[str]) -> dict[str, Path]:
+    """By name, the directory of each transcoder. Raises UserError for one that is named twice."""
+    places: dict[str, Path] = {}
+    for name in names:
+        place = local_directory(name)
+        if twins := [other for other in places if places[other].resolve() == place.resolve()]:
+            raise UserError(f"{twins[0]} and {name} are the same transcoder; name it once")
+        places[name] = place
     return places
 
 

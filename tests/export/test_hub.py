@@ -216,6 +216,13 @@ def test_a_directory_of_that_name_wins(hub):
         CrossLayerTranscoder.from_pretrained(NAME, revision="old")
 
 
+def test_of_a_run_the_newest_checkpoint_is_read(hub):
+    for number, step in ((1, 900), (2, 1000), (3, 50)):
+        transcoder(number).save_pretrained(f"{NAME}/checkpoints/step_{step:08d}")
+    assert same(CrossLayerTranscoder.from_pretrained(NAME), transcoder(2))
+    assert same(CrossLayerTranscoder.from_pretrained(f"{NAME}/checkpoints/step_00000900"), transcoder(1))
+
+
 def test_only_a_text_of_two_names_is_asked_for(hub):
     """Paths are not, nor what can be no name of the hub's: they are missing directories."""
     for name in (Path("ann/gone"), "./gone", "../gone", "/ann/gone", "gone", "a/b/c"):
