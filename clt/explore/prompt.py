@@ -48,7 +48,7 @@ class Prompts:
             for layer, feature in changes:
                 if not (0 <= layer < transcoder.n_layers and 0 <= feature < transcoder.d_features):
                     raise UserError(f"there is no feature {feature} of layer {layer}; choose another one to change")
-            ids, keep = self._tokens(lm, text)
+            ids, keep = tokenised(lm, text, min(MOST_TOKENS, self.config.lm.context))
             models = [lm.model(input_ids=ids.to(lm.device), use_cache=False).logits]
             runs = [run_replaced(lm, transcoder, ids, keep)]
             if changes:
@@ -81,18 +81,6 @@ class Prompts:
         lm = load_language_model(self.config.lm, device)
         check(self.config, summary["part"], lm, transcoder)
         return lm, transcoder
-
-    def _tokens(self, lm: LanguageModel, text: str) -> tuple[Tensor, Tensor]:
-        """(1, T) ids, which start as in training, and (1, T) where MLPs are replaced."""
-        found = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        bos, most = bos_token(lm.tokenizer), min(MOST_TOKENS, self.config.lm.context)
-        ids = np.array([*([] if bos is None else [bos]), *found], np.int64)
-        if not found or len(ids) > most:
-            raise UserError(f"the prompt has {len(found)} tokens; wanted 1 to {most - (bos is not None)}")
-        check_ids(lm, ids)
-        keep = ~np.isin(ids, special_ids(lm.tokenizer))
-        keep[0] = False
-        return torch.from_numpy(ids)[None], torch.from_numpy(keep)[None]
 
     def _features(self, transcoder: CrossLayerTranscoder, keep: Tensor, runs: list[Replaced]) -> list[dict[str, Any]]:
         """The features that write most at some token of some run, with the (token, activation) pairs of each run."""
@@ -127,6 +115,22 @@ class Prompts:
             tokens.append([[text, *map(rounded, row)] for text, row in zip(texts, of_models[order].tolist())])
         kl = (p[0] * (log_p[0] - log_p[1:])).masked_fill(p[0] == 0, 0).sum(-1)  # (m - 1, T)
         return {"next": tokens, "kl": [[rounded(value) for value in row] for row in kl.T.tolist()]}
+
+
+def tokenised(lm: LanguageModel, text: str, most: int) -> tuple[Tensor, Tensor]:
+    """(1, T) ids of a prompt, which start as in training, and (1, T) where MLPs are replaced.
+
+    Raises UserError for a prompt without tokens, and with more than `most` in all.
+    """
+    found = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    bos = bos_token(lm.tokenizer)
+    ids = np.array([*([] if bos is None else [bos]), *found], np.int64)
+    if not found or len(ids) > most:
+        raise UserError(f"the prompt has {len(found)} tokens; wanted 1 to {most - (bos is not None)}")
+    check_ids(lm, ids)
+    keep = ~np.isin(ids, special_ids(lm.tokenizer))
+    keep[0] = False
+    return torch.from_numpy(ids)[None], torch.from_numpy(keep)[None]
 
 
 def factors_of(changes: Changes, transcoder: CrossLayerTranscoder) -> Tensor:
