@@ -116,6 +116,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     what = "write the pages there, without the prompt box, for a web host"
     command.add_argument("--static", metavar="DIR", type=Path, help=what)
 
+    command = add("graph", _graph, "which features of a run lead to the next token, by circuit-tracer")
+    command.add_argument("run_dir", help="run directory")
+    command.add_argument("prompt", help="text, without the special token that starts it")
+    command.add_argument("--step", type=int, help="checkpoint to look at (default: the newest)")
+    command.add_argument("--out", metavar="DIR", type=Path, help="for the graphs (default: RUN/graphs)")
+    what = "of the environment with circuit-tracer (default: the one that runs this)"
+    command.add_argument("--python", default=sys.executable, help=what)
+    command.add_argument("--no-serve", dest="serve", action="store_false", help="write the files alone")
+    command.add_argument("--port", type=int, default=8002, help="of this machine, to show it on (%(default)s)")
+
     command = add("serve", _serve, "serve activations over HTTP")
     _add_config(command)
     command.add_argument("--config", dest="preset", help="test, production, large-scale, or a YAML file over CONFIG")
@@ -197,8 +207,7 @@ def _browse(arguments: argparse.Namespace) -> None:
     _need_serving("browse")
     run, port = Path(arguments.run_dir), arguments.port
     config = _run_config(run)
-    if not 0 < port < 65536:
-        raise UserError(f"--port is {port}; wanted a port number, 1 to 65535")
+    _check_port(port)
     from clt.explore import browse
 
     if arguments.static is None:
@@ -206,6 +215,32 @@ def _browse(arguments: argparse.Namespace) -> None:
     else:
         browse.write_static(run, arguments.static)
         print(f"The pages are in {arguments.static}: give them to a web host, or try `python -m http.server` there")
+
+
+def _check_port(port: int) -> None:
+    if not 0 < port < 65536:
+        raise UserError(f"--port is {port}; wanted a port number, 1 to 65535")
+
+
+def _graph(arguments: argparse.Namespace) -> None:
+    if arguments.serve:
+        _need_serving("graph without --no-serve")
+        _check_port(arguments.port)
+    config, run, step = _checkpoint(arguments.run_dir, arguments.step)
+    from clt.explore.graph import make_graph
+
+    directory = arguments.out or run / "graphs"
+    graph = make_graph(config, run, step, arguments.prompt, directory, arguments.python)
+    print(
+        f"{graph.active:,} features are active; the pruned graph has {graph.nodes:,} nodes and {graph.links:,} edges\n"
+        f"replacement score {graph.replacement:.3f}, completeness score {graph.completeness:.3f}\n"
+        f"The graph is {graph.file}",
+        flush=True,
+    )
+    if arguments.serve:
+        from clt.explore.graphs import serve
+
+        serve(directory, graph.page, graph.file.stem, arguments.port)
 
 
 def _need_serving(command: str) -> None:
