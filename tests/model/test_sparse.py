@@ -91,6 +91,9 @@ def test_too_many_pairs_make_the_loss_nan():
     losses, _ = step(clt, batch(), most - 1, loss)
     assert losses.total.isnan()
     assert losses.listed.max() == most, "the count goes on, to say how much room is wanted"
+    dense, _ = step(clt, batch(), None, loss)
+    assert torch.equal(losses.l0_per_layer, dense.l0_per_layer)
+    assert torch.equal(losses.fired, dense.fired)
 
 
 @pytest.mark.parametrize("place", ["activations", "b_enc"])

@@ -31,15 +31,16 @@ def select(
     """
     z, on, near = _look(product, bias, limit, of_token, bandwidth)
     features, tokens = (on | near).nonzero(as_tuple=True)
-    listed, features, tokens = torch.tensor(len(features)), features[:capacity], tokens[:capacity]
-    offsets = torch.searchsorted(features, torch.arange(len(bias) + 1), out_int32=True)
     values = (z * on)[features, tokens]
-    through = None if bandwidth is None else near[features, tokens] * (limit / bandwidth)[features]
+    # The sums are of all pairs, as the kernels' are: what has no room is left out below.
     saturation = (2 * scale[features] * values).sigmoid()
     penalty = _row_sums(features, 2 * saturation - 1, len(bias))
     shrink = _row_sums(features, 4 * (1 - saturation) * saturation * values, len(bias))
     active = _row_sums(features, (values != 0).to(values.dtype), len(bias))
-    return Lists(offsets, tokens.int(), features.int(), values, through, penalty, shrink, active, listed)
+    listed, features, tokens = torch.tensor(len(features)), features[:capacity], tokens[:capacity]
+    offsets = torch.searchsorted(features, torch.arange(len(bias) + 1), out_int32=True)
+    through = None if bandwidth is None else near[features, tokens] * (limit / bandwidth)[features]
+    return Lists(offsets, tokens.int(), features.int(), values[:capacity], through, penalty, shrink, active, listed)
 
 
 def decode(y: Tensor, W_dec: Tensor, pairs: ByToken) -> None:
