@@ -72,7 +72,7 @@ def main(config: Config, prepare: bool) -> int:
             # sums in the same order as one that was not interrupted.
             zeros, terms = source.zeros(max(source.micro_batches)), coefficients(0, steps, config.loss)
             dist.settle_buckets(model, zeros, terms, autocast, state.dead())
-        state.switch.choose()  # after the buckets, which a dense step settles
+        state.switch.choose(state.step)  # after the buckets, which a dense step settles
 
         checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every, world)
         logger = Logger(config, world.rank, state.step, state.wandb_id)

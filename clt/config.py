@@ -151,8 +151,10 @@ class TrainConfig:
     """Autocast dtype; `auto` is bf16 where the hardware multiplies bf16 matrices natively, else fp32."""
     compile: bool = True
     """Compile what a step does element by element; its matrix products are library calls either way."""
-    kernels: Literal["dense", "sparse"] = "dense"
-    """`sparse` multiplies the features that fire alone, while they are few; its speed on a GPU is not known yet."""
+    kernels: Literal["dense", "sparse", "sampled"] = "dense"
+    """`sparse` multiplies the features that fire or are near their threshold alone, while these are few. `sampled` does
+    so while few fire, and of the others takes a sample, so that thresholds' gradients are exact only on average. How
+    fast either is on a GPU is not known yet."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """At a loss or gradient that is not finite: stop the run, or leave out that step and go on."""
 
@@ -318,10 +320,11 @@ def load_config(
     check_rule(config.clt)
     check_loss(config.loss, config.clt)
     dense_terms = [name for name in ("pre_activation", "aux") if getattr(config.loss, name)]
-    if config.train.kernels == "sparse" and dense_terms:
+    if config.train.kernels != "dense" and dense_terms:
+        term = f"loss.{dense_terms[0]}"
         raise UserError(
-            f"train.kernels is sparse but loss.{dense_terms[0]} is {getattr(config.loss, dense_terms[0])}, which has a "
-            f"gradient to features that do not fire; wanted train.kernels=dense, or loss.{dense_terms[0]}=0"
+            f"train.kernels is {config.train.kernels} but {term} is {getattr(config.loss, dense_terms[0])}, which has a "
+            f"gradient to features that do not fire; wanted train.kernels=dense, or {term}=0"
         )
     return config
 

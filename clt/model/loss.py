@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clt.model.aux import auxk
-from clt.model.sparse import SparseEncode, SparseWrite, count, select
+from clt.model.sparse import SparseEncode, SparseWrite, count, draw, needed, select
 from clt.model.spec import LossConfig
 from clt.model.step import Encode, Skip, SquaredError, Step, Target, Write, make_kernels
 from clt.model.topk import Layer, batch_threshold, token_thresholds
@@ -73,7 +73,10 @@ class Losses(NamedTuple):
     l0_per_layer: Tensor  # (L,)
     fired: Tensor  # (L, F) bool: features that fired at least once
     threshold: Tensor  # that of the scores of all layers, with `batchtopk`; else 0
-    listed: Tensor | None = None  # (L,) int64: pairs of a feature and a token that the sparse step lists, if wanted
+    # If wanted, (L,) int64: the pairs of a feature and a token that fire or are near their threshold, and those of them
+    # that must have room for a sparse step.
+    listed: Tensor | None = None
+    needed: Tensor | None = None
 
 
 class Written(NamedTuple):
@@ -82,8 +85,8 @@ class Written(NamedTuple):
     y: Tensor  # y~ (B, L, D), without the bias and the skip
     products: tuple[Tensor, ...]  # as in Batch; none of the sparse step
     sums: list[list[Tensor]]  # by layer, as `Write` returns them
-    threshold: Tensor  # these two as in Losses
-    listed: Tensor | None
+    threshold: Tensor  # as in Losses
+    found: Tensor | None  # (L, 2): of the pairs, as in Lists
 
 
 class SumOverShards(torch.autograd.Function):
@@ -115,6 +118,7 @@ class Objective(nn.Module):
         self.kernels = make_kernels(compile)
         self.capacity: int | None = None  # pairs a layer that the sparse step has room for; None: the step is dense
         self.count_pairs = False  # in dense steps, for `Losses.listed`
+        self.sampling: int | None = None  # with the number of the step: pairs that do not fire are sampled to fit
         self.gradient_memory: Callable[[Tensor], Tensor | None] = lambda parameter: None  # autograd makes it
         self.sum_ranks: Callable[[Tensor], Tensor] = unsharded  # in place, over all ranks, for `batchtopk`
 
@@ -139,7 +143,7 @@ class Objective(nn.Module):
                 norms = [clt.norm(layer) for layer in range(L)]
             step = Step(clt.spec, self.loss, self.kernels, self.gradient_memory, list(clt.W_dec), norms, dead)
             written = self._dense(x, step, k) if self.capacity is None else self._sparse(x, step, k, self.capacity)
-            y, products, sums, threshold, listed = written
+            y, products, sums, threshold, found = written
             if clt.shards > 1:
                 y = SumOverShards.apply(y, clt.sum_shards)
             if clt.W_skip is not None:
@@ -155,7 +159,8 @@ class Objective(nn.Module):
             for name, term in TERMS.items():
                 value = term(batch)
                 total, values[name] = total + coefficients[name] * value, value.detach()
-        return Losses(total, values, mse_per_layer.detach(), active.sum(1) / B, active > 0, threshold, listed)
+        pairs = () if found is None else (found.sum(1), needed(found, self.sampling is not None))
+        return Losses(total, values, mse_per_layer.detach(), active.sum(1) / B, active > 0, threshold, *pairs)
 
     def _dense(self, x: Tensor, step: Step, k: float | None) -> Written:
         clt, (B, L, D) = self.transcoder, x.shape
@@ -167,31 +172,34 @@ class Objective(nn.Module):
         for s, of_layer in enumerate(weights):
             y, *sums_of_layer = Write.apply(y, *of_layer, features, s, step)  # type: ignore[misc]
             sums.append(sums_of_layer)
-        listed = None
+        found = None
         if self.count_pairs:
             with torch.no_grad():
                 layers = zip(products, clt.b_enc.unbind(), by_layer, step.norms)  # type: ignore[arg-type]
-                listed = torch.stack([count(*of_layer, step) for of_layer in layers])
-        return Written(y, products, sums, threshold, listed)  # type: ignore[arg-type]
+                found = torch.stack([count(*of_layer, step) for of_layer in layers])
+        return Written(y, products, sums, threshold, found)  # type: ignore[arg-type]
 
     def _sparse(self, x: Tensor, step: Step, k: float | None, capacity: int) -> Written:
-        """As `_dense`, by lists of at most `capacity` pairs a layer; nan when a layer has more."""
+        """As `_dense`, by lists of at most `capacity` pairs a layer; nan when a layer needs more."""
         clt = self.transcoder
         with torch.no_grad():
             products = Encode.apply(x, clt.W_enc, step)
         threshold, by_layer = self._thresholds(products, step.norms, k)  # type: ignore[arg-type]
         with torch.no_grad():
-            layers = enumerate(zip(clt.b_enc.unbind(), by_layer, step.norms))
-            lists = [select(products[s], *of_layer, step, capacity) for s, of_layer in layers]  # type: ignore[index]
-            listed = torch.stack([of_layer.listed for of_layer in lists])
-            spoiled = torch.where(listed.max() > capacity, torch.nan, clt.b_dec.new_zeros(()))
+            lists = []
+            for s, of_layer in enumerate(zip(products, clt.b_enc.unbind(), by_layer, step.norms)):  # type: ignore[arg-type]
+                sample = None if self.sampling is None else draw(self.sampling, s)
+                lists.append(select(*of_layer, step, capacity, sample))
+            found = torch.stack([of_layer.found for of_layer in lists])
+            too_many = needed(found, self.sampling is not None).max() > capacity
+            spoiled = torch.where(too_many, torch.nan, clt.b_dec.new_zeros(()))
             del products  # the largest tensors of the step
         values = SparseEncode.apply(x, clt.W_enc, lists, step)
         y, sums = torch.zeros_like(x, dtype=clt.b_dec.dtype), []
         for s, of_layer in enumerate(zip(values, clt.b_enc.unbind(), by_layer, clt.W_dec, lists)):  # type: ignore[arg-type]
             y, penalty = SparseWrite.apply(y, *of_layer, s, step, x.dtype)  # type: ignore[misc]
             sums.append([penalty + spoiled, torch.zeros_like(penalty), lists[s].active])
-        return Written(y, (), sums, threshold, listed)
+        return Written(y, (), sums, threshold, found)
 
     def _thresholds(
         self, products: tuple[Tensor, ...], norms: Sequence[Tensor], k: float | None

@@ -23,16 +23,32 @@ from clt.model.step import NO_NORM, Step
 
 
 def count(product: Tensor, bias: Tensor, threshold: Tensor, norm: Tensor, step: Step) -> Tensor:
-    """How many pairs `select` finds, ()."""
+    """How many pairs `select` finds, as in Lists."""
     rule = _rule(threshold, norm, step.clt)
     return kernels_for(product.device).count(product, bias, *rule)
 
 
-def select(product: Tensor, bias: Tensor, threshold: Tensor, norm: Tensor, step: Step, capacity: int) -> Lists:
-    """The pairs of one layer: product (F, B); bias, norm (F,); threshold broadcasts against (F, B)."""
+def select(
+    product: Tensor, bias: Tensor, threshold: Tensor, norm: Tensor, step: Step, capacity: int, sample: int | None
+) -> Lists:
+    """The pairs of one layer: product (F, B); bias, norm (F,); threshold broadcasts against (F, B).
+
+    sample: of `draw`, where the pairs that do not fire are to be a sample that fits.
+    """
     limit, of_token, bandwidth = _rule(threshold, norm, step.clt)
     kernels, scale = kernels_for(product.device), step.loss.sparsity_scale * norm
-    return kernels.select(product, bias, limit, of_token, scale, bandwidth, capacity)
+    return kernels.select(product, bias, limit, of_token, scale, bandwidth, capacity, sample)
+
+
+def draw(number: int, layer: int) -> int:
+    """24 bits for the `sampling` of a layer in step `number`: multiples of the golden ratio, spread over all values."""
+    return (number * 0x9E3779B1 + layer * 0x85EBCA6B) % 2**32 >> 8
+
+
+def needed(found: Tensor, sampled: bool) -> Tensor:
+    """Pairs that must have room, (..), of those found (.., 2), as in Lists."""
+    fired, others = found.unbind(-1)
+    return fired + (others.clamp_max(1) if sampled else others)
 
 
 def _rule(threshold: Tensor, norm: Tensor, clt: CLTConfig) -> tuple[Tensor, Tensor | None, float | None]:

@@ -25,7 +25,7 @@ class Metrics:
         self.names += [f"{name}/layer_{layer}" for name in ("mse", "L0") for layer in range(n_layers)]
         self.sums = torch.zeros(len(self.names), device=world.device)
         self.fired = torch.zeros(n_layers, d_features, dtype=torch.bool, device=world.device)
-        self.listed, self.most_listed = torch.zeros(2, dtype=torch.int64, device=world.device).unbind()
+        self.listed, self.most_needed = torch.zeros(2, dtype=torch.int64, device=world.device).unbind()
         self.thresholds: list[Tensor] = []  # `Losses.threshold` of each micro-batch: the same on all ranks
 
     def add(self, losses: Losses, share: float) -> None:
@@ -37,9 +37,9 @@ class Metrics:
         self.sums += share * torch.cat([own, losses.mse_per_layer / shards, losses.l0_per_layer])
         self.fired |= losses.fired
         self.thresholds.append(losses.threshold)
-        if losses.listed is not None:  # pairs of all micro-batches; of the layer and micro-batch that has most
-            self.listed += losses.listed.sum()
-            self.most_listed = torch.maximum(self.most_listed, losses.listed.max())
+        if losses.listed is not None and losses.needed is not None:
+            self.listed += losses.listed.sum()  # of all micro-batches
+            self.most_needed = torch.maximum(self.most_needed, losses.needed.max())  # by a layer of a micro-batch
 
     @property
     def values(self) -> Tensor:

@@ -81,8 +81,8 @@ def resources(cubin: bytes) -> dict[str, int]:
 def layer(narrow: torch.dtype) -> None:
     """The launches of one layer, forward and backward, by JumpReLU; and the selection by TopK in fp32."""
     of_features, product = torch.empty(F), torch.empty(F, B, dtype=narrow)
-    gpu.select(product.float(), of_features, of_features, torch.empty(B), of_features, None, 100 * B)
-    lists = gpu.select(product, of_features, of_features, None, of_features, 1.0, 100 * B)
+    gpu.select(product.float(), of_features, of_features, torch.empty(B), of_features, None, 100 * B, None)
+    lists = gpu.select(product, of_features, of_features, None, of_features, 1.0, 100 * B, 12345)
     W_dec, y = torch.empty(F, T, D), torch.empty(B, T, D)
     gpu.decode(y, W_dec, by_token(lists, B))
     written, x = torch.empty(B, T * D, dtype=narrow), torch.empty(B, T, D, dtype=narrow)[:, 0]

@@ -43,11 +43,11 @@ def inputs(seed=0):
 RULES = {"relu": (False, None), "jumprelu": (False, 1.0), "topk": (True, None)}
 
 
-def lists_of(kernels, rule, capacity=F * B):
+def lists_of(kernels, rule, capacity=F * B, sample=None):
     product, bias, limit, norm = inputs()
     of_tokens, bandwidth = RULES[rule]
-    of_token = torch.rand(B) if of_tokens else None
-    return kernels.select(product, bias, norm if of_tokens else limit, of_token, 0.7 * norm, bandwidth, capacity)
+    of_token, limit = (torch.rand(B), norm) if of_tokens else (None, limit)
+    return kernels.select(product, bias, limit, of_token, 0.7 * norm, bandwidth, capacity, sample)
 
 
 def assert_close(found, wanted):
@@ -59,8 +59,8 @@ def test_select(rule):
     torch.manual_seed(1)
     found, wanted = (lists_of(kernels, rule) for kernels in (gpu, reference))
     count = len(wanted.tokens)
-    assert found.listed == wanted.listed == count > 50
-    for name in ("offsets", "penalty", "shrink", "active"):
+    assert found.found.sum() == count > 50
+    for name in ("found", "offsets", "penalty", "shrink", "active"):
         assert_close(getattr(found, name), getattr(wanted, name))
     for name in ("tokens", "features", "values", "through"):
         mine = getattr(found, name)
@@ -71,8 +71,31 @@ def test_select(rule):
 def test_pairs_beyond_the_capacity_are_left_out():
     torch.manual_seed(1)
     found, wanted = (lists_of(kernels, "jumprelu", capacity=41) for kernels in (gpu, reference))
-    for name in ("offsets", "tokens", "features", "values", "through", "listed"):
-        assert_close(getattr(found, name), getattr(wanted, name))
+    for name, of_found in found._asdict().items():  # sums and counts are of all pairs
+        assert_close(of_found, getattr(wanted, name))
+
+
+def test_a_sample_of_the_pairs_that_do_not_fire():
+    """Over all places where it may begin, each pair is listed as often as it should be, and none beyond the room."""
+    exact = lists_of(reference, "jumprelu")
+    fired, others = exact.found.tolist()
+    room, every = 7, -(-others // 7)
+    assert others > 3 * room
+    sums = torch.zeros(2, F, B)
+    for first in range(every):
+        of_sample = ("jumprelu", fired + room, -(-first * 2**24 // every))
+        wanted = lists_of(reference, *of_sample)
+        count = int(wanted.offsets[-1])
+        assert fired <= count <= fired + room
+        sums[0].index_put_((wanted.features.long(), wanted.tokens.long()), wanted.through / every, accumulate=True)
+        if first % 8 == 3:  # the interpreter takes a second
+            found = lists_of(gpu, *of_sample)
+            for name in ("found", "offsets", "penalty", "shrink", "active"):
+                assert_close(getattr(found, name), getattr(wanted, name))
+            for name in ("tokens", "features", "values", "through"):
+                assert_close(getattr(found, name)[:count], getattr(wanted, name))
+    sums[1].index_put_((exact.features.long(), exact.tokens.long()), exact.through, accumulate=True)
+    assert_close(*sums)
 
 
 def weights():

@@ -1,9 +1,14 @@
 """The sparse step is the dense one: loss and every gradient, in float64, by each rule for the threshold."""
 
+import math
+from collections import Counter
+
 import pytest
 import torch
 
+from clt.model import loss as loss_module
 from clt.model.loss import Objective
+from clt.model.sparse import draw
 from clt.model.spec import LossConfig
 from clt.model.transcoder import feature_dim
 from clt.train.distributed import GradientMemory
@@ -91,6 +96,47 @@ def test_too_many_pairs_make_the_loss_nan():
     losses, _ = step(clt, batch(), most - 1, loss)
     assert losses.total.isnan()
     assert losses.listed.max() == most, "the count goes on, to say how much room is wanted"
+    dense, _ = step(clt, batch(), None, loss)
+    assert torch.equal(losses.l0_per_layer, dense.l0_per_layer)
+    assert torch.equal(losses.fired, dense.fired)
+
+
+@pytest.mark.parametrize("through_pre", [True, False])
+def test_sampled_pairs_give_the_exact_gradients_on_average(through_pre, monkeypatch):
+    """Over all samples that a step may draw, to rounding. The loss is exact in each, and so are decoders' gradients."""
+    clt, loss = make(bandwidth=2.5, straight_through_pre=through_pre), LossConfig(sparsity_scale=0.7)
+    dense = step(clt, batch(), None, loss, count_pairs=True, sampling=0)
+    fired, others = dense[0].needed - 1, dense[0].listed - dense[0].needed + 1
+    capacity = int(fired.max()) + 3
+    every = [math.ceil(o / (capacity - f)) for f, o in zip(fired.tolist(), others.tolist())]
+    assert max(every) > 3
+    assert capacity < dense[0].listed.max()
+    samples, sums = math.lcm(*every), {name: torch.zeros_like(gradient) for name, gradient in dense[1].items()}
+    for sample in range(samples):
+        monkeypatch.setattr(loss_module, "draw", lambda number, layer, n=sample: -(-n * 2**24 // samples))
+        losses, gradients = step(clt, batch(), capacity, loss, sampling=0)
+        torch.testing.assert_close(losses.total, dense[0].total, rtol=1e-12, atol=0)
+        torch.testing.assert_close(gradients["W_dec.0"], dense[1]["W_dec.0"], rtol=1e-10, atol=1e-12)
+        for name, gradient in gradients.items():
+            sums[name] += gradient / samples
+        assert (gradients["threshold"] - dense[1]["threshold"]).norm() > 1e-3 * gradients["threshold"].norm()
+    assert_same((losses, sums), dense)
+
+
+def test_a_sample_that_has_no_room_makes_the_loss_nan():
+    clt, loss = make(bandwidth=2.5), LossConfig()
+    most = step(clt, batch(), F * B, loss, sampling=0)[0].needed.max().item()
+    assert step(clt, batch(), most, loss, sampling=0)[0].total.isfinite()
+    assert step(clt, batch(), most - 1, loss, sampling=0)[0].total.isnan()
+
+
+def test_draws_are_spread_evenly_over_steps_and_differ_by_layer():
+    for every in (2, 3, 10, 64):
+        for layer in (0, 5):
+            counts = Counter(draw(number, layer) * every >> 24 for number in range(1000, 1000 + 50 * every))
+            assert set(counts) == set(range(every))
+            assert max(counts.values()) - min(counts.values()) <= 10
+    assert len({draw(7, layer) for layer in range(48)}) == 48
 
 
 @pytest.mark.parametrize("place", ["activations", "b_enc"])

@@ -43,14 +43,16 @@ def test_a_run_takes_the_sparse_step_and_comes_to_the_same_weights(train, rule):
 
 
 def test_a_resumed_run_is_the_same_to_the_bit(train, tmp_path):
-    """From checkpoints between two choices, the first of them before the first choice."""
-    whole = train(*SPARSE, f"run.dir={tmp_path / 'whole'}", "checkpoint.every=1")
+    """From checkpoints between two choices, the first of them before the first choice. It samples by the step."""
+    options = [*SPARSE, "train.kernels=sampled"]
+    whole = train(*options, f"run.dir={tmp_path / 'whole'}", "checkpoint.every=1")
+    assert [line["sparse_step"] for line in whole.metrics if "sparse_step" in line] == [0, 0] + [1] * 8
     for step in (2, 4):
         directory = tmp_path / f"from_{step}"
         shutil.copytree(whole.dir, directory)
         for later in range(step + 1, 11):
             shutil.rmtree(directory / "checkpoints" / f"step_{later:08d}")
-        resumed = train(*SPARSE, f"run.dir={directory}", "checkpoint.every=1")
+        resumed = train(*options, f"run.dir={directory}", "checkpoint.every=1")
         assert all(torch.equal(resumed.weights[name], tensor) for name, tensor in whole.weights.items()), step
 
 
@@ -59,9 +61,9 @@ def test_steps_without_room_are_left_out_and_the_run_goes_on(train, monkeypatch)
     rooms = iter([0.01, 2.0, 2.0])
     choose = Switch.choose
 
-    def choose_little(self):
+    def choose_little(self, step):
         self.room.mul_(next(rooms) / 2 if self.room > 0 else 1)
-        choose(self)
+        choose(self, step)
 
     monkeypatch.setattr(Switch, "choose", choose_little)
     run = train(*SPARSE)
@@ -70,13 +72,16 @@ def test_steps_without_room_are_left_out_and_the_run_goes_on(train, monkeypatch)
     assert all(tensor.isfinite().all() for tensor in run.weights.values())
 
 
-@pytest.mark.parametrize(("pairs", "sparse"), [(100 * 16, True), (100 * 16 + 1, False), (0, False)])
-def test_the_choice(pairs, sparse):
+@pytest.mark.parametrize(("kernels", "most"), [("sparse", 100), ("sampled", 50)])
+@pytest.mark.parametrize(("share", "more", "sparse"), [(1, 0, True), (1, 1, False), (0, 0, False)])
+def test_the_choice(kernels, most, share, more, sparse):
+    pairs = most * 16 * share + more
     objective = SimpleNamespace(capacity=7, transcoder=SimpleNamespace(n_layers=2, d_features=5, shards=1))
-    chooser = Switch(TrainConfig(kernels="sparse", batch_tokens=16), objective, World(0, 1, torch.device("cpu")))
+    chooser = Switch(TrainConfig(kernels=kernels, batch_tokens=16), objective, World(0, 1, torch.device("cpu")))
     for step, most in enumerate([pairs // 2, pairs, 0], start=1):
-        chooser.update(step, SimpleNamespace(most_listed=torch.tensor(most)))
+        chooser.update(step, SimpleNamespace(most_needed=torch.tensor(most)))
     assert (objective.capacity or 0) == (2 * pairs if sparse else 0)
+    assert objective.sampling == (3 if kernels == "sampled" else None)
     assert math.isclose(chooser.seen.item(), 0)
 
 

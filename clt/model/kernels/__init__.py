@@ -24,11 +24,12 @@ class Lists(NamedTuple):
     tokens: Tensor  # (C,) int32
     features: Tensor  # (C,) int32
     values: Tensor  # (C,): the feature a; 0 where it does not fire, and beyond the last pair
-    through: Tensor | None  # (C,): theta / bw near the threshold, else 0; None where thresholds are not learned
+    through: Tensor | None  # (C,): theta / bw near the threshold, else 0; None where thresholds are not learned.
+    # Of a sampled pair, times the number of pairs that it stands for.
     penalty: Tensor  # (F,): the sum over tokens of tanh(scale * a)
     shrink: Tensor  # (F,): the sum over tokens of (1 - tanh(scale * a)^2) * a
     active: Tensor  # (F,): for how many tokens each feature fires
-    listed: Tensor  # () int64: how many pairs there are; those beyond C were left out
+    found: Tensor  # (2,) int64: pairs that fire, and others that are near their threshold. Beyond C, they are left out
 
 
 class ByToken(NamedTuple):
@@ -64,6 +65,21 @@ class AdamStep(NamedTuple):
     skip: Tensor  # () bool
     divisor: Tensor  # (): what gradients are divided by, for clipping and for the loss scale
     lr: float
+
+
+def sampling(found: Tensor, capacity: int, sample: int | None) -> tuple[Tensor, Tensor]:
+    """Of the pairs near their threshold that do not fire, the n-th is listed if (n + first) % every == 0, n = 0, 1, ..
+
+    Returns every and first, () int64. Pairs that fire are always listed, and the others share what room they leave.
+    sample: in [0, 2^24), as a fraction of `every`: over all of its values, each pair is listed once in `every` times.
+    None lists all. found: as in Lists.
+    """
+    fired, near = found.unbind()
+    if sample is None:
+        return torch.ones_like(near), torch.zeros_like(near)
+    room = (capacity - fired).clamp_min(1)
+    every = ((near + room - 1) // room).clamp_min(1)
+    return every, sample * every >> 24
 
 
 def by_token(lists: Lists, tokens: int) -> ByToken:

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from clt.model.kernels import AdamStep, ByToken, Lists, PairGradients, Rows
+from clt.model.kernels import AdamStep, ByToken, Lists, PairGradients, Rows, sampling
 from clt.model.kernels.adam import adam_rows as adam_kernel
 from clt.model.kernels.lists import count_pairs, fill_pairs, gate_pairs
 from clt.model.kernels.rows import add_pieces, add_rows
@@ -26,13 +26,13 @@ TOKENS = 512  # that a program of `select` reads at once
 
 def count(product: Tensor, bias: Tensor, limit: Tensor, of_token: Tensor | None, bandwidth: float | None) -> Tensor:
     """As the reference's."""
-    return _counts(product, bias, limit, of_token, bandwidth).sum()
+    return _counts(product, bias, limit, of_token, bandwidth).sum(1)
 
 
 def _counts(product: Tensor, bias: Tensor, limit: Tensor, of_token: Tensor | None, bandwidth: float | None) -> Tensor:
-    """How many pairs each feature has, (F,)."""
+    """How many pairs of each feature fire, and how many others it has, (2, F)."""
     inputs, sizes, shape = _launch(product, bias, limit, of_token, bandwidth)
-    counts = torch.empty(len(bias), dtype=torch.int32, device=product.device)
+    counts = torch.empty(2, len(bias), dtype=torch.int32, device=product.device)
     count_pairs[(len(bias),)](*inputs, counts, *sizes, **shape)
     return counts
 
@@ -57,13 +57,21 @@ def select(
     scale: Tensor,
     bandwidth: float | None,
     capacity: int,
+    sample: int | None,
 ) -> Lists:
     """As the reference's. product's rows may lie apart, but its tokens are contiguous."""
     F, device = len(bias), product.device
-    counts = _counts(product, bias, limit, of_token, bandwidth)
+    assert sample is None or product.numel() < 2**31, "the kernel numbers pairs by 32 bits"
+    fired, others = _counts(product, bias, limit, of_token, bandwidth)
+    found = torch.stack([fired.sum(), others.sum()])
+    every, first = sampling(found, capacity, sample)
+    # From `number` on, a feature's other pairs are numbered. Of these, the multiples of `every` are listed.
+    number = others.cumsum(0) - others + first
+    counts = fired + (number + others + every - 1) // every - (number + every - 1) // every
     ends = counts.cumsum(0)
     # A count of pairs above 2^31 is beyond every capacity, but must not wrap around.
     firsts = (ends - counts).clamp_max(2**30).int()
+    numbers, every = (number % every).int(), every.int()
     whole = partial(torch.empty, capacity, device=device)
     tokens, features = whole(dtype=torch.int32), whole(dtype=torch.int32)
     features.zero_()  # `by_token` carries those beyond the last pair along
@@ -72,9 +80,9 @@ def select(
     penalty, shrink, active = torch.empty(3, F, device=device).unbind()
     lists = (tokens, features, values, values if through is None else through, penalty, shrink, active)
     inputs, sizes, shape = _launch(product, bias, limit, of_token, bandwidth)
-    fill_pairs[(F,)](*inputs, scale, firsts, *lists, *sizes, capacity, **shape)
+    fill_pairs[(F,)](*inputs, scale, firsts, numbers, every, *lists, *sizes, capacity, **shape)
     offsets = torch.cat([ends.new_zeros(1), ends]).clamp_max(capacity).int()
-    return Lists(offsets, tokens, features, values, through, penalty, shrink, active, ends[-1])
+    return Lists(offsets, tokens, features, values, through, penalty, shrink, active, found)
 
 
 def decode(y: Tensor, W_dec: Tensor, pairs: ByToken) -> None:

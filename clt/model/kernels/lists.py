@@ -25,28 +25,37 @@ def count_pairs(
     product, bias, limit, of_token, counts, tokens, stride, half,
     BY_TOKEN: tl.constexpr, NEAR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """counts (F,): how many pairs each feature has."""
+    """counts (2, F): how many pairs of each feature fire, and how many others are near the threshold."""
     row = tl.program_id(0).to(tl.int64)
-    found = tl.zeros((BLOCK,), tl.int32)
+    fired = tl.zeros((BLOCK,), tl.int32)
+    others = tl.zeros((BLOCK,), tl.int32)
     start = 0
     while start < tokens:
         token = start + tl.arange(0, BLOCK)
         _, on, near = _look(product, bias, limit, of_token, row, token, token < tokens, stride, half, BY_TOKEN)
-        found += ((on | near) if NEAR else on).to(tl.int32)
+        fired += on.to(tl.int32)
+        if NEAR:
+            others += (near & ~on).to(tl.int32)
         start += BLOCK
-    tl.store(counts + row, tl.sum(found, 0))
+    tl.store(counts + row, tl.sum(fired, 0))
+    tl.store(counts + tl.num_programs(0) + row, tl.sum(others, 0))
 
 
 @triton.jit
 def fill_pairs(
-    product, bias, limit, of_token, scale, firsts,
+    product, bias, limit, of_token, scale, firsts, numbers, every,
     tokens_out, features_out, values_out, through_out, penalty_out, shrink_out, active_out,
     tokens, stride, half, capacity,
     BY_TOKEN: tl.constexpr, NEAR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The pairs of each feature from firsts (F,) on, those within the capacity; the sums of all of its pairs (F,)."""
+    """The pairs of each feature from firsts (F,) on, those within the capacity; the sums of all of its pairs (F,).
+
+    Those that do not fire are numbered from numbers (F,) on, and of them multiples of every () are listed.
+    """
     row = tl.program_id(0).to(tl.int64)
     next_pair = tl.load(firsts + row)
+    number = tl.load(numbers + row)
+    one_of = tl.load(every)
     double_scale = 2 * tl.load(scale + row)
     slope_at_theta = tl.load(limit + row) / (2 * half) if NEAR else 0.0
     penalty = tl.zeros((BLOCK,), tl.float32)
@@ -56,7 +65,12 @@ def fill_pairs(
     while start < tokens:
         token = start + tl.arange(0, BLOCK)
         z, on, near = _look(product, bias, limit, of_token, row, token, token < tokens, stride, half, BY_TOKEN)
-        listed = (on | near) if NEAR else on
+        listed = on
+        if NEAR:
+            others = (near & ~on).to(tl.int32)
+            place = number + tl.cumsum(others, 0) - others
+            listed = on | ((others > 0) & (place % one_of == 0))
+            number += tl.sum(others, 0)
         value = tl.where(on, z, 0.0)
         saturation = tl.sigmoid(double_scale * value)
         penalty += tl.where(on, 2 * saturation - 1, 0.0)
@@ -68,7 +82,8 @@ def fill_pairs(
         tl.store(features_out + pair, row.to(tl.int32) + tl.zeros_like(token), mask=kept)
         tl.store(values_out + pair, value, mask=kept)
         if NEAR:
-            tl.store(through_out + pair, tl.where(near, slope_at_theta, 0.0), mask=kept)
+            through = slope_at_theta * tl.where(on, 1, one_of).to(tl.float32)
+            tl.store(through_out + pair, tl.where(near, through, 0.0), mask=kept)
         next_pair += tl.sum(listed.to(tl.int32), 0)
         start += BLOCK
     tl.store(penalty_out + row, tl.sum(penalty, 0))

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from clt.model.kernels import AdamStep, ByToken, Lists, PairGradients, Rows
+from clt.model.kernels import AdamStep, ByToken, Lists, PairGradients, Rows, sampling
 
 
 def count(product: Tensor, bias: Tensor, limit: Tensor, of_token: Tensor | None, bandwidth: float | None) -> Tensor:
-    """How many pairs `select` finds, ()."""
+    """How many pairs `select` finds, as in Lists."""
     _, on, near = _look(product, bias, limit, of_token, bandwidth)
-    return (on | near).sum()
+    return torch.stack([on.sum(), (near & ~on).sum()])
 
 
 def select(
@@ -23,23 +23,33 @@ def select(
     scale: Tensor,
     bandwidth: float | None,
     capacity: int,
+    sample: int | None,
 ) -> Lists:
-    """The pairs of product (F, B) and bias (F,) above theta; with a bandwidth, also those near it.
+    """The pairs of product (F, B) and bias (F,) above theta; with a bandwidth, also those near it, or a `sampling`.
 
     theta is limit (F,), or of_token (B,) / limit. The penalty is of scale (F,) * a. A nan counts as firing, so that it
     reaches the loss.
     """
     z, on, near = _look(product, bias, limit, of_token, bandwidth)
-    features, tokens = (on | near).nonzero(as_tuple=True)
-    listed, features, tokens = torch.tensor(len(features)), features[:capacity], tokens[:capacity]
-    offsets = torch.searchsorted(features, torch.arange(len(bias) + 1), out_int32=True)
+    others = near & ~on
+    found = torch.stack([on.sum(), others.sum()])
+    every, first = sampling(found, capacity, sample)
+    if sample is not None:
+        others &= (others.flatten().cumsum(0).view_as(others) - 1 + first) % every == 0
+    features, tokens = (on | others).nonzero(as_tuple=True)
     values = (z * on)[features, tokens]
-    through = None if bandwidth is None else near[features, tokens] * (limit / bandwidth)[features]
+    # The sums are of all pairs, as the kernels' are: what has no room is left out below.
     saturation = (2 * scale[features] * values).sigmoid()
     penalty = _row_sums(features, 2 * saturation - 1, len(bias))
     shrink = _row_sums(features, 4 * (1 - saturation) * saturation * values, len(bias))
     active = _row_sums(features, (values != 0).to(values.dtype), len(bias))
-    return Lists(offsets, tokens.int(), features.int(), values, through, penalty, shrink, active, listed)
+    features, tokens = features[:capacity], tokens[:capacity]
+    offsets = torch.searchsorted(features, torch.arange(len(bias) + 1), out_int32=True)
+    through = None
+    if bandwidth is not None:
+        stands_for = torch.where(on[features, tokens], 1, every)
+        through = near[features, tokens] * (limit / bandwidth)[features] * stands_for
+    return Lists(offsets, tokens.int(), features.int(), values[:capacity], through, penalty, shrink, active, found)
 
 
 def decode(y: Tensor, W_dec: Tensor, pairs: ByToken) -> None:
