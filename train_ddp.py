@@ -87,7 +87,7 @@ def main(config: Config, prepare: bool) -> int:
             for batch in source.batches(state.step, watch):  # (b, 2, L, D): this rank's rows of the global batch
                 if due(config.eval.every, state.step) and state.step != evaluated:
                     checkpoints.finish()  # an evaluation that fails must not cost the steps before it
-                    results = evaluate(transcoder, state.last_fired, state.step, watch.progress)
+                    results = evaluate(state.up_to_date(), state.last_fired, state.step, watch.progress)
                     logger.log_evaluation(state.step, results.numbers)
                     speed.skip(state.step)
                 flags = dist.Counting(world, watch.stopping, checkpoints.written)  # while the step runs: no rank waits
@@ -146,7 +146,7 @@ def main(config: Config, prepare: bool) -> int:
             watch.saved = True
             results, more = None, {}
             if state.step == steps:
-                results = evaluate(transcoder, state.last_fired, state.step, watch.progress)
+                results = evaluate(state.up_to_date(), state.last_fired, state.step, watch.progress)
                 if state.step != evaluated:  # else a finished run is only reported again
                     logger.log_evaluation(state.step, results.numbers)
                 more = summary(config, state, dtype, time.perf_counter() - began) | source.position()

@@ -135,6 +135,8 @@ class OptimConfig:
     """Share of the run's steps, at its end, over which the learning rate falls linearly to 0."""
     clip_norm: Annotated[float | None, POSITIVE] = 1.0
     """Clip the gradient's global norm to this; null does not clip."""
+    decoder: Literal["torch", "fused", "lazy"] = "torch"
+    """Who updates W_dec: `torch`; `fused`: a kernel of ours; `lazy`: that, leaving rows without gradient until read."""
 
 
 @dataclass
@@ -323,10 +325,31 @@ def load_config(
     if config.train.kernels != "dense" and dense_terms:
         term = f"loss.{dense_terms[0]}"
         raise UserError(
-            f"train.kernels is {config.train.kernels} but {term} is {getattr(config.loss, dense_terms[0])}, which has a "
-            f"gradient to features that do not fire; wanted train.kernels=dense, or {term}=0"
+            f"train.kernels is {config.train.kernels} but {term} is {getattr(config.loss, dense_terms[0])}, which has "
+            f"a gradient to features that do not fire; wanted train.kernels=dense, or {term}=0"
         )
+    check_decoder(config)
     return config
+
+
+def check_decoder(config: Config) -> None:
+    """Raise UserError where `optim.decoder` does not go with the rest."""
+    kind = config.optim.decoder
+    if kind != "torch" and config.loss.aux:
+        raise UserError(
+            f"optim.decoder is {kind} but loss.aux is {config.loss.aux}, whose gradient the norm that clips would lack; "
+            "wanted optim.decoder=torch, or loss.aux=0"
+        )
+    if kind == "lazy" and config.train.kernels != "sparse":
+        raise UserError(
+            "optim.decoder is lazy but train.kernels is dense, which reads all rows in every step; wanted "
+            "train.kernels=sparse, or optim.decoder=fused"
+        )
+    if kind == "lazy" and config.clt.by_norm:
+        raise UserError(
+            "optim.decoder is lazy but clt.by_norm is true, which reads all rows' norms in every step; wanted "
+            "optim.decoder=fused, or clt.by_norm=false"
+        )
 
 
 def environment_overrides() -> list[str]:

@@ -60,6 +60,8 @@ class Gradients(NamedTuple):
     threshold: Tensor
     norm: Tensor
     features: Tensor
+    dots: Tensor | None
+    """(F,): what the decoder's rows and their gradient, but for that through their norms, multiply to, if wanted."""
 
 
 def gate(
@@ -97,6 +99,7 @@ def gate_gradients(
     grad_features: Tensor,
     grad_sparsity: Tensor,
     grad_pre_activation: Tensor,
+    dots: bool = False,
 ) -> Gradients:
     """The gradients of `gate`; in place of that of the step, a rectangle of width bw (arXiv 2407.14435):
 
@@ -127,7 +130,9 @@ def gate_gradients(
         grad_norm = grad_norm + grad_pre_activation * below.sum(1)
         grad_pre = grad_pre - below.gt_(0) * (norm * grad_pre_activation)
     dtype = product.dtype
-    return Gradients(grad_pre.to(dtype), grad_pre.sum(1), grad_threshold, grad_norm, features.to(dtype))
+    # Of row f, sum_b a[f, b] * written[b] is the gradient, and grad_features[f, b] its product with written[b].
+    products = (features * grad_features).sum(1) if dots else None
+    return Gradients(grad_pre.to(dtype), grad_pre.sum(1), grad_threshold, grad_norm, features.to(dtype), products)
 
 
 def _saturation(scale: Tensor, features: Tensor) -> Tensor:

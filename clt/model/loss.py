@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clt.model.aux import auxk
+from clt.model.rowadam import RowAdam
 from clt.model.sparse import SparseEncode, SparseWrite, count, draw, needed, select
 from clt.model.spec import LossConfig
 from clt.model.step import Encode, Skip, SquaredError, Step, Target, Write, make_kernels
@@ -121,6 +122,7 @@ class Objective(nn.Module):
         self.sampling: int | None = None  # with the number of the step: pairs that do not fire are sampled to fit
         self.gradient_memory: Callable[[Tensor], Tensor | None] = lambda parameter: None  # autograd makes it
         self.sum_ranks: Callable[[Tensor], Tensor] = unsharded  # in place, over all ranks, for `batchtopk`
+        self.rows: RowAdam | None = None  # what updates W_dec, where it is not torch's Adam
 
     def forward(
         self,
@@ -140,8 +142,11 @@ class Objective(nn.Module):
         with torch.autocast(device, enabled=False):
             x = self.kernels.normalized(norm, activations, dtype)
             with torch.no_grad():  # the gradient through a norm is part of Write's
-                norms = [clt.norm(layer) for layer in range(L)]
-            step = Step(clt.spec, self.loss, self.kernels, self.gradient_memory, list(clt.W_dec), norms, dead)
+                if self.rows is None:
+                    decoders, norms = list(clt.W_dec), [clt.norm(layer) for layer in range(L)]
+                else:
+                    decoders, norms = self.rows.read(all_rows=self.capacity is None)
+            step = Step(clt.spec, self.loss, self.kernels, self.gradient_memory, decoders, norms, dead)
             written = self._dense(x, step, k) if self.capacity is None else self._sparse(x, step, k, self.capacity)
             y, products, sums, threshold, found = written
             if clt.shards > 1:
@@ -170,13 +175,14 @@ class Objective(nn.Module):
         y, sums = x.new_empty(B, L, D, dtype=clt.b_dec.dtype if clt.shards > 1 else x.dtype), []
         weights = zip(products, clt.b_enc.unbind(), by_layer, clt.W_dec)  # type: ignore[arg-type]
         for s, of_layer in enumerate(weights):
-            y, *sums_of_layer = Write.apply(y, *of_layer, features, s, step)  # type: ignore[misc]
+            row_sums = None if self.rows is None else self.rows.sums[s]
+            y, *sums_of_layer = Write.apply(y, *of_layer, features, s, step, row_sums)  # type: ignore[misc]
             sums.append(sums_of_layer)
         found = None
         if self.count_pairs:
             with torch.no_grad():
                 layers = zip(products, clt.b_enc.unbind(), by_layer, step.norms)  # type: ignore[arg-type]
-                found = torch.stack([count(*of_layer, step) for of_layer in layers])
+                found = torch.stack([count(*of_layer, step).sum(1) for of_layer in layers])
         return Written(y, products, sums, threshold, found)  # type: ignore[arg-type]
 
     def _sparse(self, x: Tensor, step: Step, k: float | None, capacity: int) -> Written:
@@ -186,14 +192,19 @@ class Objective(nn.Module):
             products = Encode.apply(x, clt.W_enc, step)
         threshold, by_layer = self._thresholds(products, step.norms, k)  # type: ignore[arg-type]
         with torch.no_grad():
+            layers = list(zip(products, clt.b_enc.unbind(), by_layer, step.norms))  # type: ignore[arg-type]
+            if self.rows is not None and self.rows.stale:
+                self.rows.catch_up([count(*of_layer, step).any(0) for of_layer in layers])
             lists = []
-            for s, of_layer in enumerate(zip(products, clt.b_enc.unbind(), by_layer, step.norms)):  # type: ignore[arg-type]
+            for s, of_layer in enumerate(layers):
                 sample = None if self.sampling is None else draw(self.sampling, s)
                 lists.append(select(*of_layer, step, capacity, sample))
             found = torch.stack([of_layer.found for of_layer in lists])
             too_many = needed(found, self.sampling is not None).max() > capacity
             spoiled = torch.where(too_many, torch.nan, clt.b_dec.new_zeros(()))
-            del products  # the largest tensors of the step
+            del products, layers  # the largest tensors of the step
+        if self.rows is not None:  # the gradient through norms is in W_dec's, and DDP waits for one to each parameter
+            spoiled = spoiled + 0 * torch.stack([*self.rows.sums]).sum()
         values = SparseEncode.apply(x, clt.W_enc, lists, step)
         y, sums = torch.zeros_like(x, dtype=clt.b_dec.dtype), []
         for s, of_layer in enumerate(zip(values, clt.b_enc.unbind(), by_layer, clt.W_dec, lists)):  # type: ignore[arg-type]

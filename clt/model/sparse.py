@@ -23,7 +23,7 @@ from clt.model.step import NO_NORM, Step
 
 
 def count(product: Tensor, bias: Tensor, threshold: Tensor, norm: Tensor, step: Step) -> Tensor:
-    """How many pairs `select` finds, as in Lists."""
+    """How many pairs of each feature fire, and how many others `select` finds, (2, F)."""
     rule = _rule(threshold, norm, step.clt)
     return kernels_for(product.device).count(product, bias, *rule)
 

@@ -117,7 +117,7 @@ class Step(NamedTuple):
     kernels: SimpleNamespace
     gradient_memory: Callable[[Tensor], Tensor | None]
     """Gives the memory to write a parameter's gradient into, which is its `.grad` already; or None, for autograd's."""
-    decoders: Sequence[Tensor]  # W_dec.{s} (F, T_s, D)
+    decoders: Sequence[Tensor]  # W_dec.{s} (F, T_s, D), or a copy in x's dtype
     norms: Sequence[Tensor]  # L of (F,): of each feature's write vector
     dead: Tensor | None  # (L, F) bool
 
@@ -145,8 +145,9 @@ class Encode(torch.autograd.Function):
 class Write(torch.autograd.Function):
     """Fires the features of layer s, then computes y~[:, s]: every layer that writes to s has fired by now.
 
-    product (F, B) of Encode; b_enc (F,); theta broadcasts against (F, B); W_dec (F, T, D) is step.decoders[s]. Features
-    (B, L * F) and y~ (B, L, D) are filled in place, from the first layer to the last; y~ is of the products' dtype, or
+    product (F, B) of Encode; b_enc (F,); theta broadcasts against (F, B); W_dec (F, T, D) is step.decoders[s]. With
+    `sums` (2, F), W_dec's gradient lacks that through its rows' norms, which is the rows times sums' gradient [0]; [1]
+    is the products of the rows and what W_dec gets. Features (B, L * F) and y~ (B, L, D) are filled in place, from the first layer to the last; y~ is of the products' dtype, or
     of float32 where the partial y~ of several shards are still to be added up. Returns y~, the sums over features and
     tokens of the penalty () and of the pre-activation loss (), and for how many tokens each feature fires (F,).
 
@@ -165,6 +166,7 @@ class Write(torch.autograd.Function):
         features: Tensor,
         s: int,
         step: Step,
+        sums: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         F, _, D = W_dec.shape
         dead = None if step.dead is None else step.dead[s]
@@ -185,24 +187,30 @@ class Write(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_y: Tensor, grad_sparsity: Tensor, grad_pre_activation: Tensor, _):  # type: ignore[override]
         product, b_enc, theta, W_dec, norm = ctx.saved_tensors
-        T, step = W_dec.shape[1], ctx.step
+        T, step, apart = W_dec.shape[1], ctx.step, ctx.needs_input_grad[8]
         dead = None if step.dead is None else step.dead[ctx.s]
         written = grad_y[:, ctx.s : ctx.s + T].to(product.dtype).flatten(1)  # (B, T * D)
-        grad_features = W_dec.flatten(1).to(product.dtype) @ written.t()  # (F, B)
+        grad_features = step.decoders[ctx.s].flatten(1).to(product.dtype) @ written.t()  # (F, B)
         grad = step.kernels.gate_gradients(
-            product, b_enc, theta, norm, dead, step.clt, step.loss, grad_features, grad_sparsity, grad_pre_activation
-        )
-        grad_W_dec = None
+            product, b_enc, theta, norm, dead, step.clt, step.loss, grad_features, grad_sparsity, grad_pre_activation,
+            apart,
+        )  # fmt: skip
+        grad_W_dec = grad_sums = None
         if ctx.needs_input_grad[4]:  # else it is frozen
             # A zero row's subgradient is 0; computed, it would be nan under a loss scale.
-            through_norm = (grad.norm / norm).masked_fill_(norm < NO_NORM, 0).view(-1, 1, 1)
+            through_norm = (grad.norm / norm).masked_fill_(norm < NO_NORM, 0)
             memory = step.gradient_memory(ctx.weight)
             grad_W_dec = torch.empty_like(W_dec) if memory is None else memory
             weight = W_dec.detach()  # a parameter's sizes count as fixed: each layer would have its own kernel compiled
-            step.kernels.add_scaled_rows(grad_W_dec, (grad.features @ written).view_as(weight), weight, through_norm)
+            through_features = (grad.features @ written).view_as(weight)
+            if apart:
+                grad_W_dec.copy_(through_features)
+                grad_sums = torch.stack([through_norm, grad.dots])
+            else:
+                step.kernels.add_scaled_rows(grad_W_dec, through_features, weight, through_norm.view(-1, 1, 1))
             grad_W_dec = grad_W_dec if memory is None else None
         grad_theta = grad.threshold.view_as(theta) if ctx.needs_input_grad[3] else None
-        return grad_y, grad.pre, grad.bias, grad_theta, grad_W_dec, None, None, None
+        return grad_y, grad.pre, grad.bias, grad_theta, grad_W_dec, None, None, None, grad_sums
 
 
 def multiply_into(out: Tensor, features: Tensor, weights: Tensor) -> None:

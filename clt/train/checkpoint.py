@@ -288,7 +288,7 @@ def restore(
             f"checkpoint {checkpoint} is not one that this run can go on from: {odd}. Go back to the versions and the "
             "data that it was written with, or start again in another run.dir"
         )
-    for parameter in optimizer.param_groups[0]["params"]:
+    for parameter in filter(lambda parameter: parameter.requires_grad, transcoder.parameters()):
         moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
     rng = rng_states()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from clt.config import OptimConfig
 from clt.errors import UserError
 from clt.model.loss import value_names
+from clt.model.rowadam import RowAdam
 from clt.model.transcoder import feature_dim
 from clt.train.distributed import World
 
@@ -36,6 +37,22 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def make_adam(
+    parameters: dict[str, nn.Parameter], config: OptimConfig, steps: int, dtype: torch.dtype
+) -> tuple[torch.optim.Adam, RowAdam | None]:
+    """The optimizer of a run of so many steps, and what updates W_dec in its place, whose moments it holds too.
+
+    dtype: of the matrix products.
+    """
+    beta1, beta2 = config.betas
+    decoders = [p for name, p in parameters.items() if name.startswith("W_dec.") and config.decoder != "torch"]
+    others = [p for name, p in parameters.items() if not (decoders and name.startswith("W_dec."))]
+    adam = torch.optim.Adam(others, config.lr, (beta1, beta2), config.eps, fused=True)
+    if not decoders:
+        return adam, None
+    return adam, RowAdam(decoders, adam, steps, dtype, lazy=config.decoder == "lazy")
 
 
 NEVER = 2**62  # the step of a failure that did not happen
@@ -65,16 +82,17 @@ class Update:
         floor: float,
         fp16: bool,
         stop: bool,
+        rows: RowAdam | None = None,
     ) -> None:
         """parameters: the transcoder's, by name; sum_shards: sums a tensor over the feature shards, in place; floor:
-        the least value of learned thresholds."""
+        the least value of learned thresholds; rows: updates W_dec, which `optimizer` then has no part in."""
         self.names = [f"train_{name}" for name in value_names()] + ["grad_norm"]
         self.sharded = [p for name, p in parameters.items() if feature_dim(name) is not None]
         self.replicated = [p for name, p in parameters.items() if feature_dim(name) is None]
         self.threshold, self.floor = parameters.get("threshold"), floor  # jumprelu alone learns it
         self.b_dec = parameters["b_dec"]
         self.optimizer, self.clip_norm, self.sum_shards = optimizer, clip_norm, sum_shards
-        self.fp16, self.stop, device = fp16, stop, self.sharded[0].device
+        self.fp16, self.stop, self.rows, device = fp16, stop, rows, self.sharded[0].device
         self.scale = torch.tensor(2.0**16 if fp16 else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -93,6 +111,8 @@ class Update:
         all ranks: the step is left out, and is no failure.
         """
         own = _square_norm(self.sharded)
+        if self.rows is not None:
+            own = (own + self.rows.square_through_norms()).clamp_min(0)
         squares, lost = self.sum_shards(torch.stack([own, self._lost_loss().to(own.dtype)]))
         scaled = (squares + _square_norm(self.replicated)).sqrt()
         norm = scaled / self.scale
@@ -107,6 +127,8 @@ class Update:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         clip = torch.ones_like(norm) if self.clip_norm is None else (norm / self.clip_norm).clamp_min(1)
+        if self.rows is not None:
+            self.rows.update(lr, skip, self.scale * clip)
         if self.fp16:
             self._adam(skip, self.scale * clip)
         else:

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from clt.config import Config
 from clt.model.loss import Objective
+from clt.model.rowadam import RowAdam
 from clt.model.spec import needs_dead
+from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import checkpoint
 from clt.train import distributed as dist
 from clt.train.checkpoint import Checkpoints
 from clt.train.distributed import GradientMemory, World
 from clt.train.metrics import Speed
-from clt.train.optim import Update, check_finite
+from clt.train.optim import Update, check_finite, make_adam
 from clt.train.source import StoreSource
 from clt.train.steering import Steering
 from clt.train.switch import Switch
@@ -31,13 +33,14 @@ class TrainState:
         self.step = self.saved = 0
         self.busy_seconds, self.wandb_id = 0.0, None
         named = {name: p for name, p in self.transcoder.named_parameters() if p.requires_grad}
-        self.gradients = objective.gradient_memory = GradientMemory(named.values())
+        self.optimizer, self.rows = make_adam(named, config.optim, config.train.steps, dtype)
+        objective.rows = self.rows
+        own = [] if self.rows is None else self.rows.parameters()
+        self.gradients = objective.gradient_memory = GradientMemory([*named.values(), *own])
         objective.sum_ranks = world.everyone.sum
-        beta1, beta2 = config.optim.betas
-        self.optimizer = torch.optim.Adam(named.values(), config.optim.lr, (beta1, beta2), config.optim.eps, fused=True)
         rules = {"floor": objective.transcoder.threshold_floor, "fp16": dtype == torch.float16}
         stop, clip_norm = config.train.nonfinite == "stop", config.optim.clip_norm
-        self.update = Update(self.optimizer, named, clip_norm, world.feature.sum, stop=stop, **rules)
+        self.update = Update(self.optimizer, named, clip_norm, world.feature.sum, stop=stop, rows=self.rows, **rules)
         shape = (self.transcoder.n_layers, self.transcoder.d_features)
         self.window = None  # in steps
         if needs_dead(config.loss) and config.loss.dead_window is not None:
@@ -57,6 +60,12 @@ class TrainState:
         """The features (L, F) bool that fired on none of the last `loss.dead_window` tokens, if a term needs them."""
         return None if self.window is None else self.last_fired <= self.step - self.window
 
+    def up_to_date(self) -> CrossLayerTranscoder:
+        """The transcoder, with the steps that decoder rows have missed. Whatever reads it, but for a step, needs this."""
+        if self.rows is not None:
+            self.rows.flush()
+        return self.transcoder
+
     def save(self, checkpoints: Checkpoints, source: StoreSource, speed: Speed, identity: dict[str, Any]) -> None:
         """Begin a checkpoint; `identity` goes into its state.json. All ranks must call it.
 
@@ -66,7 +75,7 @@ class TrainState:
         self.busy_seconds = speed.busy_until(self.step)
         self.saved, data = self.step, self.world.data
         tensors = self._tensors() | {"last_fired": data.max(self.last_fired.clone())}
-        parts = checkpoint.parts(self.transcoder, self.optimizer, tensors, (data.rank, data.size))
+        parts = checkpoint.parts(self.up_to_date(), self.optimizer, tensors, (data.rank, data.size))
         counters = {"step": self.step, "busy_seconds": self.busy_seconds, "wandb_id": self.wandb_id}
         more = {"world_size": self.world.size, **identity, **source.position()}
         checkpoints.begin(parts, self.transcoder.config, counters | more)
@@ -83,6 +92,8 @@ class TrainState:
         path, tensors = directory / f"step_{newest:08d}", self._tensors()
         dist.on_rank_zero(self.world, checkpoint.verify, path, checkpoint.MODEL, checkpoint.TRAINING)
         state = checkpoint.restore(path, self.transcoder, self.optimizer, tensors, identity)
+        if self.rows is not None:
+            self.rows.renew()
         self.step = self.saved = state["step"]
         self.busy_seconds, self.wandb_id = state["busy_seconds"], state["wandb_id"]
         return state

@@ -56,15 +56,25 @@ class Rows(NamedTuple):
     square: Tensor  # (F, T, D)
     norms: Tensor  # (F,): of the rows
     narrow: Tensor | None  # (F, T, D): the weight in the products' dtype
+    last: Tensor  # (F,) int32: the step that each row was updated to
 
 
-class AdamStep(NamedTuple):
-    """A step of Adam. The device knows whether to skip it, which is all that such a step does."""
+class AdamSteps(NamedTuple):
+    """The steps of Adam so far. Those that were skipped do not count."""
 
-    number: Tensor  # (): 1, 2, .., this one included
-    skip: Tensor  # () bool
-    divisor: Tensor  # (): what gradients are divided by, for clipping and for the loss scale
-    lr: float
+    newest: Tensor  # () int32: 1, 2, ..
+    sizes: Tensor  # (N, 2): of step n, lr / (1 - beta1^n) and 1 / sqrt(1 - beta2^n)
+    betas: tuple[float, float]
+    eps: float
+
+
+class RowGradient(NamedTuple):
+    """The gradient (grad + weight * through_norm) / divisor to a layer's decoder."""
+
+    grad: Tensor  # (F, T, D)
+    through_norm: Tensor  # (F,)
+    divisor: Tensor  # (): for clipping and for the loss scale
+    skip: Tensor  # () bool: leave everything as it is
 
 
 def sampling(found: Tensor, capacity: int, sample: int | None) -> tuple[Tensor, Tensor]:

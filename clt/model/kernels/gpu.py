@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from clt.model.kernels import AdamStep, ByToken, Lists, PairGradients, Rows, sampling
+from clt.model.kernels import AdamSteps, ByToken, Lists, PairGradients, RowGradient, Rows, sampling
 from clt.model.kernels.adam import adam_rows as adam_kernel
 from clt.model.kernels.lists import count_pairs, fill_pairs, gate_pairs
 from clt.model.kernels.rows import add_pieces, add_rows
@@ -26,11 +26,6 @@ TOKENS = 512  # that a program of `select` reads at once
 
 def count(product: Tensor, bias: Tensor, limit: Tensor, of_token: Tensor | None, bandwidth: float | None) -> Tensor:
     """As the reference's."""
-    return _counts(product, bias, limit, of_token, bandwidth).sum(1)
-
-
-def _counts(product: Tensor, bias: Tensor, limit: Tensor, of_token: Tensor | None, bandwidth: float | None) -> Tensor:
-    """How many pairs of each feature fire, and how many others it has, (2, F)."""
     inputs, sizes, shape = _launch(product, bias, limit, of_token, bandwidth)
     counts = torch.empty(2, len(bias), dtype=torch.int32, device=product.device)
     count_pairs[(len(bias),)](*inputs, counts, *sizes, **shape)
@@ -62,7 +57,7 @@ def select(
     """As the reference's. product's rows may lie apart, but its tokens are contiguous."""
     F, device = len(bias), product.device
     assert sample is None or product.numel() < 2**31, "the kernel numbers pairs by 32 bits"
-    fired, others = _counts(product, bias, limit, of_token, bandwidth)
+    fired, others = count(product, bias, limit, of_token, bandwidth)
     found = torch.stack([fired.sum(), others.sum()])
     every, first = sampling(found, capacity, sample)
     # From `number` on, a feature's other pairs are numbered. Of these, the multiples of `every` are listed.
@@ -124,17 +119,30 @@ def encoder_gradient(out: Tensor, x: Tensor, lists: Lists, grad_pre: Tensor) -> 
     out.copy_(by_feature.t())
 
 
-def adam_rows(
-    rows: Rows, grad: Tensor, through_norm: Tensor, step: AdamStep, betas: tuple[float, float], eps: float
-) -> None:
+def adam_rows(rows: Rows, steps: AdamSteps, gradient: RowGradient, lazy: bool) -> None:
     """As the reference's; all of float32 and contiguous but the narrow copy's dtype."""
-    weight, number = _rows(rows.weight), step.number.double()
-    size, correction = step.lr / (1 - betas[0] ** number), (1 - betas[1] ** number).rsqrt()
-    scalars = torch.stack([step.skip.double(), step.divisor.double(), size, correction]).float()
+    _adam(rows, steps, gradient, None, lazy=lazy)
+
+
+def replay_rows(rows: Rows, steps: AdamSteps, wanted: Tensor) -> None:
+    """As the reference's."""
+    _adam(rows, steps, None, wanted)
+
+
+def _adam(
+    rows: Rows, steps: AdamSteps, gradient: RowGradient | None, wanted: Tensor | None, *, lazy: bool = False
+) -> None:
+    weight = _rows(rows.weight)
+    wanted = rows.last if wanted is None else wanted.int()
+    grad, through_norm, scalars = weight, rows.norms, rows.norms
+    if gradient is not None:
+        grad, through_norm = gradient.grad, gradient.through_norm
+        scalars = torch.stack([gradient.skip.float(), gradient.divisor.float()])
     adam_kernel[(len(weight),)](
-        weight, grad, rows.mean, rows.square, weight if rows.narrow is None else rows.narrow, rows.norms,
-        through_norm, scalars, weight.shape[1], *betas, eps,
-        NARROW=rows.narrow is not None, COLUMNS=min(COLUMNS, triton.next_power_of_2(weight.shape[1])), **FUSION,
+        weight, rows.mean, rows.square, weight if rows.narrow is None else rows.narrow, rows.norms, rows.last, wanted,
+        grad, through_norm, scalars, steps.newest, steps.sizes, weight.shape[1], *steps.betas, steps.eps,
+        STEP=gradient is not None, LAZY=lazy, NARROW=rows.narrow is not None,
+        COLUMNS=min(COLUMNS, triton.next_power_of_2(weight.shape[1])), **FUSION,
     )  # fmt: skip
 
 

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from clt.model.kernels import AdamStep, ByToken, Lists, PairGradients, Rows, sampling
+from clt.model.kernels import AdamSteps, ByToken, Lists, PairGradients, RowGradient, Rows, sampling
 
 
 def count(product: Tensor, bias: Tensor, limit: Tensor, of_token: Tensor | None, bandwidth: float | None) -> Tensor:
-    """How many pairs `select` finds, as in Lists."""
+    """How many pairs of each feature fire, and how many others `select` finds, (2, F)."""
     _, on, near = _look(product, bias, limit, of_token, bandwidth)
-    return torch.stack([on.sum(), (near & ~on).sum()])
+    return torch.stack([on.sum(1), (near & ~on).sum(1)])
 
 
 def select(
@@ -90,24 +90,50 @@ def encoder_gradient(out: Tensor, x: Tensor, lists: Lists, grad_pre: Tensor) -> 
     out.copy_(_bags(lists.tokens, x.to(out.dtype), lists.offsets, grad_pre).t())
 
 
-def adam_rows(
-    rows: Rows, grad: Tensor, through_norm: Tensor, step: AdamStep, betas: tuple[float, float], eps: float
-) -> None:
-    """Adam (arXiv 1412.6980) on decoder rows, in place, of the gradient (grad + weight * through_norm) / divisor.
+def adam_rows(rows: Rows, steps: AdamSteps, gradient: RowGradient, lazy: bool) -> None:
+    """The newest step of Adam (arXiv 1412.6980) on decoder rows, in place, after those that a row has missed.
 
-    grad (F, T, D), through_norm (F,): as of `decoder_gradients`, which then need not add the second. Also renews what
-    the next step reads: norms (F,), and the narrow copy.
+    lazy: rows whose gradient is zero miss this one, too. Also renews what the next step reads: norms, narrow copy.
     """
-    if step.skip:
+    if gradient.skip:
         return
-    g = (grad + rows.weight * through_norm.view(-1, 1, 1)) / step.divisor
-    rows.mean.lerp_(g, 1 - betas[0])
-    rows.square.lerp_(g * g, 1 - betas[1])
-    size, correction = step.lr / (1 - betas[0] ** step.number), (1 - betas[1] ** step.number).rsqrt()
-    rows.weight.sub_(size * rows.mean / (rows.square.sqrt() * correction + eps))
-    rows.norms.copy_(torch.linalg.vector_norm(rows.weight.flatten(1), dim=1))
+    through, newest = gradient.through_norm.view(-1, 1, 1), int(steps.newest)
+    moved = torch.ones_like(rows.last, dtype=torch.bool)
+    if lazy:
+        moved = (gradient.grad.flatten(1) != 0).any(1) | (gradient.through_norm != 0)
+    _replay(rows, steps, moved, newest - 1)
+    _move(rows, steps, moved, newest, (gradient.grad + rows.weight * through) / gradient.divisor)
+    _renew(rows, moved, newest)
+
+
+def replay_rows(rows: Rows, steps: AdamSteps, wanted: Tensor) -> None:
+    """Bring the wanted rows (F,) bool up to date: all steps that they have missed, with a gradient of zero."""
+    _replay(rows, steps, wanted, int(steps.newest))
+    _renew(rows, wanted, int(steps.newest))
+
+
+def _replay(rows: Rows, steps: AdamSteps, wanted: Tensor, until: int) -> None:
+    first = int(rows.last[wanted].min()) + 1 if wanted.any() else until + 1
+    for number in range(first, until + 1):
+        _move(rows, steps, wanted & (rows.last < number), number, torch.zeros_like(rows.weight))
+
+
+def _move(rows: Rows, steps: AdamSteps, which: Tensor, number: int, g: Tensor) -> None:
+    # Each operation rounds by itself, so that the bits do not depend on which other rows are moved.
+    (keep_mean, keep_square), (size, correction) = steps.betas, steps.sizes[number]
+    g, weight, mean, square = (tensor[which] for tensor in (g, rows.weight, rows.mean, rows.square))
+    mean = g + (mean - g) * keep_mean
+    square = g * g + (square - g * g) * keep_square
+    rows.mean[which], rows.square[which] = mean, square
+    rows.weight[which] = weight - size * mean / (square.sqrt() * correction + steps.eps)
+
+
+def _renew(rows: Rows, which: Tensor, number: int) -> None:
+    norms = torch.linalg.vector_norm(rows.weight.flatten(1), dim=1)
+    rows.norms.copy_(torch.where(which, norms, rows.norms))
+    rows.last.masked_fill_(which, number)
     if rows.narrow is not None:
-        rows.narrow.copy_(rows.weight)
+        rows.narrow.copy_(torch.where(which.view(-1, 1, 1), rows.weight.to(rows.narrow.dtype), rows.narrow))
 
 
 def _look(
