@@ -30,6 +30,9 @@ def train(*arguments: str, processes: int) -> str:
 
 
 def _train(*arguments: str) -> None:
+    from clt.train import report
+
+    report.write_plots = lambda *_: None  # they take longer than a short job
     sys.argv = ["train_ddp.py", *arguments]
     runpy.run_path("train_ddp.py", run_name="__main__")
 
