@@ -11,6 +11,7 @@ import os
 import runpy
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -30,6 +31,9 @@ def train(*arguments: str, processes: int) -> str:
 
 
 def _train(*arguments: str) -> None:
+    from clt.train import report
+
+    report.write_plots = lambda *_: None  # they take longer than a short job
     sys.argv = ["train_ddp.py", *arguments]
     runpy.run_path("train_ddp.py", run_name="__main__")
 
@@ -53,11 +57,14 @@ def run(function: Callable[..., None], *arguments: Any, processes: int) -> str:
             while running := [rank.sentinel for rank in ranks if rank.exitcode is None]:
                 wait(running)
                 if any(rank.exitcode for rank in ranks):
+                    time.sleep(0.1)  # as long as torchrun takes to see it; it ends the others in the same way
                     break
         finally:
             for rank in ranks:
-                if rank.is_alive():
-                    rank.kill()
+                rank.terminate()
+            for rank in ranks:
+                rank.join(30)
+                rank.kill()
                 rank.join()
         printed = "".join(log.read_text() for log in logs if log.exists())
     codes = [rank.exitcode for rank in ranks]

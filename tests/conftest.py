@@ -170,13 +170,20 @@ class Run:
 
 @pytest.fixture(scope="session")
 def train(train_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """train(*overrides) -> Run: ten steps of train_ddp.main in this process, in a fresh run directory."""
-    import train_ddp
+    """train(*overrides) -> Run: ten steps of train_ddp.main in this process, in a fresh run directory.
 
-    def run(*overrides: str) -> Run:
+    With `plots=True` it ends with the plots too, which take eight times as long as the steps.
+    """
+    import train_ddp
+    from clt.train import report
+
+    def run(*overrides: str, plots: bool = False) -> Run:
         directory = tmp_path_factory.mktemp("run")
         config = load_config(train_overrides[0], [*train_overrides[1:], f"run.dir={directory}", *overrides])
-        train_ddp.main(config, prepare=False)
+        with pytest.MonkeyPatch.context() as patch:
+            if not plots:
+                patch.setattr(report, "write_plots", lambda *_: None)
+            train_ddp.main(config, prepare=False)
         return Run(config)
 
     return run

@@ -9,15 +9,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import train_ddp
 from benchmarks import ranks as forked
+from clt.config import load_config
 from clt.data.index import read_index
 from clt.data.shards import dataset_offsets
 from clt.errors import UserError
 from clt.train import checkpoint
+from clt.train.optim import Update
 from clt.train.watch import PREEMPTED
 from tests.distributed.test_torchrun import ROOT
 
@@ -125,39 +129,29 @@ def test_a_nonfinite_loss_can_be_skipped(train, poisoned, precision):
         assert skipped[-1] == len(bad)
 
 
-PROBE = """
-import json, os, sys
-import train_ddp
-from clt.config import load_config
-from clt.train.optim import Update
+def train_and_count_skips(*arguments: str) -> None:
+    """How many steps this rank had skipped after each goes to a file in the run directory."""
+    skipped, call = [], Update.__call__
 
-skipped, call = [], Update.__call__
+    def probe(update: Update, *more: Any) -> torch.Tensor:
+        norm = call(update, *more)
+        skipped.append(update.skipped.item())
+        return norm
 
-def probe(update, *arguments):
-    norm = call(update, *arguments)
-    skipped.append(update.skipped.item())
-    return norm
-
-Update.__call__ = probe
-config = load_config(sys.argv[1], sys.argv[2:])
-try:
-    train_ddp.main(config, prepare=False)
-finally:
-    with open(f"{config.run.dir}/{os.environ['RANK']}.json", "w") as file:
-        json.dump(skipped, file)
-"""
+    Update.__call__ = probe
+    config = load_config(arguments[0], arguments[1:])
+    try:
+        train_ddp.main(config, prepare=False)
+    finally:
+        Path(config.run.dir, f"{os.environ['RANK']}.json").write_text(json.dumps(skipped))
 
 
 def test_ranks_freeze_together(poisoned, train_overrides, tmp_path):
     """Under fp16 only one rank sees a loss that is not finite, the others a gradient that could be an overflow's."""
-    (tmp_path / "probe.py").write_text(PROBE)
     options = ["train.steps=17", "log.every=17", "train.precision=fp16", f"data.store={poisoned}"]
     options += ["parallel.feature_shards=2", "eval.replacement_tokens=0", f"run.dir={tmp_path}"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
-    command += [str(tmp_path / "probe.py"), *train_overrides, *options]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert "UserError: train_mse was not finite at step" in result.stderr
+    with pytest.raises(RuntimeError, match="UserError: train_mse was not finite at step"):
+        forked.run(train_and_count_skips, *train_overrides, *options, processes=4)
     first, *others = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4))
     assert len(first) == 17
     assert first[-1] == first[-5] + 4, "frozen before the last step"

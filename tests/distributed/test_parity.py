@@ -88,7 +88,7 @@ def fail_on_rank_one(status: int) -> None:
 
 
 def test_a_rank_that_fails_ends_the_others_and_what_it_said_is_shown():
-    with pytest.raises(RuntimeError, match=r"the ranks ended with status \[-9, 3\]:\nwhat rank 1 says"):
+    with pytest.raises(RuntimeError, match=r"the ranks ended with status \[-15, 3\]:\nwhat rank 1 says"):
         ranks.run(fail_on_rank_one, 3, processes=2)
 
 

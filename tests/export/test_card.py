@@ -26,7 +26,7 @@ FACTS = {
 @pytest.fixture(scope="module")
 def run(train):
     """A run's directory; its text and model lie in directories of this machine."""
-    return train().dir
+    return train(plots=True).dir
 
 
 def of(run: Path, *overrides: str, **options):

@@ -145,7 +145,7 @@ def login(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def run(train) -> Path:
-    return train().dir
+    return train(plots=True).dir
 
 
 def transcoder(seed: int = 0) -> CrossLayerTranscoder:

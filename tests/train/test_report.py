@@ -154,7 +154,7 @@ def test_a_run_on_one_layer_that_never_varies_ends_with_a_summary(train, lm_path
     weights["transformer.h.1.mlp.c_proj.bias"].fill_(0.5)
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     options = [f"lm.model={copy}", "lm.layers=[1]", f"data.store={tmp_path / 'stores'}", "eval.every=5"]
-    run = train(*options)
+    run = train(*options, plots=True)
     texts = [(run.dir / "summary.json").read_text(), *(run.dir / "metrics.jsonl").read_text().splitlines()]
     summary, *lines = (strict(text) for text in texts)
     assert [summary[name] for name in ("fve", "nmse", "fve_per_layer", "ce_recovered")] == [None, None, [None], None]
