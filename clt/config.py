@@ -340,7 +340,7 @@ def check_decoder(config: Config) -> None:
             f"optim.decoder is {kind} but loss.aux is {config.loss.aux}, whose gradient the norm that clips would lack; "
             "wanted optim.decoder=torch, or loss.aux=0"
         )
-    if kind == "lazy" and config.train.kernels != "sparse":
+    if kind == "lazy" and config.train.kernels == "dense":
         raise UserError(
             "optim.decoder is lazy but train.kernels is dense, which reads all rows in every step; wanted "
             "train.kernels=sparse, or optim.decoder=fused"
