@@ -41,7 +41,7 @@ def fetch(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    with _asking(name, revision):
+    with _asking(name, f"and this machine has no copy of {name}", revision):
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
 
 
@@ -62,7 +62,7 @@ def upload(name: str, files: Mapping[str, Path | bytes], message: str, *, privat
         CommitOperationAdd(place, content if isinstance(content, bytes) else str(content))
         for place, content in files.items()
     ]
-    with _asking(name):
+    with _asking(name, f"so nothing was pushed to {name}"):
         api = HfApi()
         address = api.create_repo(name, private=private, exist_ok=True)
         api.create_commit(name, operations, commit_message=message)
@@ -70,8 +70,11 @@ def upload(name: str, files: Mapping[str, Path | bytes], message: str, *, privat
 
 
 @contextmanager
-def _asking(name: str, revision: str | None = None) -> Iterator[None]:
-    """Raise UserError for whatever the hub's client raises: its own errors, and those of its HTTP library."""
+def _asking(name: str, unreached: str, revision: str | None = None) -> Iterator[None]:
+    """Raise UserError for whatever the hub's client raises: its own errors, and those of its HTTP library.
+
+    unreached: what it means that the hub cannot be reached.
+    """
     from huggingface_hub import constants, errors
 
     hub = f"the hub ({constants.ENDPOINT})"
@@ -89,6 +92,8 @@ def _asking(name: str, revision: str | None = None) -> Iterator[None]:
             "private one needs `hf auth login`"
         ) from error
     except Exception as error:
+        if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # of the upload of one file
+            error = error.__cause__
         status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
         if status in (401, 403):
             raise UserError(
@@ -100,8 +105,7 @@ def _asking(name: str, revision: str | None = None) -> Iterator[None]:
         if isinstance(error, errors.HfHubHTTPError | ValueError):
             raise UserError(f"{hub} refused {name} ({_text(error)})") from error
         raise UserError(
-            f"{hub} cannot be reached, and this machine has no copy of {name} ({_text(error)}): check the network, "
-            "HF_ENDPOINT and HF_HUB_OFFLINE, or give a local directory"
+            f"{hub} cannot be reached, {unreached} ({_text(error)}): check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from error
 
 

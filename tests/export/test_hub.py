@@ -20,6 +20,8 @@ from clt.model.spec import CLTConfig
 from clt.model.transcoder import CrossLayerTranscoder
 
 NAME, TOKEN = "ann/clt", "hf_good"
+# Of the call that huggingface_hub makes of httpx to upload a large file.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 
 
 class Hub(ThreadingHTTPServer):
@@ -30,6 +32,8 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, list[dict[str, bytes]]] = {}
         self.branches: dict[str, int] = {}
         self.private: set[str] = set()
+        self.objects: dict[str, bytes] = {}  # of git-lfs, by their sha256
+        self.full = False  # no more of these
         self.fetched: list[str] = []
         self.status = 200  # of every answer, if another
 
@@ -99,19 +103,44 @@ class Requests(BaseHTTPRequestHandler):
             if asked.get("private") or asked.get("visibility") == "private":
                 hub.private.add(f"{owner}/{name}")
             return self.answer(status, {"url": f"https://huggingface.co/{owner}/{name}", "id": f"{owner}/{name}"})
+        if self.path.endswith(".git/info/lfs/objects/batch"):
+            return self.answer(200, {"transfer": "basic", "objects": [*map(self.lfs, json.loads(body)["objects"])]})
+        if self.path == "/verify":
+            file = json.loads(body)
+            assert len(hub.objects[file["oid"]]) == file["size"]
+            return self.answer(200)
         match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", self.path.partition("?")[0])
         assert match is not None, self.path
         if match[2] == "preupload":
             names = [file["path"] for file in json.loads(body)["files"]]
-            files = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
+            modes = ["lfs" if name.endswith(".safetensors") else "regular" for name in names]
+            files = [{"path": n, "uploadMode": mode, "shouldIgnore": False} for n, mode in zip(names, modes)]
             return self.answer(200, {"files": files})
         lines = [json.loads(line) for line in body.splitlines()]
         files = {line["value"]["path"]: b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"}
+        large = [line["value"] for line in lines if line["key"] == "lfsFile"]
+        files |= {value["path"]: hub.objects[value["oid"]] for value in large}
         commits = hub.repositories[match[1]]
         commits.append(commits[-1] | files)
         return self.answer(
             200, {"commitUrl": f"https://huggingface.co/{match[1]}/commit/{sha(1)}", "commitOid": sha(1)}
         )
+
+    def lfs(self, file: dict) -> dict:
+        """How a file is to be uploaded: not at all, if it is there."""
+        if self.server.full:
+            return file | {"error": {"code": 507, "message": "your storage is full"}}
+        endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        actions = {"upload": {"href": f"{endpoint}/objects/{file['oid']}"}, "verify": {"href": f"{endpoint}/verify"}}
+        return file if file["oid"] in self.server.objects else file | {"actions": actions}
+
+    def do_PUT(self) -> None:
+        data, oid = self.rfile.read(int(self.headers["Content-Length"])), self.path.removeprefix("/objects/")
+        assert hashlib.sha256(data).hexdigest() == oid
+        if self.server.status != 200:
+            return self.answer(self.server.status)
+        self.server.objects[oid] = data
+        return self.answer(200)
 
 
 def etag(data: bytes) -> str:
@@ -128,6 +157,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     constants = huggingface_hub.constants  # read from the environment when the package is imported
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # another protocol, of another package
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -174,6 +204,7 @@ def test_a_run_goes_up_and_comes_back(hub, login, run, capsys):
     plots = {f"report/{plot.name}" for plot in (run / "report").glob("*.png")}
     assert files.keys() == {"README.md", "config.json", "model.safetensors"} | plots
     assert b"\nlicense: mit\n" in files["README.md"]
+    assert list(hub.objects.values()) == [files["model.safetensors"]], "the weights go the way of large files"
     assert f'from_pretrained("{NAME}")'.encode() in files["README.md"]
     back = CrossLayerTranscoder.from_pretrained(NAME)
     checkpoint = CrossLayerTranscoder.from_pretrained(run / "checkpoints" / "step_00000010")
@@ -270,7 +301,7 @@ def test_without_a_network(hub, monkeypatch):
     assert same(CrossLayerTranscoder.from_pretrained(NAME), transcoder(1))
     with pytest.raises(UserError, match=r"hub \(http://127.0.0.1:9\) cannot be reached, and .* no copy of ann/new"):
         CrossLayerTranscoder.from_pretrained("ann/new")
-    with pytest.raises(UserError, match=r"hub \(http://127.0.0.1:9\) cannot be reached"):
+    with pytest.raises(UserError, match=r"hub \(http://127.0.0.1:9\) cannot be reached, so nothing was pushed to ann"):
         upload(NAME, {"README.md": b""}, "message", private=False)
 
 
@@ -296,6 +327,11 @@ def test_pushes_that_are_refused(hub, run, tmp_path, monkeypatch, capsys):
     assert "'clt' is no name on the hub; wanted user/name" in refused(run, "clt")
     assert '"license" must be one of' in refused(run, NAME, "--license", "nonsense")
     assert "is neither a run (with checkpoints/) nor what `clt export` has written" in refused(tmp_path, NAME)
+    hub.status = 403  # of its storage
+    assert "refused ann/clt to this login (status 403)" in refused(run, NAME)
+    hub.status, hub.full = 200, True
+    assert "refused ann/clt (ValueError: LFS batch API returned errors" in (found := refused(run, NAME))
+    assert "your storage is full" in found
     for name in ("README.md", "config.yaml", "model.safetensors"):  # of somebody else
         (tmp_path / name).write_text("data: private")
     assert "nor what `clt export` has written" in refused(tmp_path, NAME)
