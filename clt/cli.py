@@ -341,6 +341,8 @@ def _features(arguments: argparse.Namespace) -> None:
     from clt.explore.features import make_features
 
     features = make_features(config, directory, step, arguments.part, arguments.tokens)
+    if features is None:  # rank 0 makes them
+        return
     fired, command = int((features.arrays["count"] > 0).sum()), Path(sys.executable).with_name("clt")
     if command.is_relative_to(Path.cwd()):  # an environment that launch.sh made is not on the shell's path
         command = command.relative_to(Path.cwd())

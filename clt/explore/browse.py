@@ -61,6 +61,8 @@ def make_app(config: Config, run: Path) -> Starlette:
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         async with alone:
+            if await request.is_disconnected():  # a page whose user went on
+                return Response(status_code=503)
             try:
                 return JSONResponse(await run_in_threadpool(prompts.answer, text, changes))
             except UserError as error:

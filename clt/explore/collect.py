@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,15 +23,14 @@ from tqdm import tqdm
 from clt.config import Config
 from clt.data.index import write_json
 from clt.errors import UserError, mismatches, size_text, tell
-from clt.explore.firings import GROUP, GROUP_BYTES, OF_LAYER, OF_TEXT, Firings
+from clt.explore.firings import GROUP, GROUP_BYTES, OF_ALL_BYTES, OF_LAYER, OF_TEXT, Firings
+from clt.explore.shares import FIELDS, STATE, WHOLE, check_ranks, share_directory, unite
 from clt.files import read_object
 from clt.lm.documents import Part
 from clt.lm.forward import check_finite, forward_text
 from clt.lm.load import LanguageModel
 from clt.model.transcoder import CrossLayerTranscoder
 
-STATE = "state.json"
-_FIELDS = {"identity": dict, "windows": int, "firings": list[int], "done": bool}
 _RECORD = 6000  # bytes of a feature's record, about
 _SAVE_SECONDS = 10.0  # between two states: what an interruption costs at most
 _ROWS, _ELEMENTS = 512, 1 << 26  # encoded at once: tokens on a CPU, whose cache they fit; features of tokens on a GPU
@@ -47,19 +46,35 @@ def collect(
     windows: int,
     identity: dict[str, Any],
     progress: bool = True,
-) -> Firings:
+    rank: int = 0,
+    ranks: int = 1,
+) -> Firings | None:
     """Run the first `windows` windows of one part of the text, or as many as it has, through model and transcoder.
 
-    Goes on where an interrupted call stopped; the files do not depend on that. dtype: of the encoder's products.
-    Raises UserError as `forward_text` and `check_finite`, when the files in `directory` are of another `identity`, and
-    when the disk has too little room.
+    Each of `ranks` processes runs its share of them; rank 0 puts the shares together, the others return None. Goes on
+    where an interrupted call stopped; the files depend on neither that nor the ranks. dtype: of the encoder's products.
+    Raises UserError as `forward_text` and `check_finite`, when the files in `directory` are of another `identity` or of
+    another number of ranks, when a feature is not finite, and when the disk has too little room.
     """
-    state = _state(directory, transcoder.n_layers, identity)
-    if not state["done"]:
-        with _Files(directory, state, config.lm.context) as files:
-            _stream(files, config, part, lm, transcoder, dtype, windows, progress)
-            files.save(done=True)
-    return Firings(directory, transcoder.n_layers, config.lm.context)
+    whole, T = directory / WHOLE, config.lm.context
+    if not whole.exists():
+        own = share_directory(directory, rank, ranks)
+        check_ranks(directory, ranks)
+        state = _state(own, transcoder.n_layers, identity)
+        if not state["done"]:
+            run = _Share(config, part, lm, transcoder, dtype, windows, rank, ranks)
+            with _Files(own, state, T) as files:
+                _stream(files, run, progress and rank == 0)
+                files.save(done=True)
+        if rank == 0:
+            unite(directory, ranks, transcoder.n_layers)
+    if rank:
+        return None
+    _state(whole, transcoder.n_layers, identity)
+    firings = Firings(whole, transcoder.n_layers, T)
+    if (found := len(firings.token) // T) < windows:
+        tell(f"the {part} text ends after {found} of {windows} windows of {T} tokens; these are taken")
+    return firings
 
 
 def _state(directory: Path, n_layers: int, identity: dict[str, Any]) -> dict[str, Any]:
@@ -70,10 +85,11 @@ def _state(directory: Path, n_layers: int, identity: dict[str, Any]) -> dict[str
         state = {"identity": identity, "windows": 0, "firings": [0] * n_layers, "done": False}
         write_json(directory / STATE, state)
         return state
-    state = read_object(directory / STATE, _FIELDS, f"delete {directory.parent} and run `clt features RUN` again")
+    features = directory.parents[1]
+    state = read_object(directory / STATE, FIELDS, f"delete {features} and run `clt features RUN` again")
     if odd := mismatches(state["identity"], identity):
         raise UserError(
-            f"{directory.parent} holds unfinished features of something else: {odd}; set these back to finish them, or "
+            f"{features} holds unfinished features of something else: {odd}; set these back to finish them, or "
             "delete it"
         )
     return state
@@ -114,28 +130,48 @@ class _Files:
         self.saved = time.monotonic()
 
 
-def _stream(
-    files: _Files,
-    config: Config,
-    part: Part,
-    lm: LanguageModel,
-    transcoder: CrossLayerTranscoder,
-    dtype: torch.dtype,
-    windows: int,
-    progress: bool,
-) -> None:
-    T, state, room = config.lm.context, files.state, True
-    with tqdm(total=windows * T, initial=state["windows"] * T, unit="token", desc=part, disable=not progress) as bar:
-        passes = -(-(windows - state["windows"]) // config.lm.batch_windows)
-        for batch, rows in islice(forward_text(config, part, lm, state["windows"]), passes):
+class _Share(NamedTuple):
+    """What one of the ranks runs: whole passes of the model, so that their batches are those of a single process."""
+
+    config: Config
+    part: Part
+    lm: LanguageModel
+    transcoder: CrossLayerTranscoder
+    dtype: torch.dtype
+    windows: int  # of all ranks
+    rank: int
+    ranks: int
+
+    def starts_at(self, rank: int) -> int:
+        """The first window of a rank."""
+        size = self.config.lm.batch_windows
+        return min(-(-self.windows // size) * rank // self.ranks * size, self.windows)
+
+
+def _stream(files: _Files, share: _Share, progress: bool) -> None:
+    config, state, room = share.config, files.state, share.rank == 0
+    first, T, size = share.starts_at(share.rank), config.lm.context, config.lm.batch_windows
+    windows = share.starts_at(share.rank + 1) - first
+    with tqdm(
+        total=windows * T, initial=state["windows"] * T, unit="token", desc=share.part, disable=not progress
+    ) as bar:
+        passes = -(-(windows - state["windows"]) // size)
+        stream = forward_text(config, share.part, share.lm, first + state["windows"])
+        for batch, rows in islice(stream, passes):
             if not rows.activations[:, 0].isfinite().all():
-                check_finite(lm, batch, rows)
+                check_finite(share.lm, batch, rows)
             batch = batch[: windows - state["windows"]]
             token, document, keep = (np.concatenate(arrays) for arrays in zip(*batch))  # (p,) each
             for name, array in zip(OF_TEXT, (token, document, keep)):
                 files.put(f"text.{name}", array)
             x = rows.activations[: keep.sum(), 0]  # (n, L, D)
-            for s, (feature, value, count) in enumerate(_encoded(transcoder, x, dtype)):
+            for s, (feature, value, count) in enumerate(_encoded(share.transcoder, x, share.dtype)):
+                if not np.isfinite(value).all():
+                    raise UserError(
+                        f"a feature of layer {s} overflows {str(share.dtype).removeprefix('torch.')}: set "
+                        "train.precision=bf16 or fp32 in the run's config.yaml, and delete "
+                        f"{files.directory.parents[1]}"
+                    )
                 counts = np.zeros(len(keep), np.int64)
                 counts[keep] = count
                 files.put(f"layer_{s}.feature", feature)
@@ -144,13 +180,11 @@ def _stream(
                 state["firings"][s] += len(feature)
             state["windows"] += len(batch)
             if room:
-                _check_room(files.directory, state, T, windows, transcoder.d_features)
+                _check_room(files.directory, state, share)
                 room = False
             if time.monotonic() - files.saved > _SAVE_SECONDS:
                 files.save()
             bar.update(len(token))
-    if state["windows"] < windows:
-        tell(f"the {part} text ends after {state['windows']} of {windows} windows of {T} tokens; these are taken")
 
 
 @torch.no_grad()
@@ -176,14 +210,17 @@ def _encoded(
         yield feature, value, count
 
 
-def _check_room(directory: Path, state: dict[str, Any], context: int, windows: int, d_features: int) -> None:
+def _check_room(directory: Path, state: dict[str, Any], share: _Share) -> None:
     """Tell what all windows will take, by those so far; raise UserError when the disk has less."""
-    layers, done, all_tokens = state["firings"], state["windows"] * context, windows * context
+    layers, T = state["firings"], share.config.lm.context
+    done, all_tokens = state["windows"] * T, share.windows * T
     place = sum(np.dtype(kind).itemsize for kind in OF_TEXT.values()) + len(layers) * np.dtype(OF_LAYER["end"]).itemsize
     firing = sum(np.dtype(OF_LAYER[name]).itemsize for name in ("feature", "value"))
-    l0 = sum(layers) / done
-    wanted = (all_tokens - done) * (place + firing * l0) + len(layers) * d_features * _RECORD
-    memory = max(min(GROUP, all_tokens / done * most) for most in layers) * GROUP_BYTES
+    l0, copies = sum(layers) / done, 1 if share.ranks == 1 else 2  # rank 0 puts the shares together in a second copy
+    wanted = (copies * all_tokens - done) * (place + firing * l0)
+    wanted += len(layers) * share.transcoder.d_features * _RECORD
+    most = all_tokens / done * max(layers)
+    memory = min(GROUP, most) * GROUP_BYTES + most * OF_ALL_BYTES
     free = shutil.disk_usage(directory).free
     tell(
         f"{l0:.1f} features fire on a token; {all_tokens:,} tokens take about {size_text(wanted)} of disk, and "

@@ -26,6 +26,7 @@ from clt.errors import UserError, mismatches, size_text, tell
 from clt.explore.collect import collect
 from clt.explore.direct import direct_logits, final_norm, softcap, token_texts
 from clt.explore.files import ARRAYS, FEATURES, SUMMARY, Features, write_summary
+from clt.explore.firings import Firings
 from clt.explore.records import LOGITS, TOP, Source, write_records
 from clt.lm.documents import Part
 from clt.lm.fingerprint import fingerprints, pinned
@@ -33,19 +34,23 @@ from clt.lm.load import LanguageModel, load_language_model
 from clt.memory import keep_freed_memory
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import checkpoint
-from clt.train.distributed import accumulate_in_float32
+from clt.train.distributed import accumulate_in_float32, own_gpu
 from clt.train.optim import autocast_dtype
 
 _WORK = "firings"  # the directory, in that of the features, that is deleted when they are complete
 
 
-def make_features(config: Config, run: Path, step: int, part: Part, tokens: int, progress: bool = True) -> Features:
+def make_features(
+    config: Config, run: Path, step: int, part: Part, tokens: int, progress: bool = True
+) -> Features | None:
     """Make or finish the features of a run's checkpoint on the first `tokens` tokens of one part of the config's text.
 
-    Whole windows are read. The files depend on neither interruptions nor the number of processes. Raises UserError when
-    they are there already of something else, when the language model does not fit, and as `collect`.
+    Whole windows are read. Under torchrun each rank reads a share of them; rank 0 makes the features of all, and the
+    others return None. The files depend on neither interruptions nor the ranks. Raises UserError when they are there
+    already of something else, when the language model does not fit, and as `collect`.
     """
-    directory, device = run / FEATURES, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    directory, device = run / FEATURES, own_gpu() if torch.cuda.is_available() else torch.device("cpu")
     dtype = autocast_dtype(config.train.precision, device)
     path = run / "checkpoints" / f"step_{step:08d}"
     windows = -(-tokens // config.lm.context)
@@ -62,14 +67,28 @@ def make_features(config: Config, run: Path, step: int, part: Part, tokens: int,
         **_fingerprints(config, part),
     }
     accumulate_in_float32()  # as in training
-    directory.mkdir(exist_ok=True)
-    with locked(directory, "being made", "RUN"):
+    if rank and (directory / SUMMARY).exists():
+        return None
+    place = directory / _WORK / f"rank_{rank}" if rank else directory
+    place.mkdir(parents=True, exist_ok=True)
+    with locked(place, "being made", "RUN"):
         if not (directory / SUMMARY).exists():
             lm = load_language_model(config.lm, device)
             transcoder = checkpoint.load_transcoder(path).to(device).requires_grad_(False)
             check(config, part, lm, transcoder)
-            name = f"{run.resolve().name}-{step}"
-            _make(directory, config, part, lm, transcoder, windows, identity, name, progress)
+            keep_freed_memory()
+            if rank == 0:
+                size = sum(tensor.nbytes for model in (lm.model, transcoder) for tensor in model.state_dict().values())
+                count = transcoder.n_layers * transcoder.d_features
+                tell(f"{count:,} features; the weights of both models take {size_text(size)}")
+            text = pinned(config, part, identity)
+            firings = collect(
+                directory / _WORK, text, part, lm, transcoder, dtype, windows, identity, progress, rank, ranks
+            )
+            if firings is not None:
+                _make(directory, firings, part, lm, transcoder, identity, f"{run.resolve().name}-{step}", progress)
+        if rank:
+            return None
         features = Features(directory)
         if odd := mismatches(features.summary["identity"], identity):
             raise UserError(f"{directory} holds features of something else: {odd}; delete it to make them again")
@@ -102,23 +121,16 @@ def check(config: Config, part: Part, lm: LanguageModel, transcoder: CrossLayerT
 
 def _make(
     directory: Path,
-    config: Config,
+    firings: Firings,
     part: Part,
     lm: LanguageModel,
     transcoder: CrossLayerTranscoder,
-    windows: int,
     identity: dict[str, Any],
     transcoder_id: str,
     progress: bool,
 ) -> None:
-    keep_freed_memory()
     L, F = transcoder.n_layers, transcoder.d_features
-    size = sum(tensor.nbytes for module in (lm.model, transcoder) for tensor in module.state_dict().values())
     workers = min(L, len(os.sched_getaffinity(0)))
-    tell(f"{L * F:,} features; the weights of both models take {size_text(size)}")
-    precision = getattr(torch, identity["precision"])
-    config = pinned(config, part, identity)
-    firings = collect(directory / _WORK, config, part, lm, transcoder, precision, windows, identity, progress)
     texts = token_texts(lm)
     counts = np.stack([of_layer.counts(F) for of_layer in firings.layers])
     source = Source(firings, counts, texts, transcoder_id, int(firings.keep.sum()))
@@ -133,9 +145,9 @@ def _make(
         "d_features": F,
         "part": part,
         "text": identity["text"],
-        "context": config.lm.context,
+        "context": firings.context,
         "tokens": source.tokens,
-        "windows": len(firings.token) // config.lm.context,
+        "windows": len(firings.token) // firings.context,
         "documents": len(np.unique(firings.document)),
         "final_norm": final_norm(lm),
         "softcap": softcap(lm),

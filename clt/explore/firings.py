@@ -16,6 +16,7 @@ import numpy as np
 OF_TEXT = {"token": np.int32, "document": np.int64, "keep": np.bool_}
 OF_LAYER = {"feature": np.int32, "value": np.float32, "end": np.int64}
 GROUP, GROUP_BYTES = 1 << 25, 40  # firings that are sorted at once, and what each takes
+OF_ALL_BYTES = 3  # that each firing of a layer takes while those of a group are found
 
 
 class OfLayer(NamedTuple):

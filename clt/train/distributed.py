@@ -81,7 +81,7 @@ def setup(feature_shards: int, timeout_seconds: float) -> World:
             f"parallel.feature_shards={feature_shards} does not divide {size} processes: start a multiple of it with "
             "--nproc_per_node (or NPROC), or set parallel.feature_shards=1"
         )
-    device = _own_gpu() if torch.cuda.is_available() else torch.device("cpu")
+    device = own_gpu() if torch.cuda.is_available() else torch.device("cpu")
     accumulate_in_float32()
     if size == 1:
         return World(rank, size, device)
@@ -106,7 +106,8 @@ def _gloo_group(timeout: timedelta) -> dist.ProcessGroup:
     return group
 
 
-def _own_gpu() -> torch.device:
+def own_gpu() -> torch.device:
+    """That of this rank of its node, or the first. Raises UserError when the node has fewer GPUs than ranks."""
     local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local >= count:
         raise UserError(

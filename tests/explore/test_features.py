@@ -1,5 +1,6 @@
 """The records of features against a brute-force pass over the same text, and interrupted work against whole."""
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from clt.errors import UserError
-from clt.explore import collect, features, records
+from clt.explore import collect, features, records, shares
 from clt.explore.features import make_features
 from clt.explore.files import cantor
 
@@ -203,7 +204,7 @@ def test_interrupted_work_goes_on_and_gives_the_same_files(made, again, bytes_of
         with pytest.raises(Interrupted):
             run()
     # Bytes that were written after the last state do not count.
-    with (again / "features" / "firings" / "layer_1.value").open("ab") as file:
+    with (again / "features" / "firings" / "share_0_of_1" / "layer_1.value").open("ab") as file:
         file.write(b"left over")
     monkeypatch.setattr(collect, "forward_text", passes(-1))
     written = records.write_records
@@ -231,6 +232,51 @@ def test_several_processes_write_the_same_files(made, again, bytes_of, monkeypat
     monkeypatch.setattr(features.os, "sched_getaffinity", lambda _: {0, 1})
     make_features(made.config, again, STEP, "heldout", TOKENS, progress=False)
     assert bytes_of(again / "features") == bytes_of(made.run / "features")
+
+
+def test_two_ranks_make_the_same_files_whenever_they_stop(made, again, bytes_of, monkeypatch):
+    """Rank 1 is interrupted, then rank 0 as it puts the shares together. Each reads half of the text's passes."""
+    whole, skips = collect.forward_text, []
+
+    def run(rank, ranks=2, most=-1):
+        def passes(config, part, lm, skip):
+            skips.append((rank, skip))
+            for number, item in enumerate(whole(config, part, lm, skip)):
+                if number == most:
+                    raise Interrupted
+                yield item
+
+        monkeypatch.setattr(collect, "forward_text", passes)
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        return make_features(made.config, again, STEP, "heldout", TOKENS, progress=False)
+
+    def fail(*_):
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(1, most=2)
+    assert run(1) is None
+    with pytest.raises(UserError, match="that 2 processes have begun, found 1 now"):
+        run(0, ranks=1)
+    append = shares._append_ends
+    monkeypatch.setattr(shares, "_append_ends", fail)
+    with pytest.raises(Interrupted):
+        run(0)
+    monkeypatch.setattr(shares, "_append_ends", append)
+    assert run(0) is not None
+    assert run(1) is None
+    assert skips == [(1, 16), (1, 24), (0, 0)]
+    assert bytes_of(again / "features") == bytes_of(made.run / "features")
+
+
+def test_a_feature_that_overflows_is_an_error(made, tmp_path):
+    transcoder = copy.deepcopy(made.transcoder)
+    transcoder.b_enc[1, 3] = torch.inf
+    with pytest.raises(UserError, match=r"a feature of layer 1 overflows float16: set train.precision=bf16 or fp32"):
+        collect.collect(
+            tmp_path / "firings", made.config, "heldout", made.lm, transcoder, torch.float16, 4, {}, progress=False
+        )
 
 
 def test_features_of_something_else_are_not_mixed(made, again, bytes_of, monkeypatch):

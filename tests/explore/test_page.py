@@ -183,6 +183,20 @@ def test_the_table_sorts_filters_and_is_linked(page, site, made):
     expect(page.locator("tbody tr")).to_have_count(never)
 
 
+def test_an_answer_that_is_overtaken_is_not_shown(page, served):
+    """The first word's answer never comes; the second word ends that request without a message."""
+    go(page, served, "features")
+    first = re.compile(r"features\?text=a&")
+    page.route(first, lambda route: None)
+    with page.expect_request(first) as request:
+        page.get_by_label("Token in examples").last.fill("a")
+    with page.expect_event("requestfailed") as ended:
+        page.get_by_label("Token in examples").last.fill("no such token")
+    assert ended.value.url == request.value.url
+    expect(page.locator(".pager")).to_contain_text("No feature is like that.")
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
 def test_a_feature_shows_its_examples_and_where_it_leads(page, site, made):
     feature = most_frequent(made.features)
     record = made.features.record(0, feature)

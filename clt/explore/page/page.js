@@ -2,7 +2,7 @@
 // One page, routed by the part of the address behind the #. Texts of tokens go into text nodes alone, never into HTML.
 
 const main = document.getElementById("main"), errors = document.getElementById("error");
-let overview, source, move = null, ticket = 0;  // move(±1): what j and k do on this page
+let overview, source, move = null, asked = new AbortController();  // move(±1): what j and k do on this page
 
 // Elements
 
@@ -197,7 +197,7 @@ function showTable(params) {
   const next = h("button", {type: "button", onclick: () => change({start: Number(state.start ?? 0) + ROWS})}, "Next");
 
   async function load() {
-    const {total: count, rows} = await latest(source.select({...state, limit: ROWS}));
+    const {total: count, rows} = await latest(signal => source.select({...state, limit: ROWS}, signal));
     const start = Number(state.start ?? 0), [sort, down] = [(state.sort ?? "feature").replace("-", ""), state.sort?.startsWith("-")];
     heads.forEach((head, at) => {
       if (COLUMNS[at][0] === sort) head.setAttribute("aria-sort", down ? "descending" : "ascending");
@@ -229,7 +229,7 @@ function showTable(params) {
 // A feature
 
 async function showFeature([layer, feature]) {
-  const {record, row, others} = await latest(source.feature(layer, feature)), F = overview.summary.d_features;
+  const {record, row, others} = await latest(signal => source.feature(layer, feature, signal)), F = overview.summary.d_features;
   const step = by => address({layer, feature: Math.min(Math.max(feature + by, 0), F - 1)});
   const most = record.act_max || 1, wrapped = localStorage.getItem("wrap") === "1";
   const groups = h("div", {id: "examples", class: wrapped ? "wrap" : ""}, record.examples_quantiles.map(({quantile_name: title, examples}) =>
@@ -297,7 +297,7 @@ function showPrompt(params) {
     const same = answer?.text === text;
     if (!answer) out.replaceChildren(h("p", {class: "soft"}, "Running; the first prompt loads both models …"));
     out.setAttribute("aria-busy", "true");
-    answer = await latest(source.prompt(text, changes)).finally(() => out.removeAttribute("aria-busy"));
+    answer = await latest(signal => source.prompt(text, changes, signal)).finally(() => out.removeAttribute("aria-busy"));
     answer.text = text;
     if (!same) at = answer.tokens.length - 1;
     show();
@@ -368,15 +368,22 @@ async function served(path, options) {
 }
 
 const server = {
-  select: query => served("features?" + new URLSearchParams(query)),
-  feature: (layer, feature) => served(`features/${layer}/${feature}`),
-  prompt: (text, changes) => served("prompt", {method: "POST", body: JSON.stringify({text, changes})}),
+  select: (query, signal) => served("features?" + new URLSearchParams(query), {signal}),
+  feature: (layer, feature, signal) => served(`features/${layer}/${feature}`, {signal}),
+  prompt: (text, changes, signal) => served("prompt", {method: "POST", body: JSON.stringify({text, changes}), signal}),
 };
 
-// An answer that a later question has overtaken never comes.
-function latest(promise) {
-  const mine = ++ticket;
-  return promise.then(value => mine === ticket ? value : new Promise(() => {}));
+// A later question ends an earlier one: neither its answer nor its error comes any more.
+async function latest(ask) {
+  asked.abort();
+  const {signal} = asked = new AbortController();
+  try {
+    const answer = await ask(signal);
+    if (!signal.aborted) return answer;
+  } catch (error) {
+    if (!signal.aborted) throw error;
+  }
+  return new Promise(() => {});
 }
 
 let timer;
@@ -398,14 +405,14 @@ async function guarded(work) {
 async function random() {
   const {summary, silent_per_layer: silent} = overview;
   const firing = summary.n_layers * summary.d_features - silent.reduce((a, b) => a + b, 0);
-  const {rows: [row]} = await latest(source.select({min: .5 / summary.tokens, start: Math.floor(Math.random() * firing), limit: 1}));
+  const {rows: [row]} = await latest(signal => source.select({min: .5 / summary.tokens, start: Math.floor(Math.random() * firing), limit: 1}, signal));
   location.replace(row ? address(row) : "#/features");
 }
 
 function route() {
   const [path, query] = location.hash.slice(1).split(/\?(.*)/s), [, page = "", ...rest] = path.split("/");
   const pages = {"": showOverview, features: showTable, feature: showFeature, random, prompt: overview.prompt && showPrompt};
-  clearTimeout(timer), ticket++, move = null;
+  clearTimeout(timer), asked.abort(), move = null;
   main.focus();
   for (const link of document.querySelectorAll("nav a")) link.setAttribute("aria-current", link.dataset.page === page ? "page" : "false");
   guarded(async () => {
