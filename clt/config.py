@@ -252,7 +252,7 @@ class ServerConfig:
     token_file: str | None = None
     """File, readable by its owner alone, with the token that clients must send; null takes CLT_SERVER_TOKEN, if set."""
     max_batch: Annotated[int, POSITIVE] = 8192
-    """Most rows in a batch. A JSON batch has at most 64 rows and 128 KB, a tensor 16 MB or one block."""
+    """Most rows in a batch. A JSON batch has at most 64 rows and 128 KB, a tensor 2 MB."""
     max_streams: Annotated[int, POSITIVE] = 64
     """Clients that receive rows at the same time, over all workers."""
     wait_seconds: Annotated[float, POSITIVE] = 30.0

@@ -23,9 +23,10 @@ import numpy as np
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.routing import Mount, Route, Router
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 from xxhash import xxh3_64_hexdigest
@@ -190,7 +191,7 @@ def parameters(request: Request, **most: int) -> list[int]:
 
 
 class Guard:
-    """Refuses before anything else is done, and counts clients until their last byte is sent."""
+    """Refuses before anything else is done, and ends answers that are not read."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app, self.local = app, Local(app, _PUBLIC)
@@ -198,35 +199,34 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        state, counts = scope["state"], scope["path"] in QUERIES
-        most, buffer, idle = state["server"].max_streams, state["buffer"], state["server"].idle_seconds
+        idle, abort = scope["state"]["server"].idle_seconds, scope["state"]["abort"]
+        inner = self.local if scope["state"]["token"] is None else self.app
 
         async def send_in_time(message: Message) -> None:
             try:
                 with anyio.fail_after(idle):
                     await send(message)
             except TimeoutError as error:
-                state["abort"]()
-                raise Ended(f"its client took more than {idle:g} seconds to read a block") from error
+                abort()
+                raise Ended(f"its client did not read a block within {idle:g} seconds") from error
 
         try:
-            refuse(scope, Headers(scope=scope))
-            if counts and buffer.living()["clients"].sum() >= most:
-                raise Unavailable(f"{most} clients are being served already (server.max_streams)")
-            buffer.line["clients"] += counts
             try:
-                await (self.local if state["token"] is None else self.app)(scope, receive, send_in_time)
-            finally:
-                buffer.line["clients"] -= counts
+                with admitted(scope, Headers(scope=scope)):
+                    await inner(scope, receive, send_in_time)
+            except HTTPException as error:
+                await (await refused(Request(scope), error))(scope, receive, send_in_time)
         except Ended as error:  # uvicorn closes the connection of an answer that is not complete, once it is sent
-            asyncio.get_running_loop().call_later(idle, state["abort"])
+            asyncio.get_running_loop().call_later(idle, abort)
             log.warning("a stream was ended: %s", error)
 
 
-def refuse(scope: Scope, headers: Headers) -> None:
-    """Raise HTTPException for a request that is not to be answered: without the token, or only for the head of rows."""
-    token, path = scope["state"]["token"], scope["path"]
-    if scope["method"] == "HEAD" and path in QUERIES:
+@contextlib.contextmanager
+def admitted(scope: Scope, headers: Headers) -> Iterator[None]:
+    """Count a client of rows until its last byte is sent. Raises HTTPException for a request that gets no answer."""
+    state, path, counts = scope["state"], scope["path"], scope["path"] in QUERIES
+    token, buffer, most = state["token"], state["buffer"], state["server"].max_streams
+    if scope["method"] == "HEAD" and counts:
         raise HTTPException(405, "the answer to HEAD would cost its rows", {"allow": "GET"})
     if token is not None:
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -234,6 +234,13 @@ def refuse(scope: Scope, headers: Headers) -> None:
         if path not in _PUBLIC and not right:
             what = "the token is not this server's" if given else "this server wants its token"
             raise HTTPException(401, f"{what}, as Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
+    if counts and buffer.living()["clients"].sum() >= most:
+        raise Unavailable(f"{most} clients are being served already (server.max_streams)")
+    buffer.line["clients"] += counts
+    try:
+        yield
+    finally:
+        buffer.line["clients"] -= counts
 
 
 @contextlib.asynccontextmanager
@@ -267,5 +274,5 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
 _GET = {"/": kept, "/index": kept, "/statistics": kept, "/healthz": health, "/stats": stats, "/heldout": heldout,
         "/activations": activations, "/activations/tensor": tensor, "/activations/stream": stream}  # fmt: skip
 ROUTES = [*(Route(path, answer) for path, answer in _GET.items()), Route("/refresh", refresh, methods=["POST"])]
-guarded = Guard(Router(ROUTES, redirect_slashes=False))
-app = Starlette(False, [Mount("", guarded)], exception_handlers={HTTPException: refused}, lifespan=lifespan)
+app = Starlette(False, ROUTES, [Middleware(Guard)], exception_handlers={HTTPException: refused}, lifespan=lifespan)
+app.router.redirect_slashes = False

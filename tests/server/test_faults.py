@@ -90,10 +90,9 @@ def test_whoever_is_killed_no_row_comes_twice_and_the_lost_are_counted(serve) ->
     assert adds_up(stats)
 
 
-def test_a_process_that_is_frozen_with_a_block_stops_nobody_and_loses_nothing_when_it_dies(serve, own_config) -> None:
-    server = serve()
-    own_config.data.store = str(server.store)
-    name, client = buffer_name(own_config), ActivationClient(server.url)
+def test_a_process_that_is_frozen_with_a_block_stops_nobody_and_loses_nothing_when_it_dies(shared, own_config) -> None:
+    own_config.data.store = str(shared.store)
+    name, client = buffer_name(own_config), ActivationClient(shared.url)
     code = (
         "import sys, time; from clt.server.buffer import *; b = Buffer(sys.argv[1])\n"
         "while b._claim() is None: pass\nprint('held', flush=True); time.sleep(600)"
@@ -104,7 +103,7 @@ def test_a_process_that_is_frozen_with_a_block_stops_nobody_and_loses_nothing_wh
         frozen.stdout.readline()
         frozen.send_signal(signal.SIGSTOP)
         assert len(list(client.stream_activations(64, 40))) == 40
-        assert server.ask("/stats")[0] == server.ask("/refresh", "POST")[0] == 200
+        assert shared.ask("/stats")[0] == shared.ask("/refresh", "POST")[0] == 200
         frozen.kill()
     assert client.refresh() > 0
     eventually(lambda: client.stats()["fill"] == 1)
@@ -150,20 +149,19 @@ def test_many_slow_readers_cost_bounded_memory(shared: Server) -> None:
     eventually(lambda: client.stats()["clients"] == 0)
 
 
-def test_a_generator_that_cannot_be_started_is_told_and_started_later(own_config) -> None:
+def test_a_leader_that_fails_or_cannot_start_its_generator_tells_it_and_goes_on(own_config, caplog) -> None:
     buffer, (soft, hard) = open_buffer(own_config), resource.getrlimit(resource.RLIMIT_NOFILE)
 
-    async def until(state: str) -> None:
-        while buffer.generator()["state"] != state:
-            await asyncio.sleep(0.01)
-
     async def main() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (4, hard))
+        descriptor, buffer.locks.descriptor = buffer.locks.descriptor, -1
         leading = asyncio.create_task(lead(own_config, buffer))
-        await until("failed")
+        await asyncio.to_thread(eventually, lambda: "failed, and begins again" in caplog.text)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4, hard))
+        buffer.locks.descriptor = descriptor
+        await asyncio.to_thread(eventually, lambda: buffer.generator()["state"] == "failed")
         assert "it was not started: [Errno 24] Too many open files" in buffer.generator()["cause"]
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        await until("running")
+        await asyncio.to_thread(eventually, lambda: buffer.generator()["state"] == "running")
         leading.cancel()
         await asyncio.wait([leading])
 
