@@ -33,6 +33,8 @@ class TrainState:
         named = {name: p for name, p in self.transcoder.named_parameters() if p.requires_grad}
         self.gradients = objective.gradient_memory = GradientMemory(named.values())
         objective.sum_ranks = world.everyone.sum
+        # CPUs compute with the cores that gloo adds up with.
+        objective.begin_sum = world.feature.begin_sum if world.device.type == "cuda" else None
         beta1, beta2 = config.optim.betas
         self.optimizer = torch.optim.Adam(named.values(), config.optim.lr, (beta1, beta2), config.optim.eps, fused=True)
         rules = {"floor": objective.transcoder.threshold_floor, "fp16": dtype == torch.float16}
