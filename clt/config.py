@@ -323,10 +323,10 @@ def load_config(
     check_loss(config.loss, config.clt)
     dense_terms = [name for name in ("pre_activation", "aux") if getattr(config.loss, name)]
     if config.train.kernels != "dense" and dense_terms:
-        term = f"loss.{dense_terms[0]}"
+        term, value = f"loss.{dense_terms[0]}", getattr(config.loss, dense_terms[0])
         raise UserError(
-            f"train.kernels is {config.train.kernels} but {term} is {getattr(config.loss, dense_terms[0])}, which has "
-            f"a gradient to features that do not fire; wanted train.kernels=dense, or {term}=0"
+            f"train.kernels is {config.train.kernels} but {term} is {value}, which has a gradient to features "
+            f"that do not fire; wanted train.kernels=dense, or {term}=0"
         )
     check_decoder(config)
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from clt.model.aux import auxk
 from clt.model.rowadam import RowAdam
 from clt.model.sparse import SparseEncode, SparseWrite, count, draw, needed, select
 from clt.model.spec import LossConfig
-from clt.model.step import Encode, Skip, SquaredError, Step, Target, Write, make_kernels
+from clt.model.step import Encode, Skip, SquaredError, Step, Target, Write, make_kernels, reads_transposed
 from clt.model.topk import Layer, batch_threshold, token_thresholds
 from clt.model.transcoder import CrossLayerTranscoder, unsharded
 
@@ -84,6 +85,7 @@ class Written(NamedTuple):
     """What the features of all layers write."""
 
     y: Tensor  # y~ (B, L, D), without the bias and the skip
+    sum_shards: Callable[[Tensor], Tensor]  # what is left to do to y~ for its sum over shards
     products: tuple[Tensor, ...]  # as in Batch; none of the sparse step
     sums: list[list[Tensor]]  # by layer, as `Write` returns them
     threshold: Tensor  # as in Losses
@@ -106,6 +108,13 @@ class SumOverShards(torch.autograd.Function):
         return grad, None
 
 
+def wait_for(begun: Sequence[Callable[[], object]], y: Tensor) -> Tensor:
+    """y~, when the sums over shards that were begun are in it."""
+    for wait in begun:
+        wait()
+    return y
+
+
 class Objective(nn.Module):
     """loss = MSE + the sum over TERMS of coefficient * value.
 
@@ -123,6 +132,9 @@ class Objective(nn.Module):
         self.gradient_memory: Callable[[Tensor], Tensor | None] = lambda parameter: None  # autograd makes it
         self.sum_ranks: Callable[[Tensor], Tensor] = unsharded  # in place, over all ranks, for `batchtopk`
         self.rows: RowAdam | None = None  # what updates W_dec, where it is not torch's Adam
+        # As the transcoder's `sum_shards`, but only begins, and returns what waits: for y~ of a layer while the next
+        # ones are computed. None where there is nothing to gain.
+        self.begin_sum: Callable[[Tensor], Callable[[], object]] | None = None
 
     def forward(
         self,
@@ -146,11 +158,15 @@ class Objective(nn.Module):
                     decoders, norms = list(clt.W_dec), [clt.norm(layer) for layer in range(L)]
                 else:
                     decoders, norms = self.rows.read(all_rows=self.capacity is None)
-            step = Step(clt.spec, self.loss, self.kernels, self.gradient_memory, decoders, norms, dead)
+            # The kernels that look for pairs go by features.
+            tokens_first = reads_transposed(x) and self.capacity is None and not self.count_pairs
+            step = Step(
+                clt.spec, self.loss, self.kernels, self.gradient_memory, decoders, norms, dead, tokens_first
+            )  # fmt: skip
             written = self._dense(x, step, k) if self.capacity is None else self._sparse(x, step, k, self.capacity)
-            y, products, sums, threshold, found = written
+            y, sum_shards, products, sums, threshold, found = written
             if clt.shards > 1:
-                y = SumOverShards.apply(y, clt.sum_shards)
+                y = SumOverShards.apply(y, sum_shards)
             if clt.W_skip is not None:
                 y = Skip.apply(y, x, clt.W_skip, step)
             unit = norm.target_sd if self.loss.target_scale == "none" else None
@@ -172,18 +188,24 @@ class Objective(nn.Module):
         features = x.new_empty(B, L * clt.d_features)
         products = Encode.apply(x, clt.W_enc, step)
         threshold, by_layer = self._thresholds(products, step.norms, k)
-        y, sums = x.new_empty(B, L, D, dtype=clt.b_dec.dtype if clt.shards > 1 else x.dtype), []
+        begin_sum = self.begin_sum if clt.shards > 1 else None
+        strides = (L * D, D, 1) if begin_sum is None else (D, B * D, 1)  # each layer's is contiguous
+        y = x.new_empty_strided((B, L, D), strides, dtype=clt.b_dec.dtype if clt.shards > 1 else x.dtype)
+        sums, begun = [], []
         weights = zip(products, clt.b_enc.unbind(), by_layer, clt.W_dec)  # type: ignore[arg-type]
         for s, of_layer in enumerate(weights):
             row_sums = None if self.rows is None else self.rows.sums[s]
             y, *sums_of_layer = Write.apply(y, *of_layer, features, s, step, row_sums)  # type: ignore[misc]
             sums.append(sums_of_layer)
+            if begin_sum is not None:
+                begun.append(begin_sum(y.detach()[:, s]))
         found = None
         if self.count_pairs:
             with torch.no_grad():
                 layers = zip(products, clt.b_enc.unbind(), by_layer, step.norms)  # type: ignore[arg-type]
                 found = torch.stack([count(*of_layer, step).sum(1) for of_layer in layers])
-        return Written(y, products, sums, threshold, found)  # type: ignore[arg-type]
+        sum_shards = clt.sum_shards if begin_sum is None else partial(wait_for, begun)
+        return Written(y, sum_shards, products, sums, threshold, found)  # type: ignore[arg-type]
 
     def _sparse(self, x: Tensor, step: Step, k: float | None, capacity: int) -> Written:
         """As `_dense`, by lists of at most `capacity` pairs a layer; nan when a layer needs more."""
@@ -210,7 +232,7 @@ class Objective(nn.Module):
         for s, of_layer in enumerate(zip(values, clt.b_enc.unbind(), by_layer, clt.W_dec, lists)):  # type: ignore[arg-type]
             y, penalty = SparseWrite.apply(y, *of_layer, s, step, x.dtype)  # type: ignore[misc]
             sums.append([penalty + spoiled, torch.zeros_like(penalty), lists[s].active])
-        return Written(y, (), sums, threshold, found)
+        return Written(y, clt.sum_shards, (), sums, threshold, found)
 
     def _thresholds(
         self, products: tuple[Tensor, ...], norms: Sequence[Tensor], k: float | None

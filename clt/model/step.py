@@ -6,8 +6,9 @@
     y~_s      = [a_0 .. a_s] @ [W_dec[0 -> s]; ..; W_dec[s -> s]]
     y~_s     += x~_s @ W_skip[s]                                   Skip, all layers, after the sum over feature shards
 
-Products run in x's dtype (bf16 under autocast) and add up in float32. Matrices are laid out such that no product has a
-transposed left factor: on CPUs it takes twice as long.
+Products run in x's dtype (bf16 under autocast) and add up in float32. On CPUs, matrices are laid out such that no
+product has a transposed left factor, with which it takes twice as long. cuBLAS reads either way: there, products are
+laid out as features are, tokens first, and nothing is transposed. Shapes are the same, only strides differ.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ def normalized(norm: Normalization, activations: Tensor, dtype: torch.dtype) -> 
     return norm.input(activations[:, 0]).to(dtype)
 
 
+def reads_transposed(x: Tensor) -> bool:
+    """Whether products on x's device take a transposed left factor as fast as any."""
+    return x.is_cuda
+
+
 def transposed(x: Tensor) -> Tensor:
     """x (M, N) as a contiguous (N, M)."""
     return x.t().contiguous()
@@ -51,6 +57,13 @@ def transposed(x: Tensor) -> Tensor:
 def transpose_into(out: Tensor, x: Tensor) -> None:
     """out (N, M) = x (M, N), transposed."""
     out.copy_(x.t())
+
+
+def gate_into(features: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`gate`, its features into features (B, F). The sums are returned."""
+    gated = gate(*arguments)
+    transpose_into(features, gated.features)
+    return gated[1:]
 
 
 def add_scaled_rows(out: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> None:
@@ -68,7 +81,8 @@ def mean_squares_gradient(y: Tensor, b_dec: Tensor, target: Target, grad: Tensor
     error = _error(y, b_dec, target)
     if target.unit is not None:
         error = error * target.unit
-    return (error * (grad * (2 / (y.shape[0] * y.shape[2]))).unsqueeze(1)).to(y.dtype)
+    # Contiguous, as `Write` flattens it, also where y~ is laid out by layers.
+    return (error * (grad * (2 / (y.shape[0] * y.shape[2]))).unsqueeze(1)).to(y.dtype).contiguous()
 
 
 def remainder(y: Tensor, b_dec: Tensor, target: Target) -> Tensor:
@@ -94,8 +108,8 @@ def make_kernels(compile: bool) -> SimpleNamespace:
     another order. The options travel with each kernel, because settings of torch._inductor.config are per thread and
     the backward pass of CUDA compiles in autograd's own.
     """
-    kernels: list[Callable[..., Any]] = [normalized, gate, gate_gradients, transposed, transpose_into, add_scaled_rows]
-    kernels += [mean_squares, mean_squares_gradient, remainder, sum_over_tokens]
+    kernels: list[Callable[..., Any]] = [normalized, gate, gate_into, gate_gradients, transposed, transpose_into]
+    kernels += [add_scaled_rows, mean_squares, mean_squares_gradient, remainder, sum_over_tokens]
     kernels += [scores_and_maxima, maxima, count_above]
     if compile:
         # Inductor warns of every kernel that reads float16 and writes bf16; in between, it computes in float32.
@@ -120,6 +134,11 @@ class Step(NamedTuple):
     decoders: Sequence[Tensor]  # W_dec.{s} (F, T_s, D), or a copy in x's dtype
     norms: Sequence[Tensor]  # L of (F,): of each feature's write vector
     dead: Tensor | None  # (L, F) bool
+    tokens_first: bool  # products (F, B) are the transposed of contiguous (B, F)
+
+    def left_factor(self, x: Tensor) -> Tensor:
+        """x (M, N) transposed, for a product with it on the left."""
+        return x.t() if self.tokens_first else self.kernels.transposed(x)
 
 
 class Encode(torch.autograd.Function):
@@ -130,6 +149,8 @@ class Encode(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.weight, ctx.step = W_enc, step  # not what is saved, which may come back as another object
         layers = zip(W_enc.unbind(), x.unbind(1))
+        if step.tokens_first:
+            return tuple((of_layer @ weight.to(x.dtype)).t() for weight, of_layer in layers)
         return tuple(weight.to(x.dtype).t().contiguous() @ of_layer.t() for weight, of_layer in layers)
 
     @staticmethod
@@ -138,7 +159,7 @@ class Encode(torch.autograd.Function):
         (x,), memory = ctx.saved_tensors, ctx.step.gradient_memory(ctx.weight)
         grad_W_enc = torch.empty_like(ctx.weight) if memory is None else memory
         for out, of_layer, grad in zip(grad_W_enc, x.unbind(1), grad_products):
-            out.copy_(ctx.step.kernels.transposed(of_layer) @ grad.t())
+            out.copy_(ctx.step.left_factor(of_layer) @ grad.t())
         return None, grad_W_enc if memory is None else None, None
 
 
@@ -170,8 +191,13 @@ class Write(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         F, _, D = W_dec.shape
         dead = None if step.dead is None else step.dead[s]
-        gated = step.kernels.gate(product, b_enc, theta, step.norms[s], dead, step.clt, step.loss)
-        step.kernels.transpose_into(features[:, s * F : (s + 1) * F], gated.features)
+        arguments, own = (product, b_enc, theta, step.norms[s], dead, step.clt, step.loss), slice(s * F, (s + 1) * F)
+        if step.tokens_first:
+            sums = step.kernels.gate_into(features[:, own], *arguments)
+        else:  # in two passes: CPUs are slow at writing the one's result in the other's order
+            gated = step.kernels.gate(*arguments)
+            step.kernels.transpose_into(features[:, own], gated.features)
+            sums = gated[1:]
         writers = [r for r in range(s + 1) if s - r < step.decoders[r].shape[1]]
         to_s = product.new_empty(len(writers), F, D)
         for block, r in zip(to_s, writers):
@@ -180,8 +206,9 @@ class Write(torch.autograd.Function):
         ctx.save_for_backward(product, b_enc, theta, W_dec, step.norms[s])
         ctx.weight, ctx.s, ctx.step = W_dec, s, step
         ctx.mark_dirty(y)
-        ctx.mark_non_differentiable(gated.active)
-        return y, gated.sparsity, gated.pre_activation, gated.active
+        sparsity, pre_activation, active = sums
+        ctx.mark_non_differentiable(active)
+        return y, sparsity, pre_activation, active
 
     @staticmethod
     @once_differentiable
@@ -190,7 +217,9 @@ class Write(torch.autograd.Function):
         T, step, apart = W_dec.shape[1], ctx.step, ctx.needs_input_grad[8]
         dead = None if step.dead is None else step.dead[ctx.s]
         written = grad_y[:, ctx.s : ctx.s + T].to(product.dtype).flatten(1)  # (B, T * D)
-        grad_features = step.decoders[ctx.s].flatten(1).to(product.dtype) @ written.t()  # (F, B)
+        factor = step.decoders[ctx.s].flatten(1).to(product.dtype)
+        grad_features = (written @ factor.t()).t() if step.tokens_first else factor @ written.t()  # (F, B)
+        del factor  # as large as the decoder
         grad = step.kernels.gate_gradients(
             product, b_enc, theta, norm, dead, step.clt, step.loss, grad_features, grad_sparsity, grad_pre_activation,
             apart,
@@ -251,7 +280,7 @@ class Skip(torch.autograd.Function):
         (x,), memory = ctx.saved_tensors, ctx.step.gradient_memory(ctx.weight)
         grad_W_skip = torch.empty_like(ctx.weight) if memory is None else memory
         for out, of_layer, grad in zip(grad_W_skip, x.unbind(1), grad_y.unbind(1)):
-            out.copy_(ctx.step.kernels.transposed(of_layer) @ grad.to(x.dtype))
+            out.copy_(ctx.step.left_factor(of_layer) @ grad.to(x.dtype))
         return grad_y, None, grad_W_skip if memory is None else None, None
 
 

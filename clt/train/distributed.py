@@ -39,6 +39,12 @@ class Axis(NamedTuple):
             dist.all_reduce(tensor, dist.ReduceOp.SUM, self.group)
         return tensor
 
+    def begin_sum(self, tensor: Tensor) -> Callable[[], object]:
+        """Begin a sum over the axis, in place. Returns what waits for it. All ranks begin sums in the same order."""
+        work = dist.all_reduce(tensor, dist.ReduceOp.SUM, self.group, async_op=True)
+        assert work is not None  # this process belongs to the group
+        return work.wait
+
     def max(self, tensor: Tensor) -> Tensor:
         """Maximum over the axis, in place."""
         if self.size > 1:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from clt.config import Config
 from clt.model.loss import Objective
-from clt.model.rowadam import RowAdam
 from clt.model.spec import needs_dead
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import checkpoint
@@ -38,6 +37,8 @@ class TrainState:
         own = [] if self.rows is None else self.rows.parameters()
         self.gradients = objective.gradient_memory = GradientMemory([*named.values(), *own])
         objective.sum_ranks = world.everyone.sum
+        # CPUs compute with the cores that gloo adds up with.
+        objective.begin_sum = world.feature.begin_sum if world.device.type == "cuda" else None
         rules = {"floor": objective.transcoder.threshold_floor, "fp16": dtype == torch.float16}
         stop, clip_norm = config.train.nonfinite == "stop", config.optim.clip_norm
         self.update = Update(self.optimizer, named, clip_norm, world.feature.sum, stop=stop, rows=self.rows, **rules)

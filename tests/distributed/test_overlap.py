@@ -1,4 +1,4 @@
-"""What DDP does with the decoder's gradients, seen in two real ranks: summed early, and never copied."""
+"""What two real ranks add up while they compute: decoders' gradients by DDP, summed early and never copied; and y~."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from benchmarks import ranks
 from clt.model.loss import Objective
 from clt.model.spec import CLTConfig, LossConfig
 from clt.model.transcoder import CrossLayerTranscoder
-from clt.train.distributed import GradientMemory, sum_bucket
+from clt.train.distributed import Axis, GradientMemory, sum_bucket
 
 B, L, D, F = 1024, 6, 64, 256
 
@@ -63,16 +63,47 @@ def measure(folder: Path) -> None:
             }
         )
         memory.clear() if step else clt.zero_grad()  # after the first step DDP makes its buckets anew
-    (folder / f"{rank}.json").write_text(json.dumps(steps))
+    found = {"steps": steps, "shards": measure_shards(Axis(rank, 2, dist.group.WORLD))}
+    (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
+def measure_shards(axis: Axis) -> dict:
+    """A step of two feature shards that adds y~ up at the end, and one layer by layer as a GPU's would."""
+    events, outcomes = [], []
+
+    def begin(y: torch.Tensor):
+        events.append("begun")
+        wait = axis.begin_sum(y)
+        return lambda: (events.append("waited"), wait())
+
+    torch.manual_seed(1)
+    batch = torch.randn(B, 2, L, D)
+    for begin_sum in (None, begin):
+        torch.manual_seed(0)
+        spec = CLTConfig(d_features=F, skip=True)
+        clt = CrossLayerTranscoder(L, D, spec, shard=(axis.rank, axis.size), sum_shards=axis.sum)
+        objective = Objective(clt, LossConfig())
+        gate, objective.begin_sum = objective.kernels.gate, begin_sum
+        objective.kernels.gate = lambda *arguments, gate=gate: (events.append("layer"), gate(*arguments))[1]
+        total = objective(batch, {"sparsity": 0.1, "pre_activation": 0.0, "aux": 0.0}).total
+        total.backward()
+        outcomes.append([total.detach(), *(p.grad for p in clt.parameters())])
+    return {"events": events, "equal": [torch.equal(a, b) for a, b in zip(*outcomes, strict=True)]}
+
+
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory) -> list[list[dict]]:
-    """What each of two ranks saw in each of six steps."""
+def found(tmp_path_factory) -> list[dict]:
+    """What each of two ranks saw."""
     folder = tmp_path_factory.mktemp("ranks")
     ranks.run(measure, folder, processes=2)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture
+def steps(found) -> list[list[dict]]:
+    """What they saw in each of six steps."""
+    return [rank["steps"] for rank in found]
 
 
 def test_decoder_gradients_are_summed_while_earlier_layers_are_computed(steps):
@@ -94,3 +125,11 @@ def test_decoder_gradients_are_written_into_the_buckets(steps):
         assert all(step["error"] < 1e-5 for step in rank)
         assert all(all(step["in_buckets"]) for step in rank)
         assert [step["copied"] for step in rank] == [8, 8, 0, 0, 0, 0], "from the third step on, it is known where"
+
+
+def test_reconstructions_are_summed_over_shards_while_later_layers_are_computed(found):
+    """To the same bits as all at once: of two ranks, sums are the same in any order."""
+    for rank in found:
+        assert rank["shards"]["events"] == ["layer"] * L + ["layer", "begun"] * L + ["waited"] * L
+        assert all(rank["shards"]["equal"])
+        assert len(rank["shards"]["equal"]) == L + 6, "the loss, and each parameter's gradient"

@@ -5,12 +5,13 @@ import threading
 import pytest
 import torch
 
+from clt.model import loss as loss_module
 from clt.model.loss import Objective
 from clt.model.spec import LossConfig
 from clt.model.step import make_kernels, multiply_into
 from clt.model.transcoder import feature_dim
 from clt.train.distributed import GradientMemory
-from tests.model.naive import F, batch, coefficients, losses, make
+from tests.model.naive import B, F, L, batch, coefficients, losses, make
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,43 @@ def test_the_compiled_step_in_bf16_is_the_eager_one():
     for name, eager in gradients[0].items():
         error = (gradients[1][name] - eager).norm() / eager.norm()
         assert error < torch.finfo(torch.bfloat16).eps, f"{name}: relative difference {error:.2e}"
+
+
+GPU_VARIANTS = {
+    "jumprelu": {},
+    "per layer": {"cross_layer": False},
+    "window and skip": {"window": 2, "skip": True},
+    "token": {"normalization": "token", "straight_through_pre": False},
+    "topk by norm": {"activation": "topk", "k": 2, "by_norm": True},
+    "batchtopk": {"activation": "batchtopk", "k": 4},
+}
+
+
+@pytest.mark.parametrize("variant", GPU_VARIANTS)
+def test_products_laid_out_as_on_a_gpu_give_the_same_step(monkeypatch, variant):
+    """In float64, with every term; the second step writes its gradients where the first one's were."""
+    found, dead = [], torch.arange(F).expand(L, F) < 3
+    for on_gpu in (False, True):
+        monkeypatch.setattr(loss_module, "reads_transposed", lambda x, answer=on_gpu: answer)
+        clt, loss = make(**GPU_VARIANTS[variant]), LossConfig(pre_activation=0.1, aux=0.1, aux_k=2)
+        objective = Objective(clt, loss)
+        memory, strides = GradientMemory(clt.parameters()), []
+        objective.gradient_memory = memory
+        gradients = objective.kernels.gate_gradients
+
+        def noted(product, *arguments, strides=strides, gradients=gradients):
+            strides.append(product.stride())
+            return gradients(product, *arguments)
+
+        objective.kernels.gate_gradients = noted
+        for seed in (1, 2):
+            memory.clear()
+            losses = objective(batch(seed), coefficients(loss), dead=dead)
+            losses.total.backward()
+        assert set(strides) == {(1, F) if on_gpu else (B, 1)}
+        grads = {name: p.grad for name, p in clt.named_parameters() if p.grad is not None}
+        found.append([losses.total, losses.mse_per_layer, losses.l0_per_layer, losses.fired, grads])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
