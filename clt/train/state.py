@@ -10,7 +10,6 @@ from torch import Tensor
 
 from clt.config import Config
 from clt.model.loss import Objective
-from clt.model.rowadam import RowAdam
 from clt.model.spec import needs_dead
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import checkpoint
@@ -61,7 +60,7 @@ class TrainState:
         return None if self.window is None else self.last_fired <= self.step - self.window
 
     def up_to_date(self) -> CrossLayerTranscoder:
-        """The transcoder, with the steps that decoder rows have missed. Whatever reads it, but for a step, needs this."""
+        """The transcoder, whose decoder rows have taken all steps: for whatever reads it beside a step."""
         if self.rows is not None:
             self.rows.flush()
         return self.transcoder
