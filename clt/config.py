@@ -337,8 +337,8 @@ def check_decoder(config: Config) -> None:
     kind = config.optim.decoder
     if kind != "torch" and config.loss.aux:
         raise UserError(
-            f"optim.decoder is {kind} but loss.aux is {config.loss.aux}, whose gradient the norm that clips would lack; "
-            "wanted optim.decoder=torch, or loss.aux=0"
+            f"optim.decoder is {kind} but loss.aux is {config.loss.aux}, whose part of the gradient's norm it does not "
+            "know; wanted optim.decoder=torch, or loss.aux=0"
         )
     if kind == "lazy" and config.train.kernels == "dense":
         raise UserError(

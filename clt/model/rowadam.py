@@ -24,7 +24,13 @@ class RowAdam(nn.Module):
     """
 
     def __init__(
-        self, weights: Sequence[nn.Parameter], optimizer: torch.optim.Adam, steps: int, dtype: torch.dtype, *, lazy: bool
+        self,
+        weights: Sequence[nn.Parameter],
+        optimizer: torch.optim.Adam,
+        steps: int,
+        dtype: torch.dtype,
+        *,
+        lazy: bool,
     ) -> None:
         """weights: W_dec of all layers; optimizer: of the other parameters, whose `state` is to hold the moments;
         steps: how many there will be at most; dtype: of the matrix products."""
@@ -88,8 +94,8 @@ class RowAdam(nn.Module):
         """A step at a learning rate, of the gradients divided by `divisor` (), unless `skip` () bool."""
         number = self._taken() + 1
         (beta1, beta2), exact = self.betas, number.double()
-        sizes = torch.stack([lr / (1 - beta1**exact), (1 - beta2**exact).rsqrt()])
-        self.sizes.index_copy_(0, number.long().view(1), sizes.to(self.sizes.dtype).view(1, 2))  # of a skipped step: for now
+        sizes = torch.stack([lr / (1 - beta1**exact), (1 - beta2**exact).rsqrt()]).to(self.sizes.dtype)
+        self.sizes.index_copy_(0, number.long().view(1), sizes.view(1, 2))  # those of a skipped step are overwritten
         for s, weight in enumerate(self.weights):
             of_layer = self.sums[s].grad
             assert weight.grad is not None

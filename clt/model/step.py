@@ -167,10 +167,11 @@ class Write(torch.autograd.Function):
     """Fires the features of layer s, then computes y~[:, s]: every layer that writes to s has fired by now.
 
     product (F, B) of Encode; b_enc (F,); theta broadcasts against (F, B); W_dec (F, T, D) is step.decoders[s]. With
-    `sums` (2, F), W_dec's gradient lacks that through its rows' norms, which is the rows times sums' gradient [0]; [1]
-    is the products of the rows and what W_dec gets. Features (B, L * F) and y~ (B, L, D) are filled in place, from the first layer to the last; y~ is of the products' dtype, or
-    of float32 where the partial y~ of several shards are still to be added up. Returns y~, the sums over features and
-    tokens of the penalty () and of the pre-activation loss (), and for how many tokens each feature fires (F,).
+    `sums` (2, F), the gradient to W_dec lacks that through its rows' norms: that is the rows times the gradient to
+    sums[0], and the gradient to sums[1] is the products of the rows with what W_dec gets. Features (B, L * F) and y~
+    (B, L, D) are filled in place, from the first layer to the last; y~ is of the products' dtype, or of float32 where
+    the partial y~ of several shards are still to be added up. Returns y~, the sums over features and tokens of the
+    penalty () and of the pre-activation loss (), and for how many tokens each feature fires (F,).
 
     There is one such function per layer, not one for all, so that DDP can sum a layer's decoder gradient over the ranks
     while the earlier layers' are computed. (The encoder is one tensor for all layers, so its gradient comes last.)

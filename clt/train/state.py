@@ -62,7 +62,7 @@ class TrainState:
         return None if self.window is None else self.last_fired <= self.step - self.window
 
     def up_to_date(self) -> CrossLayerTranscoder:
-        """The transcoder, with the steps that decoder rows have missed. Whatever reads it, but for a step, needs this."""
+        """The transcoder, whose decoder rows have taken all steps: for whatever reads it beside a step."""
         if self.rows is not None:
             self.rows.flush()
         return self.transcoder

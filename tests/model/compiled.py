@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clt.model.kernels import AdamStep, Rows, by_token, gpu
+from clt.model.kernels import AdamSteps, RowGradient, Rows, by_token, gpu
 
 TYPES = {
     torch.float32: "*fp32",
@@ -89,9 +89,11 @@ def layer(narrow: torch.dtype) -> None:
     dots = gpu.decoder_gradients(W_dec, W_dec, of_features, written, lists)
     grad = gpu.pair_gradients(lists, dots, of_features, torch.empty(()), True)
     gpu.encoder_gradient(torch.empty(D, F), x, lists, grad.pre)
-    rows = Rows(W_dec, W_dec, W_dec, of_features, torch.empty(F, T, D, dtype=narrow))
-    adam_step = AdamStep(torch.empty(()), torch.empty((), dtype=torch.bool), torch.empty(()), 1e-3)
-    gpu.adam_rows(rows, W_dec, of_features, adam_step, (0.9, 0.999), 1e-8)
+    last, skip = torch.empty(F, dtype=torch.int32), torch.empty((), dtype=torch.bool)
+    rows = Rows(W_dec, W_dec, W_dec, of_features, torch.empty(F, T, D, dtype=narrow), last)
+    steps = AdamSteps(torch.empty((), dtype=torch.int32), torch.empty(2000, 2), (0.9, 0.999), 1e-8)
+    gpu.adam_rows(rows, steps, RowGradient(W_dec, of_features, torch.empty(()), skip), lazy=True)
+    gpu.replay_rows(rows, steps, last > 0)
 
 
 def main() -> None:

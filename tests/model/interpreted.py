@@ -6,7 +6,8 @@ TRITON_INTERPRET=1 python -m pytest tests/model/interpreted.py
 import pytest
 import torch
 
-from clt.model.kernels import AdamStep, Rows, by_token, gpu, reference
+from clt.model.kernels import AdamSteps, RowGradient, Rows, by_token, gpu, reference
+from tests.model.test_kernels import sizes
 
 F, B, T, D = 18, 50, 2, 20
 NAN = float("nan")
@@ -104,8 +105,8 @@ def weights():
 
 
 def rows_of(weight):
-    copy = torch.full_like(weight, NAN, dtype=torch.float16)
-    return Rows(weight, torch.zeros_like(weight), torch.zeros_like(weight), torch.full((F,), NAN), copy)
+    copy, last = torch.full_like(weight, NAN, dtype=torch.float16), torch.zeros(F, dtype=torch.int32)
+    return Rows(weight, torch.zeros_like(weight), torch.zeros_like(weight), torch.full((F,), NAN), copy, last)
 
 
 @pytest.fixture
@@ -178,19 +179,35 @@ def test_encoder_gradient(pairs):
 
 
 def test_adam_rows():
-    """The narrow copy is of float16: the interpreter rounds bfloat16 towards zero, as no GPU does."""
-    found, wanted = rows_of(weights()), rows_of(weights())
-    norms = torch.full((F,), NAN)
-    for number in (1, 2, 3):
-        torch.manual_seed(number)
-        grad, through, skip = torch.randn(F, T, D), torch.randn(F), torch.tensor(number == 2)
-        step = AdamStep(torch.tensor(float(number)), skip, torch.tensor(1.7), 0.01)
-        gpu.adam_rows(found, grad, through, step, (0.9, 0.99), 1e-8)
-        reference.adam_rows(wanted, grad, through, step, (0.9, 0.99), 1e-8)
+    """With a skipped step, rows without a gradient, and one that has it through its norm alone. Lazily or not, in the
+    end the bits are the same.
+
+    The narrow copy is of float16: the interpreter rounds bfloat16 towards zero, as no GPU does.
+    """
+    found, wanted, at_once = (rows_of(weights()) for _ in range(3))
+    table, every = sizes(4, 0.01, (0.9, 0.99), torch.float32), torch.ones(F, dtype=torch.bool)
+
+    def steps(number):
+        return AdamSteps(torch.tensor(number, dtype=torch.int32), table, (0.9, 0.99), 1e-8)
+
+    for each, kernels in ((found, gpu), (wanted, reference), (at_once, gpu)):
+        kernels.replay_rows(each, steps(0), every)  # fills norms and copies
+    for number, skip in ((1, False), (2, True), (2, False), (3, False), (4, False)):
+        torch.manual_seed(number + skip)
+        grad, through = torch.randn(F, T, D), torch.randn(F)
+        grad[number : number + 9], through[number : number + 8] = 0, 0
+        gradient = RowGradient(grad, through, torch.tensor(1.7), torch.tensor(skip))
+        before = found._replace(**{name: tensor.clone() for name, tensor in found._asdict().items()})
+        gpu.adam_rows(found, steps(number), gradient, True)
+        reference.adam_rows(wanted, steps(number), gradient, True)
+        gpu.adam_rows(at_once, steps(number), gradient, False)
         assert_close(found._replace(narrow=None), wanted._replace(narrow=None))
         assert torch.equal(found.narrow, found.weight.half())
-        assert torch.equal(found.norms, norms) == skip.item()
-        norms = found.norms.clone()
+        assert all(torch.equal(a, b) for a, b in zip(found, before)) == skip
+        assert found.last.min() < number - skip
+        assert at_once.last.eq(number - skip).all()
+    gpu.replay_rows(found, steps(4), every)
+    assert all(torch.equal(a, b) for a, b in zip(found, at_once))
 
 
 @pytest.mark.parametrize("rule", ["jumprelu", "topk by norm"])

@@ -86,6 +86,7 @@ ELSEWHERE = {
     "train.compile": "tests/distributed/test_torchrun.py",
     "train.nonfinite": "tests/distributed/test_faults.py",
     "train.kernels": "tests/train/test_switch.py",
+    "optim.decoder": "tests/train/test_rowadam.py",
     "parallel.feature_shards": "tests/distributed/test_parity.py",
     "parallel.timeout_seconds": "tests/distributed/test_faults.py",
     "checkpoint.keep_every": "tests/train/test_checkpoint.py",

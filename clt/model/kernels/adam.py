@@ -16,7 +16,7 @@ def _move(w, m, v, sizes, number, eps):
 @triton.jit
 def adam_rows(
     weight, mean, square, narrow, norms, last, wanted, grad, through_norm, scalars,
-    newest, sizes, width, keep_mean, keep_square, eps,
+    newest, sizes, width, keep_mean, keep_square, take_mean, take_square, eps,
     STEP: tl.constexpr, LAZY: tl.constexpr, NARROW: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One row (width,) of weight and its moments, in place; its norm; with NARROW its copy in another dtype.
@@ -63,8 +63,8 @@ def adam_rows(
             step += 1
         if STEP:
             g = (tl.load(grad + place, mask=inside, other=0.0) + w * through) / divisor
-            m = g + (m - g) * keep_mean
-            v = g * g + (v - g * g) * keep_square
+            m = m * keep_mean + g * take_mean
+            v = v * keep_square + g * g * take_square
             w = _move(w, m, v, sizes, number, eps)
         tl.store(mean + place, m, mask=inside)
         tl.store(square + place, v, mask=inside)

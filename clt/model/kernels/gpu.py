@@ -140,7 +140,8 @@ def _adam(
         scalars = torch.stack([gradient.skip.float(), gradient.divisor.float()])
     adam_kernel[(len(weight),)](
         weight, rows.mean, rows.square, weight if rows.narrow is None else rows.narrow, rows.norms, rows.last, wanted,
-        grad, through_norm, scalars, steps.newest, steps.sizes, weight.shape[1], *steps.betas, steps.eps,
+        grad, through_norm, scalars, steps.newest, steps.sizes, weight.shape[1], *steps.betas,
+        *(1 - beta for beta in steps.betas), steps.eps,
         STEP=gradient is not None, LAZY=lazy, NARROW=rows.narrow is not None,
         COLUMNS=min(COLUMNS, triton.next_power_of_2(weight.shape[1])), **FUSION,
     )  # fmt: skip

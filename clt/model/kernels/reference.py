@@ -122,8 +122,8 @@ def _move(rows: Rows, steps: AdamSteps, which: Tensor, number: int, g: Tensor) -
     # Each operation rounds by itself, so that the bits do not depend on which other rows are moved.
     (keep_mean, keep_square), (size, correction) = steps.betas, steps.sizes[number]
     g, weight, mean, square = (tensor[which] for tensor in (g, rows.weight, rows.mean, rows.square))
-    mean = g + (mean - g) * keep_mean
-    square = g * g + (square - g * g) * keep_square
+    mean = mean * keep_mean + g * (1 - keep_mean)
+    square = square * keep_square + g * g * (1 - keep_square)
     rows.mean[which], rows.square[which] = mean, square
     rows.weight[which] = weight - size * mean / (square.sqrt() * correction + steps.eps)
 
