@@ -1,5 +1,6 @@
 """What the page asks for: tables and records against the files, prompts against the models, refusals, mistakes."""
 
+import asyncio
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from clt import cli
 from clt.errors import UserError
 from clt.explore import table as tables
 from clt.explore.browse import make_app, write_static
+from clt.explore.prompt import Prompts
 from clt.explore.table import SORTS, Query, Table
 from clt.lm.replacement import ReplacementModel
 
@@ -42,6 +44,23 @@ def test_the_overview_is_that_of_the_arrays_and_of_the_run(client, made):
     for layer, feature, count, highest in zip(*points.values()):
         assert arrays["count"][layer, feature] == count
         assert arrays["max_activation"][layer, feature] == pytest.approx(highest, rel=1e-3)
+
+
+def test_a_prompt_of_a_page_that_went_on_is_not_run(made, monkeypatch):
+    monkeypatch.setattr(Prompts, "answer", lambda *_: pytest.fail("it was run"))
+    scope = {"type": "http", "method": "POST", "path": "/prompt", "query_string": b"", "server": ("127.0.0.1", 8001)}
+    scope["headers"] = [(b"host", b"127.0.0.1:8001")]
+    received = [{"type": "http.request", "body": b'{"text": "abc"}'}, {"type": "http.disconnect"}]
+    sent = []
+
+    async def receive():
+        return received.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(make_app(made.config, made.run)(scope, receive, send))
+    assert sent[0]["status"] == 503
 
 
 def test_figures_of_another_step_are_not_shown(made, tmp_path):
