@@ -48,6 +48,8 @@ PARTS = {
     "steps": Part("gpu_costs", 300),
     "sparse_steps": Part("gpu_sparse", 150),
     "profile": Part("gpu_costs", 90),
+    "layout": Part("gpu_costs", 90),
+    "launches": Part("gpu_costs", 60),
     "limits": Part("gpu_costs", 60),
     "evaluation": Part("gpu_costs", 60),
     "checkpoint": Part("gpu_costs", 90),
@@ -55,7 +57,7 @@ PARTS = {
     "adam_rows": Part("gpu_sparse", 45),
     "data": Part("gpu_costs", 90),
 }
-RANKS = {"layouts": Part("gpu_runs", 590)}
+RANKS = {"overlap": Part("gpu_runs", 120), "layouts": Part("gpu_runs", 590)}
 WHOLE = 585  # seconds; a part that would begin later is left out
 AT_ONCE = 4
 
@@ -93,8 +95,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on the CPU, to see that every part runs")
     parser.add_argument("--part", choices=[*PARTS, *RANKS], help=argparse.SUPPRESS)  # in this process
     arguments = parser.parse_args()
-    if "layouts" in (arguments.only or ()) and not arguments.ranks:
-        parser.error("layouts is a part of --ranks N")
+    of_ranks = [name for name in arguments.only or () if name in RANKS]
+    if of_ranks and not arguments.ranks:
+        parser.error(f"{of_ranks[0]} is a part of --ranks N")
     return arguments
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from typing import Any
@@ -12,6 +13,7 @@ from torch._C._autograd import DeviceType
 from benchmarks import checkpoint as checkpoints
 from benchmarks import data_path, machine, step, throughput
 from benchmarks.gpu_checks import Found, device_of
+from clt.model import loss
 
 KINDS = {  # of kernels, by what is in their names, the first that fits
     "adam": ("FusedAdam", "fused_adam"),
@@ -88,6 +90,41 @@ def profile(rehearsal: bool) -> Found:
         "busy_share": sum(ms.values()) / wall_ms, "ms": ms, "launches": launches,
         "top": sorted(top, key=lambda row: -row["ms"])[:25],
     }  # fmt: skip
+
+
+def layout(rehearsal: bool) -> Found:
+    """A step whose products lie tokens first, as on every GPU, and the same by features, as on a CPU; by turns."""
+    L, D, F, B = (3, 64, 256, 128) if rehearsal else (12, 768, 32768, 4096)
+    batch = torch.randn(B, 2, L, D, device=device_of(rehearsal))
+    case = {"F": F, "precision": "fp32" if rehearsal else "bf16", "variant": "ours" if rehearsal else "ours_compiled"}
+    train, times, ours = step.prepare(case, batch), {True: [], False: []}, loss.reads_transposed
+    for turn in range(3 if rehearsal else 8):
+        for tokens_first, taken in times.items():
+            loss.reads_transposed = lambda x, answer=tokens_first: answer
+            took = machine.seconds(lambda: train(batch), batch.device)
+            taken += [took] if turn > 1 else []  # the first ones compile
+    loss.reads_transposed = ours
+    first, by_features = (statistics.median(taken) * 1e3 for taken in times.values())
+    return {"ok": True, "shape": [L, D, F, B], "tokens_first_ms": first, "by_features_ms": by_features}
+
+
+def launches(rehearsal: bool) -> Found:
+    """What issuing a step takes beside the step, at small F: where the two are equal, a CUDA graph would be faster."""
+    rows = []
+    for L, D, F, B in [(3, 64, 256, 128)] if rehearsal else [(12, 768, F, 4096) for F in (768, 3072, 6144)]:
+        batch = torch.randn(B, 2, L, D, device=device_of(rehearsal))
+        name = "ours" if rehearsal else "ours_compiled"
+        train = step.prepare({"F": F, "precision": "fp32" if rehearsal else "bf16", "variant": name}, batch)
+        for _ in range(3):
+            train(batch)
+        machine.wait(batch.device)
+        start = time.perf_counter()
+        train(batch)
+        issued = time.perf_counter() - start  # nothing is queued before it, so it never waits for the device
+        machine.wait(batch.device)
+        took = machine.seconds(lambda train=train, batch=batch: [train(batch) for _ in range(5)], batch.device) / 5
+        rows.append({"shape": [L, D, F, B], "issue_ms": issued * 1e3, "step_ms": took * 1e3})
+    return {"ok": True, "rows": rows}
 
 
 def _is_a_kernel(event: Any, rehearsal: bool) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import parity
+from benchmarks import ranks as forked
 from benchmarks.job import ROOT, environment, torchrun
 
 Found = dict[str, Any]
@@ -62,6 +65,51 @@ def layouts(rehearsal: bool, ranks: int) -> Found:
             ok &= len(set(digests.values())) == 1 and difference < 1e-3
             ok &= not processes or list(processes.values()) == [1] * ranks  # some containers show none
     return {"ok": ok, "ranks": ranks, "layouts": rows}
+
+
+def overlap(rehearsal: bool, ranks: int) -> Found:
+    """Steps of 1 x `ranks` feature shards that sum y~ layer by layer while they compute, and at the end; by turns."""
+    with tempfile.TemporaryDirectory() as directory:
+        forked.run(_shard_steps, Path(directory, "found"), rehearsal, processes=ranks)
+        return json.loads(Path(directory, "found").read_text())
+
+
+def _shard_steps(file: Path, rehearsal: bool) -> None:
+    """The steps of this rank; rank 0 writes what it found. The two may differ by the order of additions alone."""
+    import torch
+
+    from benchmarks import machine, step
+    from clt.train import distributed as dist
+    from clt.train.metrics import coefficients
+
+    world = dist.setup(int(os.environ["WORLD_SIZE"]), 60)
+    L, D, F, B = (3, 16, 64, 64) if rehearsal else (12, 768, 32768, 4096)
+    torch.manual_seed(0)
+    batch = torch.randn(B, 2, L, D).to(world.device)
+    objective = step.objective(F, batch, f"train.compile={not rehearsal}", feature=world.feature)
+    memory = objective.gradient_memory = dist.GradientMemory(objective.parameters())
+    begin_sum = None if world.size == 1 else world.feature.begin_sum
+    ways, terms = {"at_end": None, "early": begin_sum}, coefficients(1, 1, objective.loss)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    decoders: dict[str, torch.Tensor] = {}
+
+    def train() -> None:
+        memory.clear()
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=not rehearsal):
+            losses = objective(batch, terms)
+        losses.total.backward()
+
+    for turn in range(3 if rehearsal else 12):
+        for name, objective.begin_sum in ways.items():
+            took = machine.seconds(train, world.device)
+            times[name] += [took] if turn > 1 else []  # the first ones compile
+            decoders[name] = objective.transcoder.W_dec[0].grad.clone()
+    difference = ((decoders["early"] - decoders["at_end"]).norm() / decoders["at_end"].norm()).item()
+    if world.rank == 0:
+        ms = {f"{name}_ms": statistics.median(taken) * 1e3 for name, taken in times.items()}
+        found = {"ok": difference < 2**-8, "shape": [L, D, F, B], "difference": difference, **ms}
+        file.write_text(json.dumps(found))
+    dist.cleanup()
 
 
 def _job(base: Path, rehearsal: bool, precision: str) -> list[str]:

@@ -23,7 +23,9 @@ def sparse(rehearsal: bool) -> Found:
     """The sparse step against the dense one in the same precision: gradients as relative norms of the difference.
 
     fp32 must be within 1e-4, bf16 within 2^-5: the dense step rounds features and decoder, the sparse one does not.
-    There is room for exactly the pairs that there are. Repeated, the bits must be the same, and nothing may wait.
+    There is room for exactly the pairs that there are. Repeated, the bits must be the same, and nothing may wait. With
+    half the room, L0 must be the same. Samples of the pairs that do not fire must leave the decoders' gradients as they
+    are, and thresholds' must come nearer to the exact ones as the mean of 32 of them (`sampled_thresholds`).
     """
     L, D, F, B = (3, 16, 64, 63) if rehearsal else (6, 256, 4096, 2047)
     torch.manual_seed(0)
@@ -40,13 +42,47 @@ def sparse(rehearsal: bool) -> Found:
             again, _ = _gradients(model, batch, machine.PRECISIONS[precision])
             if not rehearsal:
                 torch.cuda.set_sync_debug_mode("default")
-            errors = {name: ((first[name] - g).norm() / g.norm()).item() for name, g in dense.items()}
             rows.append({
-                "rule": rule, "precision": precision, "pairs_per_token": model.capacity / B, "errors": errors,
-                "over_bar": [name for name, error in errors.items() if not error < bar],
+                "rule": rule, "precision": precision, "pairs_per_token": model.capacity / B,
+                "errors": {name: _difference(first[name], g) for name, g in dense.items()},
                 "repeats": all(torch.equal(first[name], again[name]) for name in first),
+                "counts": _counts_the_same(model, batch),
             })  # fmt: skip
-    return {"ok": not any(row["over_bar"] or not row["repeats"] for row in rows), "rows": rows}
+            rows[-1]["over_bar"] = [name for name, error in rows[-1]["errors"].items() if not error < bar]
+            if rule == "jumprelu" and precision == "fp32":
+                sampled = _sampled(model, batch, dense)
+    ok = not any(row["over_bar"] or not row["repeats"] or not row["counts"] for row in rows) and sampled.pop("ok")
+    return {"ok": ok, "rows": rows, **sampled}
+
+
+def _counts_the_same(model: Any, batch: Tensor) -> bool:
+    """Whether L0 and the features that fire do not depend on the room for them."""
+    room, found = model.capacity, []
+    for capacity in (room, room // 2):
+        model.capacity = capacity
+        with torch.no_grad():
+            losses = model(batch, coefficients(1, 1, model.loss))
+        found.append((losses.l0_per_layer, losses.fired))
+    return all(torch.equal(*pair) for pair in zip(*found))
+
+
+def _sampled(model: Any, batch: Tensor, dense: dict[str, Tensor]) -> Found:
+    """Errors of the thresholds' gradients, of one sample and of the mean of 32; whether the rest is as it should be."""
+    model.sampling, threshold, decoder = 0, "transcoder.threshold", "transcoder.W_dec.0"
+    with torch.no_grad():
+        needed = int(model(batch, coefficients(1, 1, model.loss)).needed.max())
+    model.capacity, gradients = needed + needed // 8, []
+    for number in range(32):
+        model.sampling = number
+        found, _ = _gradients(model, batch, torch.float32)
+        gradients.append(found[threshold].clone())
+    one, mean = _difference(gradients[0], dense[threshold]), _difference(sum(gradients) / 32, dense[threshold])
+    ok = mean < one / 2 and _difference(found[decoder], dense[decoder]) < 1e-4
+    return {"ok": ok, "sampled_thresholds": {"error_of_one": one, "error_of_mean": mean}}
+
+
+def _difference(found: Tensor, wanted: Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
 
 
 def _gradients(model: Any, batch: Tensor, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:

@@ -62,7 +62,10 @@ def test_the_layouts_of_two_ranks(bare_environment: dict[str, str], tmp_path: Pa
     out = tmp_path / "gpus.json"
     done = command(bare_environment, "--ranks", "2", "--rehearse", "--json", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
-    ((layout, row),) = json.loads(out.read_text())["parts"]["layouts"]["layouts"].items()
+    parts = json.loads(out.read_text())["parts"]
+    assert parts["overlap"]["difference"] == 0, "the sum of two numbers has one order"
+    assert min(parts["overlap"]["early_ms"], parts["overlap"]["at_end_ms"]) > 0
+    ((layout, row),) = parts["layouts"]["layouts"].items()
     assert layout == "1x2"
     assert 0 < row["difference_from_one_rank"] < 1e-5
     assert len(row["digests"]) == 2
