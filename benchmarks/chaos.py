@@ -3,10 +3,10 @@
     python benchmarks/chaos.py --kills 50 --json benchmarks/results/chaos.json
 
 One torchrun job with two ranks (`--max-restarts`) trains on the embedded model's activations. Whenever it is running, a
-rank chosen at random gets SIGKILL: every other time at a random moment, every other time while a checkpoint is being
-written (its `.tmp` directory is there). torchrun restarts the ranks, which go on from the last whole checkpoint. After
-the last kill the job runs to its end. Weights, optimizer state, counters and metrics.jsonl must then be those of a run
-that nobody disturbed, to the bit; and after every kill every checkpoint that has a name must be readable.
+rank chosen at random gets SIGKILL: every other time while a checkpoint is being written (its `.tmp` directory is
+there), every other time at a random moment. torchrun restarts the ranks, which go on from the last whole checkpoint.
+After the last kill the job runs to its end. Weights, optimizer state, counters and metrics.jsonl must then be those of
+a run that nobody disturbed, to the bit; and after every kill every checkpoint that has a name must be readable.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def disturb(command: list[str], run: Path, kills: int, seed: int) -> dict[str, A
                 if job.poll() is not None:
                     raise SystemExit(f"the job ended (status {job.returncode}) after {done} of {kills} kills")
                 time.sleep(0.02)
-            writing = done % 2 == 1
+            writing = done % 2 == 0
             until = time.monotonic() + (20 if writing else chance.uniform(0, 0.3))
             while time.monotonic() < until and not (writing and any(checkpoints.glob("*.tmp"))):
                 time.sleep(0.001)

@@ -28,9 +28,9 @@ from tests.distributed.test_torchrun import ROOT
 STEPS = 1000
 
 
-def start(*arguments: str, run_dir: Path, processes: int = 2) -> subprocess.Popen:
-    """A long job under torchrun, in a session of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def start(*arguments: str, run_dir: Path) -> subprocess.Popen:
+    """A long job of two ranks under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["train_ddp.py", *arguments, f"run.dir={run_dir}", f"train.steps={STEPS}", "eval.replacement_tokens=0"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
@@ -53,15 +53,26 @@ def wait_for_steps(job: subprocess.Popen, run_dir: Path) -> None:
         time.sleep(0.05)
 
 
+def train_and_signal_rank_one(*arguments: str) -> None:
+    """SIGUSR1 comes to one rank in the middle of step 13."""
+    call = Update.__call__
+
+    def probe(update: Update, step: int, *more: Any) -> torch.Tensor:
+        if step == 13 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return call(update, step, *more)
+
+    Update.__call__ = probe
+    sys.exit(train_ddp.main(load_config(arguments[0], arguments[1:]), prepare=False))
+
+
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(train_overrides, tmp_path):
-    job = start(*train_overrides, run_dir=tmp_path)
-    wait_for_steps(job, tmp_path)
-    os.kill(ranks(job)[1], signal.SIGUSR1)
-    _, stderr = job.communicate(timeout=240)
-    assert stderr.count(f"exitcode  : {PREEMPTED}") == 2, stderr
+    options = [f"train.steps={STEPS}", "eval.replacement_tokens=0", f"run.dir={tmp_path}"]
+    with pytest.raises(RuntimeError, match=rf"status \[{PREEMPTED}, {PREEMPTED}\]") as ended:
+        forked.run(train_and_signal_rank_one, *train_overrides, *options, processes=2)
     (step,) = checkpoint.steps(tmp_path / "checkpoints")
-    assert 0 < step < STEPS
-    assert f"stopped after step {step} of {STEPS}, with a checkpoint" in stderr
+    assert 13 <= step < STEPS
+    assert f"stopped after step {step} of {STEPS}, with a checkpoint" in str(ended.value)
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
     logged = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert logged == list(range(5, step + 1, 5)), "no line that an undisturbed run would not have"
