@@ -16,7 +16,7 @@ SMALLER = {
     "train": {"steps": 20, "batch_tokens": 64},
     "eval": {"every": 10, "replacement_tokens": 256},
 }
-PATH = re.compile(r"(?<![\w./<:-])(/|[A-Z]:\\)(home|root|work|tmp|usr|opt|mnt|var|private|Users)\b", re.I)
+PATH = re.compile(r"(?<![\w./<:-])(/|[A-Z]:\\+)(home|root|work|tmp|usr|opt|mnt|var|private|Users)\b", re.I)
 
 
 @pytest.fixture(scope="module")
