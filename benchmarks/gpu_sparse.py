@@ -9,8 +9,11 @@ from torch import Tensor
 
 from benchmarks import machine, step, throughput
 from benchmarks.gpu_checks import Found, device_of
-from clt.model.kernels import AdamStep, Rows, kernels_for
+from clt.config import load_config
+from clt.model.kernels import AdamSteps, RowGradient, Rows, kernels_for
+from clt.model.transcoder import unsharded
 from clt.train.metrics import coefficients
+from clt.train.optim import Update, make_adam
 
 RULES: dict[str, tuple[str, ...]] = {
     "jumprelu": ("clt.threshold=0.6", "clt.bandwidth=0.4", "loss.sparsity=0.03"),
@@ -96,7 +99,10 @@ def _gradients(model: Any, batch: Tensor, dtype: torch.dtype) -> tuple[dict[str,
 
 
 def sparse_steps(rehearsal: bool) -> Found:
-    """Whole steps with k features a token and layer, beside the dense step, whose time does not depend on k."""
+    """Whole steps with k features a token and layer, beside the dense step, whose time does not depend on k.
+
+    Then the dense step and the sparsest with the decoder's own Adam, fused and lazy.
+    """
     shape, precision, ks = (
         ((2, 16, 64, 64), "fp32", [4]) if rehearsal else ((12, 768, 32768, 4096), "bf16", [16, 64, 160])
     )
@@ -106,6 +112,7 @@ def sparse_steps(rehearsal: bool) -> Found:
     if not rehearsal:
         torch.cuda.empty_cache()  # the steps run in other processes
     cases = [case | {"k": ks[0]}, *(case | {"k": k, "sparse": True} for k in ks)]
+    cases += [cases[0] | {"decoder": "fused"}, cases[1] | {"decoder": "lazy"}]
     rows = [throughput.measure(each, copy, budget=budget) for each in cases]
     failed = [row["error"] for row in rows if "error" in row]
     for row in rows[1:] if not failed else ():
@@ -113,17 +120,58 @@ def sparse_steps(rehearsal: bool) -> Found:
     return {"ok": not failed, "rows": rows} | ({"error": failed[0]} if failed else {})
 
 
+def decoder(rehearsal: bool) -> Found:
+    """20 sparse steps with `optim.decoder` of each kind: lazily the same bits as fused, and both near torch's.
+
+    Near is within 1% of how far torch's Adam moves the decoders, as a norm. Nothing may wait in the last ten.
+    """
+    L, D, F, B = (3, 16, 64, 9) if rehearsal else (6, 256, 4096, 255)  # few tokens: many features do not fire
+    torch.manual_seed(0)
+    batches, found = torch.randn(20, B, 2, L, D, device=device_of(rehearsal)), {}
+    for precision in ("fp32", "bf16"):
+        moves = {kind: _moved(kind, precision, F, batches, rehearsal) for kind in ("torch", "fused", "lazy")}
+        off = ((moves["fused"] - moves["torch"]).norm() / moves["torch"].norm()).item()
+        found[precision] = {"difference": off, "lazy_is_fused": torch.equal(moves["lazy"], moves["fused"])}
+    return {"ok": all(row["difference"] < 1e-2 and row["lazy_is_fused"] for row in found.values()), **found}
+
+
+def _moved(kind: str, precision: str, F: int, batches: Tensor, rehearsal: bool) -> Tensor:
+    """How far TopK's steps of the batches have moved all decoders."""
+    dtype, config = machine.PRECISIONS[precision], load_config(None, ["train.kernels=sparse", f"optim.decoder={kind}"])
+    model = step.objective(F, batches[0], "clt.activation=topk", "clt.k=2", "loss.sparsity=0", "train.compile=false")
+    named = {name: p for name, p in model.transcoder.named_parameters() if p.requires_grad}
+    adam, model.rows = make_adam(named, config.optim, len(batches), dtype)
+    update = Update(adam, named, 1.0, unsharded, floor=0.01, fp16=False, stop=True, rows=model.rows)
+    model.capacity = 2 * batches.shape[1]
+    before = torch.cat([weight.detach().flatten() for weight in model.transcoder.W_dec])
+    for number, batch in enumerate(batches):
+        if number == 10 and not rehearsal:
+            torch.cuda.set_sync_debug_mode("error")
+        model.zero_grad()
+        with torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32):
+            losses = model(batch, coefficients(1, 1, model.loss))
+        losses.total.backward()
+        update(number + 1, config.optim.lr, torch.stack([*losses.values.values()]))
+    if not rehearsal:
+        torch.cuda.set_sync_debug_mode("default")
+    if model.rows is not None:
+        model.rows.flush()
+    return torch.cat([weight.detach().flatten() for weight in model.transcoder.W_dec]) - before
+
+
 def adam_rows(rehearsal: bool) -> Found:
     """The update of decoder rows alone, with their bf16 copy and norms: 30 bytes a parameter."""
     device, shape = device_of(rehearsal), (64, 2, 16) if rehearsal else (32768, 12, 768)
     weight, norms = torch.randn(shape, device=device), torch.zeros(shape[0], device=device)
     moments, through_norm = (torch.zeros_like(weight), torch.zeros_like(weight)), torch.zeros_like(norms)
-    rows = Rows(weight, *moments, norms, torch.empty_like(weight, dtype=torch.bfloat16))
-    grad, one = torch.randn_like(weight), torch.ones((), device=device)
-    adam_step = AdamStep(one, torch.zeros((), dtype=torch.bool, device=device), one, 1e-3)
+    last = torch.zeros(shape[0], dtype=torch.int32, device=device)
+    rows = Rows(weight, *moments, norms, torch.empty_like(weight, dtype=torch.bfloat16), last)
+    one, no = torch.ones((), device=device), torch.zeros((), dtype=torch.bool, device=device)
+    gradient = RowGradient(torch.randn_like(weight), through_norm, one, no)
+    steps = AdamSteps(one.int(), torch.ones(2, 2, device=device), (0.9, 0.999), 1e-8)
 
     def update() -> None:
-        kernels_for(device).adam_rows(rows, grad, through_norm, adam_step, (0.9, 0.999), 1e-8)
+        kernels_for(device).adam_rows(rows, steps, gradient, False)
 
     update()
     took = min(machine.seconds(update, device) for _ in range(5))

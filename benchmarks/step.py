@@ -23,7 +23,7 @@ from clt.model.loss import Objective
 from clt.model.transcoder import unsharded
 from clt.train.distributed import ALONE, Axis, GradientMemory, accumulate_in_float32
 from clt.train.metrics import coefficients
-from clt.train.optim import Update, autocast_dtype
+from clt.train.optim import Update, autocast_dtype, make_adam
 from clt.train.run import build
 
 WARMUP = 2
@@ -42,7 +42,7 @@ def measure(
 
     The time is the median of `timed_steps` steps, after two; shares are of the median of the peaks measured between
     them, the best of three products each, because machines change their speed (`budget` is that of `matmul_peak`).
-    Variants: `ours` and `textbook`, each also with `_compiled`; `topk` also of `k`, and `sparse`.
+    Variants: `ours` and `textbook`, each also with `_compiled`; `topk` also of `k`, and `sparse`; `decoder`.
     Memory is what building and running takes.
     """
     L, D, F, B = (case[key] for key in "LDFB")
@@ -56,7 +56,7 @@ def measure(
     used = machine.peak(device) - before
     product = machine.matmul(machine.matmul_peak(dtype, device, budget)[1], dtype, device)
     turns = [(machine.seconds(lambda: step(batch), device), product(3)) for _ in range(timed_steps)]
-    job = Job(L, D, F, B, width=dtype.itemsize)
+    job = Job(L, D, F, B, width=dtype.itemsize, row_adam="decoder" in case)
     took, limit = (statistics.median(values) for values in zip(*turns))
     limit, work = limit * 1e12, flops(job)
     precision = {value: key for key, value in machine.PRECISIONS.items()}[dtype]
@@ -92,11 +92,13 @@ def objective(F: int, batch: Tensor, *overrides: str, feature: Axis = ALONE) -> 
 def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
     """A step of batches (B, 2, L, D) like `batch`, whose statistics normalise them.
 
-    Ours as train_ddp.py takes it; the textbook's as tutorials do, with clip_grad_norm_ and a GradScaler.
+    Ours as train_ddp.py takes it, with `optim.decoder` the case's `decoder`; the textbook's as tutorials do, with
+    clip_grad_norm_ and a GradScaler.
     """
     device, textbook = batch.device, "textbook" in case["variant"]
     compiled = "compiled" in case["variant"]
     config, dtype = load_config(), autocast_dtype(case["precision"], device)
+    config.optim.decoder = case.get("decoder", "torch")
     accumulate_in_float32()
     rule = case["variant"].removesuffix("_compiled")
     k = case.get("k") or {"topk": 10, "batchtopk": 10 * batch.shape[2]}.get(rule)
@@ -104,17 +106,24 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
     ours = objective(case["F"], batch, f"train.compile={compiled and not textbook}", *chosen)
     ours.capacity = k * len(batch) if k and case.get("sparse") else None
     model: nn.Module = Textbook(ours) if textbook else ours
-    memory = ours.gradient_memory = GradientMemory(ours.parameters())
-    del ours
     named = {name.removeprefix("transcoder."): p for name, p in model.named_parameters() if p.requires_grad}
     weights = list(named.values())
-    beta1, beta2 = config.optim.betas
-    optimizer = torch.optim.Adam(weights, config.optim.lr, (beta1, beta2), config.optim.eps, fused=True)
+    optimizer, rows = make_adam(named, config.optim, 10**5, dtype)
+    ours.rows = rows
+    memory = ours.gradient_memory = GradientMemory(ours.parameters())
+    del ours
     terms, sparsity = coefficients(1, 1, config.loss), config.loss.sparsity
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     if not textbook:
         update = Update(
-            optimizer, named, config.optim.clip_norm, unsharded, floor=0.01, fp16=dtype == torch.float16, stop=True
+            optimizer,
+            named,
+            config.optim.clip_norm,
+            unsharded,
+            floor=0.01,
+            fp16=dtype == torch.float16,
+            stop=True,
+            rows=rows,
         )
 
         def step(batch: Tensor) -> None:

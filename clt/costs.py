@@ -34,6 +34,7 @@ class Job:
     pre_activation: bool = False
     aux_k: int = 0  # 0: no AuxK
     dead: float = 0.0  # the share of features that are dead, with AuxK
+    row_adam: bool = False  # `optim.decoder` is not torch
 
     @property
     def local(self) -> tuple[int, int, int, int]:
@@ -78,7 +79,16 @@ def optimizer_bytes(job: Job) -> int:
 
 def state_bytes(job: Job) -> int:
     """What lives from step to step: float32 weights, gradients (DDP's buckets) and moments, 16 bytes a parameter."""
-    return FLOAT * (parameters(job) + trained_parameters(job)) + optimizer_bytes(job)
+    return FLOAT * (parameters(job) + trained_parameters(job)) + optimizer_bytes(job) + row_adam_bytes(job)
+
+
+def row_adam_bytes(job: Job) -> int:
+    """What `RowAdam` keeps: the decoder in the products' dtype, and of each row its norm, its last step, two sums and
+    their gradients."""
+    if not job.row_adam:
+        return 0
+    L, _, F, _ = job.local
+    return _widened(job) * job.width * decoder_parameters(job) + 6 * FLOAT * L * F
 
 
 def batch_bytes(job: Job) -> int:

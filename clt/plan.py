@@ -107,6 +107,7 @@ def make_job(config: Config, shape: Shape) -> Job:
         pre_activation=loss.pre_activation > 0,
         aux_k=loss.aux_k if loss.aux else 0,
         dead=DEAD if loss.aux else 0.0,
+        row_adam=config.optim.decoder != "torch",
     )
 
 

@@ -15,13 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_ddp
 from benchmarks import ranks, scale
 from clt import costs
-from clt.config import load_config
+from clt.config import OptimConfig, load_config
 from clt.costs import Job
 from clt.model.loss import Objective
 from clt.model.spec import CLTConfig, LossConfig
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train.distributed import Axis, GradientMemory
 from clt.train.logger import Logger
+from clt.train.optim import make_adam
 
 SIZES = [Job(4, 16, 128, 1024), Job(4, 64, 128, 256), Job(6, 64, 256, 8)]  # most memory: features, errors, weights
 PRECISIONS = {4: torch.float32, 2: torch.bfloat16}
@@ -83,6 +84,17 @@ def test_parameters_and_optimizer_bytes(variant, size, shards):
     assert sum(w.numel() for w in model.transcoder.W_dec) == costs.decoder_parameters(job)
     assert sum(t.nbytes for t in moments) == costs.optimizer_bytes(job)
     assert sum(t.nbytes for t in [*model.parameters(), *gradients, *moments]) == costs.state_bytes(job)
+
+
+@pytest.mark.parametrize("width", PRECISIONS)
+def test_bytes_that_the_decoders_own_adam_keeps(width):
+    job = replace(SIZES[0], feature=2, window=2, width=width, row_adam=True)
+    named = dict(objective(job).transcoder.named_parameters())
+    _, rows = make_adam(named, OptimConfig(decoder="lazy"), 10, PRECISIONS[width])
+    assert rows is not None
+    kept = [*rows.norms, *rows.last, *rows.sums, *rows.sums, *(t for t in rows.narrow if t is not None)]
+    assert sum(t.nbytes for t in kept) == costs.row_adam_bytes(job)
+    assert costs.state_bytes(job) - costs.state_bytes(replace(job, row_adam=False)) == costs.row_adam_bytes(job)
 
 
 @pytest.mark.parametrize("variant", ["plain", "topk", "auxk_of_a_quarter", "everything"])
