@@ -23,7 +23,6 @@ from clt.server.buffer import Buffer
 
 _BLOCK_BYTES, _BLOCKS = 2 << 20, 16  # of a block, about (8 MB are sent a third more slowly), and blocks at least
 _GRACE_SECONDS = 5  # for streams to end after Ctrl-C or SIGTERM
-_HANG_SECONDS = 60  # of a worker before uvicorn kills it; to import torch from a slow disk stops all its threads
 _PREPARE_SECONDS, _CLOSE_SECONDS = 86_400.0, 10.0  # to wait for another process that starts or ends this server
 
 
@@ -125,7 +124,6 @@ def serve(config: Config, **options: Any) -> None:
             os.environ.pop(name, None)
         uvicorn.run("clt.server.app:app", host=host, port=port, workers=config.server.workers, ws="none",
                     http="clt.server.protocol:Protocol", access_log=False, server_header=False,
-                    timeout_graceful_shutdown=_GRACE_SECONDS, timeout_worker_healthcheck=_HANG_SECONDS,
-                    **options)  # fmt: skip
+                    timeout_graceful_shutdown=_GRACE_SECONDS, **options)  # fmt: skip
     finally:
         close_buffer(config, buffer)

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -52,7 +51,6 @@ class Reader(threading.Thread):
             self.rows += [(batch.segment, *row) for row in zip(batch.row.tolist(), identities(batch))]
             if self.stop:
                 return
-            time.sleep(0.01)  # at full speed it would keep the processes that start from the processor
 
 
 def test_whoever_is_killed_no_row_comes_twice_and_the_lost_are_counted(serve) -> None:
