@@ -39,7 +39,9 @@ SHAPES = {  # by config: L, D, batch, and the features of the step that runs bes
 }
 
 
-def reader(name: str, megabytes: int, train_steps: int, device: torch.device) -> dict[str, Any]:
+def reader(
+    name: str, megabytes: int, train_steps: int, device: torch.device, variant: str = "ours_compiled"
+) -> dict[str, Any]:
     """Read a synthetic float16 store with the training loader and with `readinto`, then train from it.
 
     share_of_raw: bytes/s of shuffled batches on the device over bytes/s of whole files into a buffer of a batch's size,
@@ -63,7 +65,7 @@ def reader(name: str, megabytes: int, train_steps: int, device: torch.device) ->
             return (steps - 2 * ahead) * B * 4 * L * D / took  # the first of the rest had been read before
 
         turns = [(_raw(files, B * 4 * L * D), load()) for _ in range(7)]
-        case = {"L": L, "D": D, "F": F, "B": B, "precision": "auto", "variant": "ours_compiled"}
+        case = {"L": L, "D": D, "F": F, "B": B, "precision": "auto", "variant": variant}
         share = statistics.median(loaded / raw for raw, loaded in turns)
         return {
             "shape": name, "L": L, "D": D, "B": B, "share_of_raw": share,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks import machine, step, throughput
 from benchmarks.gpu_checks import Found, device_of
+from benchmarks.gpu_costs import measure
 from clt.config import load_config
 from clt.model.kernels import AdamSteps, RowGradient, Rows, kernels_for
 from clt.model.transcoder import unsharded
@@ -107,13 +108,13 @@ def sparse_steps(rehearsal: bool) -> Found:
         ((2, 16, 64, 64), "fp32", [4]) if rehearsal else ((12, 768, 32768, 4096), "bf16", [16, 64, 160])
     )
     variant = "topk" if rehearsal else "topk_compiled"
-    case, budget = throughput.case_of(shape, precision, variant), 0.05 if rehearsal else 1.0
+    case = throughput.case_of(shape, precision, variant)
     copy = 10.0 if rehearsal else machine.copy_bandwidth(device_of(rehearsal))
     if not rehearsal:
         torch.cuda.empty_cache()  # the steps run in other processes
     cases = [case | {"k": ks[0]}, *(case | {"k": k, "sparse": True} for k in ks)]
     cases += [cases[0] | {"decoder": "fused"}, cases[1] | {"decoder": "lazy"}]
-    rows = [throughput.measure(each, copy, budget=budget) for each in cases]
+    rows = [measure(each, copy, rehearsal) for each in cases]
     failed = [row["error"] for row in rows if "error" in row]
     for row in rows[1:] if not failed else ():
         row["over_dense"] = rows[0]["seconds"] / row["seconds"]

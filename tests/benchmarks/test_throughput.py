@@ -77,7 +77,7 @@ def test_an_extraction_and_its_parts() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(data_path.SHAPES, "quickstart", (2, 8, 64, 16))
-    row = data_path.reader("quickstart", 1, 30, torch.device("cpu"))
+    row = data_path.reader("quickstart", 1, 30, torch.device("cpu"), "ours")
     assert row["share_of_raw"] > 0
     assert row["gb_per_s"] > 0
     assert 0 <= row["stall_share"] < 1
