@@ -88,7 +88,8 @@ def row_adam_bytes(job: Job) -> int:
     if not job.row_adam:
         return 0
     L, _, F, _ = job.local
-    return _widened(job) * job.width * decoder_parameters(job) + 6 * FLOAT * L * F
+    copy = job.width * decoder_parameters(job) if _widened(job) else 0
+    return copy + 6 * FLOAT * L * F
 
 
 def batch_bytes(job: Job) -> int:
