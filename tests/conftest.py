@@ -15,8 +15,12 @@ from clt.config import Config, load_config
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files with tests that are allowed more time come first: started last, one would keep the others waiting."""
+    """The long files come first: started last, one would keep the others waiting.
+
+    They are those with a test that is allowed more time, and those of several ranks and of the server.
+    """
     long = {item.path for item in items if item.get_closest_marker("timeout")}
+    long |= {item.path for item in items if item.path.parent.name in ("distributed", "server")}
     items.sort(key=lambda item: item.path not in long)
 
 
