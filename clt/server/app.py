@@ -18,7 +18,6 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import anyio
 import numpy as np
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -200,24 +199,22 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         idle, abort = scope["state"]["server"].idle_seconds, scope["state"]["abort"]
-        inner = self.local if scope["state"]["token"] is None else self.app
+        inner, loop = self.local if scope["state"]["token"] is None else self.app, asyncio.get_running_loop()
 
         async def send_in_time(message: Message) -> None:
+            timer = loop.call_later(idle, abort)  # then uvicorn tells the app that its client has left
             try:
-                with anyio.fail_after(idle):
-                    await send(message)
-            except TimeoutError as error:
-                abort()
-                raise Ended(f"its client did not read a block within {idle:g} seconds") from error
+                await send(message)
+            finally:
+                timer.cancel()
 
         try:
-            try:
-                with admitted(scope, Headers(scope=scope)):
-                    await inner(scope, receive, send_in_time)
-            except HTTPException as error:
-                await (await refused(Request(scope), error))(scope, receive, send_in_time)
+            with admitted(scope, Headers(scope=scope)):
+                await inner(scope, receive, send_in_time)
+        except HTTPException as error:
+            await (await refused(Request(scope), error))(scope, receive, send_in_time)
         except Ended as error:  # uvicorn closes the connection of an answer that is not complete, once it is sent
-            asyncio.get_running_loop().call_later(idle, abort)
+            loop.call_later(idle, abort)
             log.warning("a stream was ended: %s", error)
 
 
