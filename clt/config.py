@@ -328,6 +328,11 @@ def load_config(
             f"train.kernels is {config.train.kernels} but {term} is {value}, which has a gradient to features "
             f"that do not fire; wanted train.kernels=dense, or {term}=0"
         )
+    if config.train.kernels == "sampled" and config.clt.activation != "jumprelu":
+        raise UserError(
+            f"train.kernels is sampled but clt.activation is {config.clt.activation}, which learns no thresholds, so "
+            "there is nothing to sample; wanted train.kernels=sparse"
+        )
     check_decoder(config)
     return config
 

@@ -197,6 +197,7 @@ class Objective(nn.Module):
             row_sums = None if self.rows is None else self.rows.sums[s]
             y, *sums_of_layer = Write.apply(y, *of_layer, features, s, step, row_sums)  # type: ignore[misc]
             sums.append(sums_of_layer)
+            # Nothing reads, saves or writes y~ of this layer until `wait_for`: no other layer's Write does.
             if begin_sum is not None:
                 begun.append(begin_sum(y.detach()[:, s]))
         found = None

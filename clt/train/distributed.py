@@ -41,6 +41,7 @@ class Axis(NamedTuple):
 
     def begin_sum(self, tensor: Tensor) -> Callable[[], object]:
         """Begin a sum over the axis, in place. Returns what waits for it. All ranks begin sums in the same order."""
+        assert tensor.is_contiguous()  # else the sum goes into a copy
         work = dist.all_reduce(tensor, dist.ReduceOp.SUM, self.group, async_op=True)
         assert work is not None  # this process belongs to the group
         return work.wait

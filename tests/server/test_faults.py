@@ -38,6 +38,11 @@ def leader(server: Server) -> int:
     return 0
 
 
+def kill(pid: int) -> None:
+    assert pid > 1, "0 would be this process and all of its group"
+    os.kill(pid, signal.SIGKILL)
+
+
 class Reader(threading.Thread):
     """Streams until it is told to stop; `rows` are (segment, row, identity)."""
 
@@ -67,10 +72,10 @@ def test_whoever_is_killed_no_row_comes_twice_and_the_lost_are_counted(serve) ->
     victims = [generator, lambda server: next(pid for pid in workers(server) if pid != leader(server)), leader]
     for victim in victims:
         work()
-        os.kill(victim(server), signal.SIGKILL)
+        kill(victim(server))
     work()
     for pid in (server.process.pid, *workers(server), generator(server)):
-        os.kill(pid, signal.SIGKILL)
+        kill(pid)
     server.process.wait()
     eventually(lambda: server.ask("/healthz")[0] == 0)
     server.start()
