@@ -136,7 +136,7 @@ class OptimConfig:
     clip_norm: Annotated[float | None, POSITIVE] = 1.0
     """Clip the gradient's global norm to this; null does not clip."""
     decoder: Literal["torch", "fused", "lazy"] = "torch"
-    """W_dec's Adam. `fused`: one pass a row, meant for CUDA; `lazy`: so too, but rows without gradient wait till read."""
+    """Adam of W_dec: `fused` takes one pass a row, on CUDA; `lazy` too, but rows without gradient wait till read."""
 
 
 @dataclass
