@@ -108,21 +108,21 @@ def test_an_export_tells_how_it_compares(run):
 @pytest.mark.parametrize(
     ("overrides", "tools"),
     [
-        ([], {"circuit-tracer"}),
-        (["clt.cross_layer=false"], {"circuit-tracer", "saelens"}),
-        (["clt.cross_layer=false", "lm.layers=[0, 2]"], {"saelens"}),
-        (["lm.layers=[0, 2]"], set()),
-        (["clt.normalization=token"], set()),
-        (["clt.skip=true"], set()),
-        (["lm.input_site=norm.output"], {"circuit-tracer"}),
-        (["lm.input_site=h.{layer}.a", "lm.output_site=h.{layer}.b"], set()),
-        (["lm.input_site=h.{layer}.a", "lm.output_site=h.{layer}.b", "lm.model=org/absent"], set()),
+        ([], ["circuit-tracer"]),
+        (["clt.cross_layer=false"], ["circuit-tracer", "saelens"]),
+        (["clt.cross_layer=false", "lm.layers=[0, 2]"], ["saelens"]),
+        (["lm.layers=[0, 2]"], []),
+        (["clt.normalization=token"], []),
+        (["clt.skip=true"], []),
+        (["lm.input_site=norm.output"], ["circuit-tracer"]),
+        (["lm.input_site=h.{layer}.a", "lm.output_site=h.{layer}.b"], []),
+        (["lm.input_site=h.{layer}.a", "lm.output_site=h.{layer}.b", "lm.model=org/absent"], []),
     ],
     ids=str,
 )
 def test_only_tools_that_can_load_it_are_named(run, overrides, tools):
     """Those to which `clt export` can take it, and which then compute the same without more ado."""
     text = card(load_config(run / "config.yaml", overrides), {}, None)
-    assert set(re.findall(r"clt export RUN --to ([\w-]+) EXPORT", text)) == tools
+    assert set(re.findall(r"clt export RUN --to ([\w-]+) EXPORT", text)) == set(tools)
     assert ("circuit_tracer" in text, "sae_lens" in text) == ("circuit-tracer" in tools, "saelens" in tools)
     assert "from_pretrained" in text

@@ -16,6 +16,7 @@ from clt.model.kernels import reference
 from clt.model.loss import Objective
 from clt.model.spec import LossConfig
 from clt.train import checkpoint, switch
+from clt.train.logger import read_metrics
 from clt.train.optim import make_adam
 from tests.model.naive import B, F, batch, coefficients, make
 
@@ -142,12 +143,15 @@ def train_with_many_choices(*arguments):
 def test_two_ranks_give_the_run_of_one_by_torchs_adam(train, train_overrides, tmp_path, often, shards):
     """Data ranks read different rows, and bring them up to date at different steps."""
     options = [*SPARSE, "train.batch_tokens=61", "train.accumulate=2", "optim.clip_norm=0.01"]
-    wanted = train(*options).weights
-    layout, found = [f"parallel.feature_shards={shards}"], {}
+    torchs = train(*options)
+    wanted, layout, found = torchs.weights, [f"parallel.feature_shards={shards}"], {}
     for decoder in ("fused", "lazy"):
         keys = [f"optim.decoder={decoder}", f"run.dir={tmp_path / decoder}"]
         ranks.run(train_with_many_choices, *train_overrides, *options, *layout, *keys, processes=2)
         found[decoder] = state(tmp_path / decoder)
+        # Adam hardly sees a wrong scale of all gradients: the norm that clips must be right by itself.
+        norms = [line["grad_norm"] for line in read_metrics(tmp_path / decoder) if "grad_norm" in line]
+        assert norms == pytest.approx([line["grad_norm"] for line in torchs.metrics if "grad_norm" in line], rel=1e-4)
     assert_same(found["lazy"], found["fused"])
     for name, tensor in wanted.items():
         torch.testing.assert_close(found["lazy"][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
