@@ -38,11 +38,6 @@ def leader(server: Server) -> int:
     return 0
 
 
-def kill(pid: int) -> None:
-    assert pid > 1, "0 would be this process and all of its group"
-    os.kill(pid, signal.SIGKILL)
-
-
 class Reader(threading.Thread):
     """Streams until it is told to stop; `rows` are (segment, row, identity)."""
 
@@ -72,10 +67,12 @@ def test_whoever_is_killed_no_row_comes_twice_and_the_lost_are_counted(serve) ->
     victims = [generator, lambda server: next(pid for pid in workers(server) if pid != leader(server)), leader]
     for victim in victims:
         work()
-        kill(victim(server))
+        assert (pid := victim(server)), "0 would be this process and all of its group"
+        os.kill(pid, signal.SIGKILL)
     work()
     for pid in (server.process.pid, *workers(server), generator(server)):
-        kill(pid)
+        assert pid
+        os.kill(pid, signal.SIGKILL)
     server.process.wait()
     eventually(lambda: server.ask("/healthz")[0] == 0)
     server.start()
