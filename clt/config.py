@@ -154,9 +154,7 @@ class TrainConfig:
     compile: bool = True
     """Compile what a step does element by element; its matrix products are library calls either way."""
     kernels: Literal["dense", "sparse", "sampled"] = "dense"
-    """`sparse` multiplies the features that fire or are near their threshold alone, while these are few. `sampled` does
-    so while few fire, and of the others takes a sample, so that thresholds' gradients are exact only on average. How
-    fast either is on a GPU is not known yet."""
+    """`sparse` multiplies what fires or is near its threshold, while that is little; `sampled`: of the near, a part."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """At a loss or gradient that is not finite: stop the run, or leave out that step and go on."""
 

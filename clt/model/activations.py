@@ -60,7 +60,7 @@ class Gradients(NamedTuple):
     threshold: Tensor
     norm: Tensor
     features: Tensor
-    dots: Tensor | None
+    dots: Tensor | None = None
     """(F,): what the decoder's rows and their gradient, but for that through their norms, multiply to, if wanted."""
 
 

@@ -207,7 +207,7 @@ class Write(torch.autograd.Function):
         ctx.save_for_backward(product, b_enc, theta, W_dec, step.norms[s])
         ctx.weight, ctx.s, ctx.step = W_dec, s, step
         ctx.mark_dirty(y)
-        sparsity, pre_activation, active = sums
+        sparsity, pre_activation, active = sums  # type: ignore[misc]
         ctx.mark_non_differentiable(active)
         return y, sparsity, pre_activation, active
 

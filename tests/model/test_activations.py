@@ -58,7 +58,7 @@ def test_compiled_kernels_in_bf16_are_the_eager_ones():
     low = torch.tensor(0.1)
     for kernel, arguments in (
         (gate, (product, bias, theta, norm, None, spec, loss)),
-        (gate_gradients, (product, bias, theta, norm, None, spec, loss, written, low, low)),
+        (gate_gradients, (product, bias, theta, norm, None, spec, loss, written, low, low, True)),
     ):
         for eager, compiled in zip(kernel(*arguments), torch.compile(kernel, dynamic=False)(*arguments)):
             assert eager.dtype == compiled.dtype
