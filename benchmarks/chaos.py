@@ -6,7 +6,7 @@ One torchrun job with two ranks (`--max-restarts`) trains on the embedded model'
 rank chosen at random gets SIGKILL: every other time while a checkpoint is being written (its `.tmp` directory is
 there), every other time at a random moment. torchrun restarts the ranks, which go on from the last whole checkpoint.
 After the last kill the job runs to its end. Weights, optimizer state, counters and metrics.jsonl must then be those of
-a run that nobody disturbed, to the bit; and after every kill every checkpoint that has a name must be readable.
+an undisturbed run, to the bit. After every kill, each named checkpoint must be readable.
 """
 
 from __future__ import annotations

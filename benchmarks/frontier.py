@@ -5,7 +5,7 @@
 
 Every run is the real command (`train_ddp.py configs/NAME.yaml ..`, one process). A rule first gets the best of three
 learning rates, by held-out NMSE at a wanted L0 of 40. Its other L0s and the second seed are trained with that one. The
-JSON file and its plot are written after each run. The same command goes on from them, and trains what is not there.
+JSON file and its plot are written after each run. The same command resumes: it trains the runs that the file lacks.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def steps(rehearsal: bool) -> Found:
 
 
 def measure(case: dict[str, Any], copy: float, rehearsal: bool) -> Found:
-    """The figures of a step in a process of its own, whose start a rehearsal spares."""
+    """The figures of a step. It runs in a process of its own; a rehearsal runs it in this one."""
     if rehearsal:
         return step.measure(case, copy, 3, device_of(rehearsal), budget=0.05)
     return throughput.measure(case, copy, budget=1.0)

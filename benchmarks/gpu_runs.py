@@ -101,7 +101,8 @@ def _shard_steps(file: Path, rehearsal: bool) -> None:
         losses.total.backward()
 
     for turn in range(3 if rehearsal else 12):
-        for name, objective.begin_sum in ways.items():
+        for name, way in ways.items():
+            objective.begin_sum = way
             took = machine.seconds(train, world.device)
             times[name] += [took] if turn > 1 else []  # the first ones compile
             decoders[name] = objective.transcoder.W_dec[0].grad.clone()

@@ -158,7 +158,7 @@ def _stream(files: _Files, share: _Share, progress: bool) -> None:
         passes = -(-(windows - state["windows"]) // size)
         stream = forward_text(config, share.part, share.lm, first + state["windows"])
         for batch, rows in islice(stream, passes):
-            if not rows.activations[:, 0].isfinite().all():
+            if not rows.activations[:, 0].sum(dtype=torch.float32).isfinite():  # a fraction of the time of all()
                 check_finite(share.lm, batch, rows)
             batch = batch[: windows - state["windows"]]
             token, document, keep = (np.concatenate(arrays) for arrays in zip(*batch))  # (p,) each

@@ -102,7 +102,7 @@ def _check_python(python: str) -> None:
     if missing:
         raise UserError(
             f"{python} has no circuit-tracer. It wants an older transformers than this package does, so give it an "
-            f"environment of its own: {INSTALL}, then add --python tracer/bin/python"
+            f"separate environment: {INSTALL}, then add --python tracer/bin/python"
         )
 
 

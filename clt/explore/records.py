@@ -89,8 +89,9 @@ def choose(order: np.ndarray, documents: np.ndarray) -> list[list[int]]:
         for i in range(start, end):
             if len(found) == most or len(used) == distinct:
                 break
-            if i not in taken and owners[i] not in used:
-                used.add(owners[i])
+            owner = owners.item(i)
+            if i not in taken and owner not in used:
+                used.add(owner)
                 taken.add(i)
                 found.append(int(order[i]))
         return found

@@ -59,8 +59,10 @@ class RowAdam(nn.Module):
 
     @torch.no_grad()
     def read(self, *, all_rows: bool) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """W_dec (F, T, D) in the products' dtype, and the rows' norms (F,), by layer; those of all rows, or of the rows
-        that `catch_up` is told of before they are read."""
+        """W_dec (F, T, D) in the products' dtype, and the rows' norms (F,), by layer.
+
+        Without `all_rows` they may be stale: call `catch_up` for the rows that are used.
+        """
         if all_rows:
             self.flush()
         copies = [weight if narrow is None else narrow for weight, narrow in zip(self.weights, self.narrow)]

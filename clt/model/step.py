@@ -167,11 +167,11 @@ class Write(torch.autograd.Function):
     """Fires the features of layer s, then computes y~[:, s]: every layer that writes to s has fired by now.
 
     product (F, B) of Encode; b_enc (F,); theta broadcasts against (F, B); W_dec (F, T, D) is step.decoders[s]. With
-    `sums` (2, F), the gradient to W_dec lacks that through its rows' norms: that is the rows times the gradient to
-    sums[0], and the gradient to sums[1] is the products of the rows with what W_dec gets. Features (B, L * F) and y~
-    (B, L, D) are filled in place, from the first layer to the last; y~ is of the products' dtype, or of float32 where
-    the partial y~ of several shards are still to be added up. Returns y~, the sums over features and tokens of the
-    penalty () and of the pre-activation loss (), and for how many tokens each feature fires (F,).
+    `row_sums` (2, F), the gradient to W_dec lacks that through its rows' norms: that is the rows times the gradient to
+    row_sums[0]. The gradient to row_sums[1] is the products of the rows with what W_dec gets. Features (B, L * F) and
+    y~ (B, L, D) are filled in place, from the first layer to the last; y~ is of the products' dtype, or of float32
+    where the partial y~ of several shards are still to be added up. Returns y~, the sums over features and tokens of
+    the penalty () and of the pre-activation loss (), and for how many tokens each feature fires (F,).
 
     There is one such function per layer, not one for all, so that DDP can sum a layer's decoder gradient over the ranks
     while the earlier layers' are computed. (The encoder is one tensor for all layers, so its gradient comes last.)
@@ -188,7 +188,7 @@ class Write(torch.autograd.Function):
         features: Tensor,
         s: int,
         step: Step,
-        sums: Tensor | None,
+        row_sums: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         F, _, D = W_dec.shape
         dead = None if step.dead is None else step.dead[s]
@@ -207,7 +207,7 @@ class Write(torch.autograd.Function):
         ctx.save_for_backward(product, b_enc, theta, W_dec, step.norms[s])
         ctx.weight, ctx.s, ctx.step = W_dec, s, step
         ctx.mark_dirty(y)
-        sparsity, pre_activation, active = sums  # type: ignore[misc]
+        sparsity, pre_activation, active = sums
         ctx.mark_non_differentiable(active)
         return y, sparsity, pre_activation, active
 

@@ -81,7 +81,7 @@ def frames(n: int, most: int) -> list[int]:
 
 
 class Ended(Exception):
-    """An answer that has begun cannot go on. Its connection is closed; the client retries and is told the cause."""
+    """A stream cannot continue. Its connection is closed; the client retries and gets the cause."""
 
 
 async def stream(request: Request) -> Response:

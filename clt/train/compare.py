@@ -44,7 +44,7 @@ def evaluate_transcoders(config: Config, directories: Sequence[str]) -> dict[str
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     accumulate_in_float32()  # as in training
     found, lm, windows, places = {}, None, [], _places(directories)
-    # All are opened first, so that a wrong name is told before hours of work.
+    # All are opened first: a wrong name then fails before hours of work.
     opened = {name: CrossLayerTranscoder.from_pretrained(place, lazy=True) for name, place in places.items()}
     for directory, transcoder in opened.items():
         transcoder = transcoder.to(device)

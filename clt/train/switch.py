@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clt.config import TrainConfig
+from clt.errors import UserError
 from clt.model.loss import Objective
 from clt.train.distributed import World
 from clt.train.metrics import Metrics
@@ -31,6 +32,11 @@ class Switch:
         objective.count_pairs = self.wanted
         self.tokens = -(-train.batch_tokens // (world.data.size * train.accumulate))  # of a rank's largest micro-batch
         clt = objective.transcoder
+        if self.sampled and self.tokens * clt.d_features >= 2**31:
+            raise UserError(
+                f"a rank's micro-batch has {self.tokens:,} tokens by {clt.d_features:,} features, but "
+                "train.kernels=sampled numbers under 2^31 pairs; raise train.accumulate or set train.kernels=sparse"
+            )
         self.pairs = train.batch_tokens * clt.n_layers * clt.d_features * clt.shards
         # Pairs a token that need room, in the layer with most: since the last choice; those that have it (0: dense).
         self.seen, self.room = torch.zeros(2, device=world.device).unbind()

@@ -1,4 +1,4 @@
-"""Directories that are there whole or not at all, whoever else writes to the same place."""
+"""A directory is there whole or not at all, also when two processes write to the same place."""
 
 import subprocess
 import sys

@@ -115,13 +115,14 @@ def replay_rows(rows: Rows, steps: AdamSteps, wanted: Tensor) -> None:
 def _replay(rows: Rows, steps: AdamSteps, wanted: Tensor, until: int) -> None:
     first = int(rows.last[wanted].min()) + 1 if wanted.any() else until + 1
     for number in range(first, until + 1):
-        _move(rows, steps, wanted & (rows.last < number), number, torch.zeros_like(rows.weight))
+        _move(rows, steps, wanted & (rows.last < number), number)
 
 
-def _move(rows: Rows, steps: AdamSteps, which: Tensor, number: int, g: Tensor) -> None:
+def _move(rows: Rows, steps: AdamSteps, which: Tensor, number: int, grad: Tensor | None = None) -> None:
     # Each operation rounds by itself, so that the bits do not depend on which other rows are moved.
     (keep_mean, keep_square), (size, correction) = steps.betas, steps.sizes[number]
-    g, weight, mean, square = (tensor[which] for tensor in (g, rows.weight, rows.mean, rows.square))
+    weight, mean, square = (tensor[which] for tensor in (rows.weight, rows.mean, rows.square))
+    g = torch.zeros_like(weight) if grad is None else grad[which]
     mean = mean * keep_mean + g * (1 - keep_mean)
     square = square * keep_square + g * g * (1 - keep_square)
     rows.mean[which], rows.square[which] = mean, square
