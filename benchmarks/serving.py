@@ -241,15 +241,15 @@ def memory(server: Server, seconds: float) -> dict[str, float]:
     return {"rss_growth_mb": statistics.mean(samples[-quarter:]) - statistics.mean(samples[quarter : 2 * quarter])}
 
 
-def take_rows(url: str, seconds: float, file: Path) -> None:
+def take_rows(url: str, file: Path, ended: Any) -> None:
     """A client of the fault test: appends (segment, row, intact) of every batch that it has received whole.
 
     Has no patience, as nobody kills the server: a damaged frame, an answer cut off or a refusal is a failure.
     """
-    dice, end = random.Random(os.getpid()), time.monotonic() + seconds
+    dice = random.Random(os.getpid())
     client = ActivationClient(url, patience=0)
     with open(file, "ab", buffering=0) as out:
-        while time.monotonic() < end:
+        while not ended.value:
             for batch in client.stream_activations(dice.choice([16, 64, 100]), dice.randrange(1, 20)):
                 rows = batch.activations.view(torch.int16).view(-1, WIDTH).numpy()
                 intact = (rows == expected(batch.document)).all(1)
@@ -258,18 +258,24 @@ def take_rows(url: str, seconds: float, file: Path) -> None:
 
 
 def faults(server: Server, seconds: float, directory: Path) -> dict[str, float]:
-    """64 clients at once; at random times a third of them are killed, each replaced by none."""
+    """64 clients at once; when each has read a batch, a third of them are killed over `seconds`, replaced by none."""
     files, before = [directory / f"client{i}" for i in range(64)], server.client.stats()
-    clients = [FORK.Process(target=take_rows, args=(server.client.url, seconds, file)) for file in files]
+    ended = FORK.RawValue("b", 0)  # without a lock, which a killed client could hold
+    clients = [FORK.Process(target=take_rows, args=(server.client.url, file, ended)) for file in files]
     for client in clients:
         client.start()
+    end = time.monotonic() + 120
+    while not all(file.exists() and file.stat().st_size for file in files):
+        assert time.monotonic() < end, "a client read no batch within 120 s"
+        time.sleep(0.1)
     samples, victims = [], random.Random(0).sample(clients, 21)
     for victim in victims:
         time.sleep(seconds * 0.9 / len(victims))
         victim.kill()
         samples.append(server.rss_mb())
+    ended.value = 1
     for client in clients:
-        client.join(seconds + 120)
+        client.join(120)
     failed = sum(client.exitcode != 0 for client in clients if client not in victims)
     records = np.concatenate([np.fromfile(file, np.int64).reshape(-1, 3) for file in files if file.exists()])
     end = time.monotonic() + 60

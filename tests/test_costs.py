@@ -125,7 +125,11 @@ def peak(job: Job) -> int:
     model.gradient_memory.clear()
     for _ in range(job.accumulate - 1):
         loss(model, job, batch).backward()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with (  # without oneDNN, whose products take scratch memory that differs between CPUs
+        torch.backends.mkldnn.flags(enabled=False, allow_tf32=None),
+        torch.profiler.profile(activities=cpu, profile_memory=True) as profile,
+    ):
         loss(model, job, batch).backward()
     changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(accumulate(change.nbytes() for change in sorted(changes, key=lambda e: e.start_ns())))
