@@ -20,9 +20,10 @@ from starlette.routing import Route
 from clt.config import Config
 from clt.data.index import write_json
 from clt.errors import UserError, shown, tell
-from clt.explore.files import FEATURES, Features
+from clt.explore.files import Features
 from clt.explore.prompt import Prompts, parse_changes
 from clt.explore.table import SORTS, Query, Table
+from clt.export.circuit_tracer import FEATURES
 from clt.files import parse_object
 from clt.local import Local, check_address, refused
 

@@ -24,12 +24,11 @@ from safetensors.numpy import save
 
 from clt.data.index import write_json, write_whole
 from clt.errors import UserError
+from clt.export.circuit_tracer import RECORDS_INDEX, records_file
 from clt.files import read_object, reading
 
 FORMAT_VERSION = 1
-FEATURES = "features"
-"""The directory of the files, in a run's."""
-SUMMARY, _ARRAYS, _VOCABULARY, _INDEX = "summary.json", "summary.safetensors", "vocabulary.json.gz", "index.json.gz"
+SUMMARY, _ARRAYS, _VOCABULARY = "summary.json", "summary.safetensors", "vocabulary.json.gz"
 _REMEDY = "delete its directory and run `clt features RUN` again"
 
 ARRAYS = {
@@ -70,7 +69,7 @@ def unpack(data: bytes) -> dict[str, Any]:
 def write_layer(directory: Path, layer: int, records: Iterable[bytes]) -> list[int]:
     """Write the packed records of a layer, in the order of its features; returns their F + 1 offsets."""
     offsets = [0]
-    with (directory / _layer_file(layer)).open("wb") as file:
+    with (directory / records_file(layer)).open("wb") as file:
         for record in records:
             offsets.append(offsets[-1] + file.write(record))
     return offsets
@@ -85,8 +84,8 @@ def write_summary(
 ) -> None:
     """Write all but the records; summary.json last. `offsets`: of each layer, from `write_layer`."""
     assert arrays.keys() == ARRAYS.keys()
-    index = [{"filename": _layer_file(layer), "offsets": of_layer} for layer, of_layer in enumerate(offsets)]
-    for name, tree in ((_INDEX, index), (_VOCABULARY, vocabulary)):
+    index = [{"filename": records_file(layer), "offsets": of_layer} for layer, of_layer in enumerate(offsets)]
+    for name, tree in ((RECORDS_INDEX, index), (_VOCABULARY, vocabulary)):
         text = json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
         write_whole(directory / name, gzip.compress(text.encode(), mtime=0))  # without the time: the same bytes
     write_whole(directory / _ARRAYS, save({name: np.ascontiguousarray(arrays[name], ARRAYS[name]) for name in ARRAYS}))
@@ -134,15 +133,15 @@ class Features:
         if not (0 <= layer < self.n_layers and 0 <= feature < self.d_features):
             raise IndexError(f"no feature {feature} of layer {layer}: {self.n_layers} layers of {self.d_features}")
         start, end = self._offsets[layer][feature : feature + 2]
-        file = self.directory / _layer_file(layer)
+        file = self.directory / records_file(layer)
         with reading(file, _REMEDY), file.open("rb") as opened:
             opened.seek(start)
             return unpack(opened.read(end - start))
 
     @cached_property
     def _offsets(self) -> list[list[int]]:
-        index = self._read_json(_INDEX)
-        with reading(self.directory / _INDEX, _REMEDY):
+        index = self._read_json(RECORDS_INDEX)
+        with reading(self.directory / RECORDS_INDEX, _REMEDY):
             if [len(layer["offsets"]) for layer in index] != [self.d_features + 1] * self.n_layers:
                 raise ValueError(f"wanted {self.d_features + 1} offsets for each of {self.n_layers} layers")
         return [layer["offsets"] for layer in index]
@@ -154,7 +153,3 @@ class Features:
                 return json.loads(gzip.decompress(file.read_bytes()))
             except (EOFError, zlib.error) as error:
                 raise ValueError(f"no whole gzip file: {error}") from error
-
-
-def _layer_file(layer: int) -> str:
-    return f"layer_{layer}.bin"

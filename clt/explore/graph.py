@@ -21,8 +21,9 @@ from clt.config import Config, LMConfig
 from clt.data.check import check_files, check_model
 from clt.data.index import INDEX, read_index, write_json
 from clt.errors import UserError, tell
-from clt.explore.files import FEATURES, SUMMARY, Features, cantor
+from clt.explore.files import SUMMARY, Features, cantor
 from clt.explore.prompt import tokenised
+from clt.export.circuit_tracer import FEATURES
 from clt.export.export import export, summary
 from clt.lm.fingerprint import fingerprint
 from clt.lm.load import load_language_model, locate
@@ -111,7 +112,7 @@ def _exported(run: Path, path: Path) -> Path:
     weights = fingerprint([path / checkpoint.MODEL])[-8:]  # a run that was started again has other ones of this step
     directory = run / f"circuit-tracer_{path.name}_{weights}"
     if not directory.exists():
-        tell(summary(export(path, "circuit-tracer", directory, "float32")))
+        tell(summary(export(path, "circuit-tracer", directory, "float32", with_records=False)))
     return directory
 
 

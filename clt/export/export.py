@@ -15,9 +15,10 @@ from torch import Tensor
 
 from clt.config import Config, DataConfig, LMConfig, load_config
 from clt.data.index import INDEX, StoreIndex
-from clt.errors import UserError, size_text
+from clt.errors import UserError, mismatches, size_text, tell
 from clt.export import circuit_tracer, saelens
 from clt.export.card import card
+from clt.export.circuit_tracer import FEATURES, RECORDS_INDEX, records_file
 from clt.export.compare import compare
 from clt.export.convert import evenly, to_jumprelu
 from clt.export.directory import new_directory
@@ -37,6 +38,8 @@ class Trained:
     """A transcoder and the run that it is of."""
 
     transcoder: CrossLayerTranscoder
+    path: Path
+    """The directory of its weights."""
     config: Config
     index: StoreIndex | None
     """Of the held-out store; None when that is gone."""
@@ -83,7 +86,7 @@ def find(source: Path) -> Trained:
         checkpoint.verify(path, checkpoint.MODEL)
     there = (Path(config.data.store) / "heldout" / INDEX).is_file()
     index = open_store(config, "heldout").index if there else None
-    return Trained(_load(path), config, index, _results(run, path))
+    return Trained(_load(path), path, config, index, _results(run, path))
 
 
 def _results(run: Path, path: Path) -> dict[str, Any]:
@@ -110,11 +113,13 @@ def _imported(path: Path) -> Trained:
             "the hub id of the one that it was trained on"
         )
     lm = LMConfig(sites.model, layers=sites.layers, input_site=sites.input_site, output_site=sites.output_site)
-    return Trained(transcoder, Config(lm=lm, data=DataConfig(store=str(path))), None, None)
+    return Trained(transcoder, path, Config(lm=lm, data=DataConfig(store=str(path))), None, None)
 
 
-def export(source: Path, to: str, directory: Path, dtype: str) -> dict[str, Any]:
+def export(source: Path, to: str, directory: Path, dtype: str, *, with_records: bool = True) -> dict[str, Any]:
     """Write the transcoder of a run or checkpoint into a new directory, in format `to`, and its README.md.
+
+    For circuit-tracer, the records that `clt features` has made of this checkpoint go with it.
 
     Matrices are stored in `dtype`, biases and thresholds in float32. Returns what the README says. Raises UserError for
     what the format cannot hold or its tool would misread, and when the directory exists or the disk is too small; then,
@@ -125,13 +130,17 @@ def export(source: Path, to: str, directory: Path, dtype: str) -> dict[str, Any]
         raise UserError(why)
     with new_directory(directory) as partial:
         transcoder = _without_k(trained)
-        _check_room(transcoder, partial, dtype)
+        records = _records(trained) if to == "circuit-tracer" and with_records else []
+        _check_room(transcoder, records, partial, dtype)
         form = circuit_tracer if to == "circuit-tracer" else saelens
         for name, tensors in form.files(transcoder):
             _write(partial / name, tensors, getattr(torch, dtype))
         for name, text in _configs(trained, transcoder, to).items():
             (partial / name).write_text(text)
-        facts = _facts(trained, transcoder, to, dtype)
+        for file in records:
+            (partial / FEATURES).mkdir(exist_ok=True)
+            shutil.copyfile(file, partial / FEATURES / file.name)
+        facts = _facts(trained, transcoder, to, dtype, bool(records))
         if trained.index is not None:
             rows = evenly(open_store(trained.config, "heldout"), _ROWS_TO_COMPARE).float()
             read = lambda s: form.read_layer(partial, s)  # noqa: E731
@@ -158,11 +167,29 @@ def _without_k(trained: Trained) -> CrossLayerTranscoder:
     return to_jumprelu(transcoder, evenly(open_store(config, "train"), _ROWS_TO_CONVERT)[:, 0].float())
 
 
-def _check_room(transcoder: CrossLayerTranscoder, directory: Path, dtype: str) -> None:
+def _records(trained: Trained) -> list[Path]:
+    """The files of the records that `clt features` has made of this checkpoint; none when it has not."""
+    path = trained.path
+    directory = path.parents[1] / FEATURES
+    if path.parent.name != "checkpoints" or not (directory / "summary.json").is_file():
+        return []
+    remedy = f"delete {directory} and run `clt features RUN` again"
+    found = read_object(directory / "summary.json", {"identity": dict}, remedy)["identity"]
+    state = checkpoint.read_state(path)
+    wanted = {"step": state["step"], "checksums": (state["checksums"] or {}).get(checkpoint.MODEL)}
+    if mismatches(found, wanted):
+        tell(f"warning: {directory} is of another checkpoint than {path}, so the export gets no records of features")
+        return []
+    L = trained.transcoder.n_layers
+    return [directory / name for name in (RECORDS_INDEX, *(records_file(layer) for layer in range(L)))]
+
+
+def _check_room(transcoder: CrossLayerTranscoder, records: list[Path], directory: Path, dtype: str) -> None:
     L, D, F = transcoder.n_layers, transcoder.d_acts, transcoder.d_features
     targets = L * (L + 1) // 2 if transcoder.spec.cross_layer else L  # windows are filled up with zeros
     skip = 0 if transcoder.W_skip is None else L * D * D
     wanted = (L * D * F + targets * D * F + skip) * getattr(torch, dtype).itemsize
+    wanted += sum(file.stat().st_size for file in records)
     if (free := shutil.disk_usage(directory).free) < wanted * 1.01:
         raise UserError(
             f"{directory.parents[1]} has {size_text(free)} free, the export takes {size_text(wanted)}; free space, or "
@@ -194,7 +221,7 @@ def _configs(trained: Trained, transcoder: CrossLayerTranscoder, to: str) -> dic
     return {f"layer_{s}/cfg.json": saelens.config(transcoder, model, layer, context) for s, layer in enumerate(layers)}
 
 
-def _facts(trained: Trained, exported: CrossLayerTranscoder, to: str, dtype: str) -> dict[str, Any]:
+def _facts(trained: Trained, exported: CrossLayerTranscoder, to: str, dtype: str, with_records: bool) -> dict[str, Any]:
     """What there is to say of an export, but for the comparison: None where there are no rows to compare on."""
     spec, notes = trained.transcoder.spec, []
     if exported is not trained.transcoder:
@@ -207,6 +234,8 @@ def _facts(trained: Trained, exported: CrossLayerTranscoder, to: str, dtype: str
         notes.append(f"Features write to at most {window} layers, their own included: later ones are stored as zeros.")
     if exported.W_skip is not None and to == "circuit-tracer" and spec.cross_layer:
         notes.append(circuit_tracer.SKIP_IS_NOT_READ)
+    if with_records:
+        notes.append(f"{FEATURES}/ has the records of the features, as circuit-tracer's page reads them.")
     if to == "circuit-tracer" and parallel(trained.index):
         notes.append(PARALLEL)
     return {

@@ -1,6 +1,7 @@
 """The records of features against a brute-force pass over the same text, and interrupted work against whole."""
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from clt.errors import UserError
 from clt.explore import collect, features, records, shares
 from clt.explore.features import make_features
 from clt.explore.files import cantor
+from clt.export.export import export
 
 STEP, T, TOKENS = 10, 16, 500
 L, F = 3, 10
@@ -316,3 +318,20 @@ def test_another_language_model_is_refused(made, again):
             make_features(made.config, again, STEP, "heldout", TOKENS, progress=False)
     finally:
         made.config.lm.layers = None
+
+
+def test_an_export_has_the_records_of_its_own_checkpoint_alone(made, again, bytes_of, tmp_path, capsys):
+    export(made.run, "circuit-tracer", tmp_path / "export", "float32")
+    wanted = bytes_of(made.run / "features")
+    assert bytes_of(tmp_path / "export/features") == {
+        name: wanted[name] for name in ("index.json.gz", "layer_0.bin", "layer_1.bin", "layer_2.bin")
+    }
+    assert "features/ has the records" in (tmp_path / "export/README.md").read_text()
+    assert capsys.readouterr().err == ""
+    shutil.copytree(made.run / "features", again / "features")
+    summary = json.loads((again / "features/summary.json").read_text())
+    summary["identity"]["checksums"] = "crc32:00000000"  # the run was started again
+    (again / "features/summary.json").write_text(json.dumps(summary))
+    export(again, "circuit-tracer", tmp_path / "other", "float32")
+    assert not (tmp_path / "other/features").exists()
+    assert "another checkpoint" in capsys.readouterr().err

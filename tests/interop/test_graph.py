@@ -13,6 +13,7 @@ from clt import cli
 from clt.config import load_config
 from clt.explore.features import make_features
 from clt.explore.files import Features
+from clt.export.export import export
 from clt.lm.capture import capture
 from clt.lm.load import load_language_model
 from clt.model.transcoder import CrossLayerTranscoder
@@ -76,15 +77,16 @@ def test_the_graph_of_a_prompt(run, foreign_python, page, capfd):
         assert json.loads((folder / f"{node['feature']}.json").read_text()) == features.record(layer, feature)
 
 
-def test_circuit_tracers_page_reads_the_records(run, foreign_python, page):
+def test_circuit_tracers_page_reads_the_records_beside_an_export(run, foreign_python, page, tmp_path):
     """Its JavaScript finds each by number in index.json.gz and the layers' files; its schema takes all of them."""
     pytest.importorskip("playwright", reason="its node runs the page's code: pip install playwright")
     from playwright._impl._driver import compute_driver_executable
 
+    export(run, "circuit-tracer", tmp_path / "export", "float32")
     features = Features(run / "features")
     names = [(s, f) for s in range(features.n_layers) for f in range(features.d_features)]
     node, reader = compute_driver_executable()[0], Path(__file__).parent / "reader.js"
-    command = [node, str(reader), str(page), str(features.directory)]
+    command = [node, str(reader), str(page), str(tmp_path / "export/features")]
     done = subprocess.run(command, input=json.dumps(names), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
