@@ -60,6 +60,7 @@ def frame(parts: Sequence[Part], sequence: int, shape: Shape, segment: str) -> l
     n = sum(len(part["row"]) for part in parts)
     head = header(n, shape, segment) + b"".join(part[name].tobytes() for name in COLUMNS for part in parts)
     rows, digest = [part["rows"].reshape(-1).data for part in parts], xxh3_64(head)
+    rows = [each[at : at + _PIECE] for each in rows for at in range(0, len(each), _PIECE)]
     for each in rows:
         digest.update(each)
     return [_START.pack(MAGIC, n, sequence, digest.intdigest()) + head, *rows]
