@@ -28,7 +28,7 @@ ENDLESS = 10**9  # batches, the most of a stream: an answer of known length cost
 _NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _START = struct.Struct("<4sIQQ")
 _COLUMN_BYTES = 24  # of all columns, a row
-_PIECE = 1 << 21  # bytes that are hashed while they are still in the cache
+_PIECE = 1 << 21  # bytes that are sent at once, and hashed by the client while they are in its cache
 
 
 class WireError(Exception):
@@ -56,14 +56,14 @@ def frame_bytes(n: int, shape: Shape, segment: str) -> int:
 
 
 def frame(parts: Sequence[Part], sequence: int, shape: Shape, segment: str) -> list[bytes | memoryview]:
-    """The pieces of one frame of all these rows; the activations are not copied."""
+    """One frame of all these rows, in pieces of at most 2 MB; the activations are not copied."""
     n = sum(len(part["row"]) for part in parts)
     head = header(n, shape, segment) + b"".join(part[name].tobytes() for name in COLUMNS for part in parts)
-    rows, digest = [part["rows"].reshape(-1).data for part in parts], xxh3_64(head)
-    rows = [each[at : at + _PIECE] for each in rows for at in range(0, len(each), _PIECE)]
-    for each in rows:
-        digest.update(each)
-    return [_START.pack(MAGIC, n, sequence, digest.intdigest()) + head, *rows]
+    views, digest = [part["rows"].reshape(-1).data for part in parts], xxh3_64(head)
+    pieces = [view[at : at + _PIECE] for view in views for at in range(0, len(view), _PIECE)]
+    for piece in pieces:
+        digest.update(piece)
+    return [_START.pack(MAGIC, n, sequence, digest.intdigest()) + head, *pieces]
 
 
 def read_frame(fill: Callable[[memoryview], int], sequence: int, shape: Shape, segment: str, out: Part, at: int) -> int:
