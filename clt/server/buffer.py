@@ -109,7 +109,8 @@ class Buffer:
         filled = self.progress["filled"][opened]
         # If all were equally likely, all would be full at the same time, again and again.
         weights = np.linspace(1, 2, self.open_blocks)
-        wanted = self.random.multinomial(min(len(rows), 2 * self.open_blocks), weights / weights.sum())
+        most = max(2 * self.open_blocks, self.block_rows // 8)  # each call costs as much as many small rows
+        wanted = self.random.multinomial(min(len(rows), most), weights / weights.sum())
         counts = np.minimum(wanted, self.block_rows - filled)
         n = int(counts.sum())
         mix, before = self.random.permutation(n), np.cumsum(counts) - counts
