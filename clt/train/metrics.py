@@ -8,10 +8,9 @@ import time
 import torch
 from torch import Tensor
 
-from clt.config import LossConfig
 from clt.files import or_null
 from clt.model.loss import TERMS, Coefficients, Losses, value_names
-from clt.model.spec import CLTConfig
+from clt.model.spec import CLTConfig, LossConfig
 from clt.train.distributed import World
 from clt.train.source import StoreSource
 
