@@ -32,9 +32,9 @@ from clt.config import Config
 from clt.errors import UserError
 from clt.files import or_null
 from clt.memory import keep_freed_memory
-from clt.model.loss import Coefficients
+from clt.model.terms import Coefficients
+from clt.train import ddp
 from clt.train import distributed as dist
-from clt.train.checkpoint import Checkpoints
 from clt.train.evaluation import Evaluator
 from clt.train.logger import Logger
 from clt.train.metrics import Metrics, Speed, coefficients, k_at, steps_at_k
@@ -44,6 +44,7 @@ from clt.train.report import conclude, summary
 from clt.train.run import build, check_run, claim_run_dir, make_stores, open_source, run_identity, sole_use
 from clt.train.state import TrainState
 from clt.train.watch import PREEMPTED, Watch
+from clt.train.writer import Checkpoints
 
 
 def main(config: Config, prepare: bool) -> int:
@@ -76,12 +77,12 @@ def main(config: Config, prepare: bool) -> int:
             source.resume(restored)
         dist.on_rank_zero(world, claim_run_dir, config)
 
-        model = dist.data_parallel(objective, world.data)
+        model = ddp.data_parallel(objective, world.data)
         if state.step < steps:
             # DDP fixes the order of its buckets in its first backward pass. It runs on zeros, so that a resumed run
             # sums in the same order as one that was not interrupted.
             zeros, terms = source.zeros(max(source.micro_batches)), coefficients(0, steps, config.loss)
-            dist.settle_buckets(model, zeros, terms, autocast, state.dead())
+            ddp.settle_buckets(model, zeros, terms, autocast, state.dead())
         state.switch.choose(state.step)  # after the buckets, which a dense step settles
 
         checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every, world)
@@ -170,7 +171,7 @@ def take_step(
     dead, metrics = state.dead(), Metrics(state.world, transcoder.n_layers, transcoder.d_features)
     for part in parts:
         share = len(part) / config.train.batch_tokens  # ranks and micro-batches may differ by a row
-        with dist.summed(model, part is parts[-1]):
+        with ddp.summed(model, part is parts[-1]):
             with autocast:
                 losses = model(part, terms, k, dead)
             # A loss that is not finite makes all gradients nan, and their sum on all ranks: all skip the step.

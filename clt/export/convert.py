@@ -13,9 +13,9 @@ from clt.data.store import DiscBuffer
 from clt.errors import UserError
 from clt.model.spec import BY_K, CLTConfig
 from clt.model.transcoder import CrossLayerTranscoder
+from clt.train.evaluation import SavedRun
 from clt.train.report import table
 from clt.train.run import open_store
-from clt.train.saved import SavedRun
 
 _FEATURES = 256  # whose pre-activations are sorted at once
 _ROWS = 4096  # that are encoded at once

@@ -26,8 +26,8 @@ def evaluate(parser: ArgumentParser, argv: Sequence[str]) -> None:
         raise UserError(f"found {' '.join(arguments.config) or 'nothing'}; wanted one run directory, or --transcoder")
     checkpoint = find_checkpoint(arguments.config[0], arguments.step)
     from clt.lm.replacement import nnsight_logits
+    from clt.train.evaluation import SavedRun
     from clt.train.report import conclude
-    from clt.train.saved import SavedRun
 
     run = SavedRun(*checkpoint)
     evaluation = run.evaluate(run.transcoder, nnsight_logits if arguments.nnsight else None)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from clt.errors import UserError
-from clt.model.loss import value_names
 from clt.model.rowadam import RowAdam
+from clt.model.terms import value_names
 from clt.model.transcoder import feature_dim
 from clt.train.distributed import World
 from clt.train.spec import OptimConfig
