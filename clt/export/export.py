@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clt.config import Config, load_config
+from clt.config import Config, DataConfig, LMConfig, load_config
 from clt.data.index import INDEX, StoreIndex
-from clt.data.spec import DataConfig
 from clt.errors import UserError, size_text
 from clt.export import circuit_tracer, saelens
 from clt.export.card import card
@@ -24,7 +23,6 @@ from clt.export.convert import evenly, to_jumprelu
 from clt.export.directory import new_directory
 from clt.export.fits import PARALLEL, parallel, refusal
 from clt.files import read_object
-from clt.lm.spec import LMConfig
 from clt.model.spec import BY_K
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import checkpoint, tensorfile
