@@ -9,40 +9,51 @@ that has a checkpoint is resumed. SIGTERM and SIGUSR1 end the run with a checkpo
 on from it.
 """
 
+# ruff: noqa: E402 - the command line is read before the imports that take seconds
+
 from __future__ import annotations
 
 import sys
-import time
-from pathlib import Path
 
 from clt.cli import exit_on_user_error, run_arguments
+
+ARGUMENTS = run_arguments(__doc__) if __name__ == "__main__" else None
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
 from clt.config import Config
 from clt.errors import UserError
+from clt.files import or_null
+from clt.memory import keep_freed_memory
+from clt.model.terms import Coefficients
+from clt.train import ddp
+from clt.train import distributed as dist
+from clt.train.evaluation import Evaluator
+from clt.train.logger import Logger
+from clt.train.metrics import Metrics, Speed, coefficients, k_at, steps_at_k
+from clt.train.optim import autocast_dtype, check_finite, learning_rate
+from clt.train.profile import profiled
+from clt.train.report import conclude, summary
+from clt.train.run import build, check_run, claim_run_dir, make_stores, open_source, run_identity, sole_use
+from clt.train.state import TrainState
+from clt.train.watch import PREEMPTED, Watch
+from clt.train.writer import Checkpoints
 
 
 def main(config: Config, prepare: bool) -> int:
-    # Heavy imports wait until the command line and the config are known to be right.
-    import torch
-
-    from clt.files import or_null
-    from clt.memory import keep_freed_memory
-    from clt.train import distributed as dist
-    from clt.train.checkpoint import Checkpoints
-    from clt.train.evaluation import Evaluator
-    from clt.train.logger import Logger
-    from clt.train.metrics import Metrics, Speed, coefficients, k_at, steps_at_k
-    from clt.train.optim import autocast_dtype, check_finite, learning_rate
-    from clt.train.profile import profiled
-    from clt.train.report import conclude, summary
-    from clt.train.run import build, check_run, claim_run_dir, make_stores, open_source, run_identity, sole_use
-    from clt.train.state import TrainState
-    from clt.train.watch import PREEMPTED, Watch
-
+    """Returns the exit status: 0, or PREEMPTED when the run is to go on later."""
     began = time.perf_counter()
     # The watch names a rank that hangs; should it fail, the collectives themselves time out a little later.
     world = dist.setup(config.parallel.feature_shards, config.parallel.timeout_seconds + 60)
     device, dtype = world.device, autocast_dtype(config.train.precision, world.device)
-    run_dir, steps, batch_tokens = Path(config.run.dir), config.train.steps, config.train.batch_tokens
+    run_dir, steps = Path(config.run.dir), config.train.steps
     keep_freed_memory()
 
     # Data: rank 0 extracts activations, and the others wait; held-out rows and text for evaluation.
@@ -55,7 +66,7 @@ def main(config: Config, prepare: bool) -> int:
 
     # Model, objective, optimizer. Weights are drawn on the CPU: the same on every device and in every layout.
     objective = build(config, source.index, source.statistics, world.feature).to(device)
-    transcoder, state = objective.transcoder, TrainState(config, objective, world, dtype)
+    state = TrainState(config, objective, world, dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     with dist.first_error_alone(world), sole_use(config, world):  # until its last file is written
@@ -66,12 +77,12 @@ def main(config: Config, prepare: bool) -> int:
             source.resume(restored)
         dist.on_rank_zero(world, claim_run_dir, config)
 
-        model = dist.data_parallel(objective, world.data)
+        model = ddp.data_parallel(objective, world.data)
         if state.step < steps:
             # DDP fixes the order of its buckets in its first backward pass. It runs on zeros, so that a resumed run
             # sums in the same order as one that was not interrupted.
             zeros, terms = source.zeros(max(source.micro_batches)), coefficients(0, steps, config.loss)
-            dist.settle_buckets(model, zeros, terms, autocast, state.dead())
+            ddp.settle_buckets(model, zeros, terms, autocast, state.dead())
         state.switch.choose(state.step)  # after the buckets, which a dense step settles
 
         checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every, world)
@@ -83,7 +94,7 @@ def main(config: Config, prepare: bool) -> int:
         with logger, source, profiled(config.profile, run_dir, world.rank) as profile_step, checkpoints, watch:
             (logged,) = dist.count(world, logger.evaluated)
             evaluated = state.step if logged else 0  # the step of the last evaluation in the log of a resumed run
-            speed = Speed(state.step, state.busy_seconds, batch_tokens, source)
+            speed = Speed(state.step, state.busy_seconds, config.train.batch_tokens, source)
             for batch in source.batches(state.step, watch):  # (b, 2, L, D): this rank's rows of the global batch
                 if due(config.eval.every, state.step) and state.step != evaluated:
                     checkpoints.finish()  # an evaluation that fails must not cost the steps before it
@@ -91,47 +102,20 @@ def main(config: Config, prepare: bool) -> int:
                     logger.log_evaluation(state.step, results.numbers)
                     speed.skip(state.step)
                 flags = dist.Counting(world, watch.stopping, checkpoints.written)  # while the step runs: no rank waits
-
-                lr, k = learning_rate(state.step, steps, config.optim), k_at(state.step, steps, config.clt)
-                terms = coefficients(state.step, steps, config.loss, state.steering.factor())
-                dead, metrics = state.dead(), Metrics(world, transcoder.n_layers, transcoder.d_features)
-                parts = batch.split(source.micro_batches)
-                for part in parts:
-                    share = len(part) / batch_tokens  # ranks and micro-batches may differ by a row
-                    with dist.summed(model, part is parts[-1]):
-                        with autocast:
-                            losses = model(part, terms, k, dead)
-                        # A loss that is not finite makes all gradients nan, and their sum on all ranks: all skip
-                        # the step.
-                        (losses.total * (share * state.update.scale + 0 * losses.total.detach())).backward()
-                    metrics.add(losses, share)
-                state.step += 1
-                checkpoints.wait_for_copy()
-                overflow = state.switch.update(state.step, metrics)
-                grad_norm = state.update(state.step, lr, metrics.values, overflow)
-                state.gradients.clear()
-                transcoder.track(metrics.thresholds, steps_at_k(state.step, steps, config.clt))
-                state.steering.update(state.step, metrics)
-                state.fired(metrics.fired)
+                taken = take_step(config, state, model, batch.split(source.micro_batches), autocast, checkpoints)
                 logger.step(state.step)
                 watch.progress(state.step)
                 profile_step()
-
                 signals, written = flags.result()
                 if written == world.size:
                     checkpoints.publish()
                 if due(config.log.every, state.step) or due(config.eval.every, state.step) or state.step == steps:
-                    values = metrics.read(terms)
                     try:
                         check_finite(state.update, world, source.store.path)
                     except UserError:
                         checkpoints.finish()  # the one that is being written is of an earlier step
                         raise
-                    values["grad_norm"] = or_null(grad_norm.item())
-                    values["skipped_steps"] = state.update.skipped.item()
-                    values |= {"learning_rate": lr, "sparsity_coefficient": float(terms["sparsity"])}
-                    values |= ({} if k is None else {"k": k}) | state.switch.read(metrics)
-                    logger.log(state.step, values)
+                    logger.log(state.step, log_values(taken, state))
                     logger.log(state.step, speed.read(state.step), "speed")
                 if due(config.checkpoint.every, state.step):
                     state.save(checkpoints, source, speed, identity)
@@ -162,11 +146,60 @@ def main(config: Config, prepare: bool) -> int:
     return PREEMPTED if results is None else 0
 
 
+class Taken(NamedTuple):
+    """A step that was taken: how it was set, and what came of it."""
+
+    lr: float
+    k: float | None
+    terms: Coefficients
+    metrics: Metrics
+    grad_norm: Tensor  # () before clipping
+
+
+def take_step(
+    config: Config,
+    state: TrainState,
+    model: nn.Module,
+    parts: Sequence[Tensor],
+    autocast: AbstractContextManager[object],
+    checkpoints: Checkpoints,
+) -> Taken:
+    """One update of the weights by a global batch, of which parts (b, 2, L, D) are this rank's micro-batches."""
+    steps, transcoder = config.train.steps, state.transcoder
+    lr, k = learning_rate(state.step, steps, config.optim), k_at(state.step, steps, config.clt)
+    terms = coefficients(state.step, steps, config.loss, state.steering.factor())
+    dead, metrics = state.dead(), Metrics(state.world, transcoder.n_layers, transcoder.d_features)
+    for part in parts:
+        share = len(part) / config.train.batch_tokens  # ranks and micro-batches may differ by a row
+        with ddp.summed(model, part is parts[-1]):
+            with autocast:
+                losses = model(part, terms, k, dead)
+            # A loss that is not finite makes all gradients nan, and their sum on all ranks: all skip the step.
+            (losses.total * (share * state.update.scale + 0 * losses.total.detach())).backward()
+        metrics.add(losses, share)
+    state.step += 1
+    checkpoints.wait_for_copy()
+    overflow = state.switch.update(state.step, metrics)
+    grad_norm = state.update(state.step, lr, metrics.values, overflow)
+    state.gradients.clear()
+    transcoder.track(metrics.thresholds, steps_at_k(state.step, steps, config.clt))
+    state.steering.update(state.step, metrics)
+    state.fired(metrics.fired)
+    return Taken(lr, k, terms, metrics, grad_norm)
+
+
+def log_values(taken: Taken, state: TrainState) -> dict[str, float | None]:
+    """A line of the log. All ranks must call it. Waits for the device."""
+    values = taken.metrics.read(taken.terms)
+    values |= {"grad_norm": or_null(taken.grad_norm.item()), "skipped_steps": state.update.skipped.item()}
+    values |= {"learning_rate": taken.lr, "sparsity_coefficient": float(taken.terms["sparsity"])}
+    return values | ({} if taken.k is None else {"k": taken.k}) | state.switch.read(taken.metrics)
+
+
 def due(every: int, step: int) -> bool:
     """Whether `step` is a multiple of `every`; 0 means never."""
     return every > 0 and step % every == 0
 
 
-if __name__ == "__main__":
-    arguments = run_arguments(__doc__)
-    sys.exit(exit_on_user_error(main, *arguments))
+if ARGUMENTS is not None:
+    sys.exit(exit_on_user_error(main, *ARGUMENTS))

@@ -40,6 +40,7 @@ def cost(
     from clt.train import checkpoint
     from clt.train.distributed import World
     from clt.train.metrics import coefficients
+    from clt.train.writer import Checkpoints
 
     L, D, F, B = shape
     batch = torch.randn(B, 2, L, D, device=device)
@@ -49,7 +50,7 @@ def cost(
     begin_seconds: list[float] = []
     saved = True
 
-    def round_of_steps(checkpoints: checkpoint.Checkpoints, kind: str, number: int) -> float:
+    def round_of_steps(checkpoints: Checkpoints, kind: str, number: int) -> float:
         weights = {name: tensor.to("cpu", copy=True) for name, tensor in transcoder.state_dict().items()}
         machine.wait(device)
         began = time.perf_counter()
@@ -75,7 +76,7 @@ def cost(
 
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory(dir=directory) as folder:
-        with checkpoint.Checkpoints(Path(folder), 1, 0, World(0, 1, device)) as checkpoints:
+        with Checkpoints(Path(folder), 1, 0, World(0, 1, device)) as checkpoints:
             round_of_steps(checkpoints, "none", 0)  # warms up
             for number in range(1, rounds + 1):
                 for i, kind in enumerate(KINDS):

@@ -173,7 +173,8 @@ def hook(rehearsal: bool) -> Found:
     import torch.distributed as dist  # noqa: TID251
     from torch._C._distributed_c10d import HashStore
 
-    from clt.train.distributed import Axis, GradientMemory, data_parallel, settle_buckets
+    from clt.train.ddp import GradientMemory, data_parallel, settle_buckets
+    from clt.train.distributed import Axis
 
     device = device_of(rehearsal)
     dist.init_process_group("gloo" if rehearsal else "nccl", store=HashStore(), rank=0, world_size=1)

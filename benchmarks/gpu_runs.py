@@ -80,6 +80,7 @@ def _shard_steps(file: Path, rehearsal: bool) -> None:
     import torch
 
     from benchmarks import machine, step
+    from clt.train import ddp
     from clt.train import distributed as dist
     from clt.train.metrics import coefficients
 
@@ -88,7 +89,7 @@ def _shard_steps(file: Path, rehearsal: bool) -> None:
     torch.manual_seed(0)
     batch = torch.randn(B, 2, L, D).to(world.device)
     objective = step.objective(F, batch, f"train.compile={not rehearsal}", feature=world.feature)
-    memory = objective.gradient_memory = dist.GradientMemory(objective.parameters())
+    memory = objective.gradient_memory = ddp.GradientMemory(objective.parameters())
     begin_sum = None if world.size == 1 else world.feature.begin_sum
     ways, terms = {"at_end": None, "early": begin_sum}, coefficients(1, 1, objective.loss)
     times: dict[str, list[float]] = {name: [] for name in ways}

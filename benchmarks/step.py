@@ -21,7 +21,8 @@ from clt.data.writer import write_store
 from clt.memory import keep_freed_memory
 from clt.model.loss import Objective
 from clt.model.transcoder import unsharded
-from clt.train.distributed import ALONE, Axis, GradientMemory, accumulate_in_float32
+from clt.train.ddp import GradientMemory
+from clt.train.distributed import ALONE, Axis, accumulate_in_float32
 from clt.train.metrics import coefficients
 from clt.train.optim import Update, autocast_dtype, make_adam
 from clt.train.run import build

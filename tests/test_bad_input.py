@@ -251,7 +251,7 @@ def test_a_run_directory_that_another_run_uses(train_overrides, train, script):
 
 
 def test_a_run_has_its_directory_from_its_first_look_to_its_last_file(train, monkeypatch):
-    from clt.train import report
+    import train_ddp
     from clt.train.state import TrainState
 
     seen = []
@@ -267,7 +267,7 @@ def test_a_run_has_its_directory_from_its_first_look_to_its_last_file(train, mon
         return wrapped
 
     monkeypatch.setattr(TrainState, "resume", noting("resume", TrainState.resume))
-    monkeypatch.setattr(report, "conclude", noting("conclude", report.conclude))
+    monkeypatch.setattr(train_ddp, "conclude", noting("conclude", train_ddp.conclude))
     assert half_written(train().dir) == []
     assert seen == ["resume", "conclude"]
 

@@ -20,7 +20,8 @@ from clt.costs import Job
 from clt.model.loss import Objective
 from clt.model.spec import CLTConfig, LossConfig
 from clt.model.transcoder import CrossLayerTranscoder
-from clt.train.distributed import Axis, GradientMemory
+from clt.train.ddp import GradientMemory
+from clt.train.distributed import Axis
 from clt.train.logger import Logger
 from clt.train.optim import make_adam
 

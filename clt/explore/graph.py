@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from clt.config import Config, LMConfig
+from clt.config import Config
 from clt.data.check import check_files, check_model
 from clt.data.index import INDEX, read_index, write_json
 from clt.errors import UserError, tell
@@ -27,6 +27,7 @@ from clt.export.circuit_tracer import FEATURES
 from clt.export.export import export, summary
 from clt.lm.fingerprint import fingerprint
 from clt.lm.load import load_language_model, locate
+from clt.lm.spec import LMConfig
 from clt.train import checkpoint
 
 INSTALL = "python -m venv tracer && tracer/bin/pip install circuit-tracer==0.5.0"

@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from clt.config import Config
 from clt.data.store import DiscBuffer
-from clt.model.spec import CLTConfig
+from clt.errors import UserError
+from clt.model.spec import BY_K, CLTConfig
 from clt.model.transcoder import CrossLayerTranscoder
+from clt.train.evaluation import SavedRun
+from clt.train.report import table
+from clt.train.run import open_store
 
 _FEATURES = 256  # whose pre-activations are sorted at once
 _ROWS = 4096  # that are encoded at once
+
+
+def convert_run(config: Config, directory: Path, step: int, rows: int) -> None:
+    """Convert a run's checkpoint into its directory, with thresholds from `rows` training rows; print both's figures.
+
+    Raises UserError as `SavedRun`, for a run of another rule, and when it has been converted already.
+    """
+    run = SavedRun(config, directory, step)
+    if (rule := run.transcoder.spec.activation) not in BY_K:
+        raise UserError(f"{directory} is a {rule} run; wanted one of clt.activation={' or '.join(BY_K)}")
+    converted_directory = directory / f"jumprelu_step_{step:08d}"
+    if converted_directory.exists():
+        raise UserError(f"{converted_directory} exists already; delete it to convert again")
+    if rows < 1:
+        raise UserError(f"--rows is {rows}; wanted 1 or more")
+    x = evenly(open_store(config, "train"), rows)[:, 0].to(run.transcoder.b_dec)
+    converted = to_jumprelu(run.transcoder, x)
+    for name, transcoder in ((rule, run.transcoder), ("jumprelu", converted)):
+        numbers = run.evaluate(transcoder).numbers
+        del numbers["dead_fraction"]  # is of the training run
+        print(f"{name}:\n{table(numbers)}\n")
+    converted.save_pretrained(converted_directory)
+    print(f"The transcoder is in {converted_directory}; thresholds were set on {len(x):,} training rows")
 
 
 def evenly(store: DiscBuffer, rows: int) -> Tensor:

@@ -154,6 +154,7 @@ def _without_k(trained: Trained) -> CrossLayerTranscoder:
     transcoder, config = trained.transcoder, trained.config
     rule = transcoder.spec.activation
     if rule not in BY_K:
+        assert rule in ("relu", "jumprelu"), f"no format has {rule}"  # a rule that is new here
         return transcoder
     if trained.results is None:
         raise UserError(

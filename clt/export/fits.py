@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from clt.config import LMConfig
 from clt.data.index import StoreIndex
 from clt.export.circuit_tracer import INPUT_HOOKS, OUTPUT_HOOKS
 from clt.lm.shape import read_settings
 from clt.lm.sites import ARCHITECTURES
+from clt.lm.spec import LMConfig
 from clt.model.spec import CLTConfig
 from clt.ranges import OUTPUT
 

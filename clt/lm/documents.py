@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from clt.config import TextConfig
 from clt.errors import UserError
 from clt.lm.load import ASSETS, first_line
+from clt.lm.spec import TextConfig
 from clt.lm.textfiles import cut, field_text, file_documents, file_kind
 
 Part = Literal["train", "heldout"]

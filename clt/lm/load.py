@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clt.config import PACKAGE, LMConfig
+from clt.config import PACKAGE
 from clt.errors import UserError
 from clt.lm.sites import Site, find_sites
+from clt.lm.spec import LMConfig
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from clt.config import LMConfig
 from clt.errors import UserError
 from clt.lm.load import chosen_layers, load_settings, locate
+from clt.lm.spec import LMConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from clt.config import LMConfig
 from clt.errors import UserError
+from clt.lm.spec import LMConfig
 from clt.ranges import NORM_OUTPUT, OUTPUT
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from clt.config import TextConfig
 from clt.errors import UserError
 from clt.lm.documents import Part, read_documents
 from clt.lm.load import LanguageModel, bos_token, check_ids, first_line, special_ids
+from clt.lm.spec import TextConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

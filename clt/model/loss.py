@@ -9,61 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clt.model.aux import auxk
 from clt.model.rowadam import RowAdam
 from clt.model.sparse import SparseEncode, SparseWrite, count, draw, needed, select
 from clt.model.spec import LossConfig
 from clt.model.step import Encode, Skip, SquaredError, Step, Target, Write, make_kernels, reads_transposed
+from clt.model.terms import TERMS, Batch, Coefficients
 from clt.model.topk import Layer, batch_threshold, token_thresholds
 from clt.model.transcoder import CrossLayerTranscoder, unsharded
-
-
-class Batch(NamedTuple):
-    """What a term may use. On a feature shard, it covers this shard's features only."""
-
-    transcoder: CrossLayerTranscoder
-    loss: LossConfig
-    tokens: int
-    products: tuple[Tensor, ...]  # L of (F, B): pre-activations without their bias; gradients flow
-    sparsity: Tensor  # (L,): of tanh(c * ||W_dec|| * a), summed over features and tokens; gradients flow
-    pre_activation: Tensor  # (L,): of ||W_dec|| * relu(least - pre), likewise
-    remainder: Tensor | None  # (B, L, D): what the features leave of the target, in `unit`; only with `aux`
-    unit: Tensor | None  # of the error, as in Target
-    dead: Tensor | None  # (L, F) bool
-
-
-def sparsity(batch: Batch) -> Tensor:
-    """sum_{l,f} tanh(c * ||W_dec,(l,f)|| * a), the norm that of the whole write vector (Anthropic, 2025)."""
-    return batch.sparsity.sum() / batch.tokens
-
-
-def pre_activation(batch: Batch) -> Tensor:
-    """sum_{l,f} ||W_dec,(l,f)|| * relu(theta - pre) (Anthropic, January 2025), or of relu(-pre) for `negative`."""
-    return batch.pre_activation.sum() / batch.tokens
-
-
-def aux(batch: Batch) -> Tensor:
-    """AuxK: what the dead features leave of the error of the others, squared (arXiv 2406.04093)."""
-    if not batch.loss.aux or batch.dead is None or batch.remainder is None:
-        return batch.sparsity.new_zeros(())
-    return auxk(batch.transcoder, batch.products, batch.remainder, batch.unit, batch.dead, batch.loss.aux_k)
-
-
-TERMS: dict[str, Callable[[Batch], Tensor]] = {"sparsity": sparsity, "pre_activation": pre_activation, "aux": aux}
-"""The terms beside the squared error, each a mean over tokens (); LossConfig has the coefficient under the same name.
-
-To add one, write the function here and the field there: the loss, the metrics, the check for numbers that are not
-finite and the sum over ranks follow.
-"""
-
-
-Coefficients = dict[str, float | Tensor]
-"""What each of TERMS is multiplied by; a tensor () on the device where it is steered."""
-
-
-def value_names() -> list[str]:
-    """The names of `Losses.values`."""
-    return ["mse", *TERMS]
 
 
 class Losses(NamedTuple):

@@ -119,8 +119,8 @@ def needs_dead(loss: LossConfig) -> bool:
     return bool(loss.aux or (loss.pre_activation and loss.pre_activation_kind == "dead"))
 
 
-def check_loss(loss: LossConfig, clt: CLTConfig) -> None:
-    """Raise UserError when values of the loss do not go together, or not with the activation."""
+def check_loss(loss: LossConfig, clt: CLTConfig, n_layers: int | None = None) -> None:
+    """Raise UserError when values of the loss do not go together, or not with `clt`; n_layers as in `check_rule`."""
     for field in ("target_l0", "sparsity"):
         if clt.activation in BY_K and getattr(loss, field):
             raise UserError(
@@ -140,3 +140,5 @@ def check_loss(loss: LossConfig, clt: CLTConfig) -> None:
         )
     if loss.aux and loss.aux_k > clt.d_features:
         raise UserError(f"loss.aux_k is {loss.aux_k}; wanted at most clt.d_features={clt.d_features}")
+    if loss.target_l0 is not None and n_layers is not None and loss.target_l0 >= (most := n_layers * clt.d_features):
+        raise UserError(f"loss.target_l0 is {loss.target_l0:g}; wanted less than {most}, the features of all layers")

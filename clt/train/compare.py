@@ -26,8 +26,9 @@ from clt.lm.text import Window
 from clt.model.spec import Sites
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train.distributed import accumulate_in_float32
-from clt.train.evaluation import Evaluation, evaluate_activations, evaluate_replacement, heldout_windows
+from clt.train.evaluation import Evaluation, evaluate_activations
 from clt.train.optim import autocast_dtype
+from clt.train.replacement import evaluate_replacement, heldout_windows
 
 DENSE = 0.1
 """Share of the tokens above which a feature counts as dense."""

@@ -11,19 +11,18 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist  # noqa: TID251
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.device_mesh import init_device_mesh  # noqa: TID251
 
 from clt.errors import UserError
-from clt.model.loss import Coefficients
 
 
 class Axis(NamedTuple):
@@ -141,71 +140,11 @@ def shared_store(world: World) -> PrefixStore | None:
     return PrefixStore(f"clt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def data_parallel(objective: nn.Module, data: Axis) -> nn.Module:
-    """The objective in DDP, which sums gradients over the data axis; itself where that has one rank."""
-    if data.size == 1:
-        return objective
-    DDP = nn.parallel.DistributedDataParallel
-    # The statistics are the same everywhere: do not broadcast them each step (the public switch's name varies).
-    DDP._set_params_and_buffers_to_ignore_for_model(objective, [name for name, _ in objective.named_buffers()])
-    model = DDP(objective, process_group=data.group, gradient_as_bucket_view=True)
-    model.register_comm_hook(data.group, sum_bucket)
-    return model
-
-
-def settle_buckets(
-    model: nn.Module,
-    batch: Tensor,
-    coefficients: Coefficients,
-    autocast: AbstractContextManager[object],
-    dead: Tensor | None = None,
-) -> None:
-    """Run one backward pass, in which DDP fixes the order of its buckets, and clear the gradients."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        with autocast:
-            losses = model(batch, coefficients, dead=dead)
-        losses.total.backward()
-        model.zero_grad()
-
-
-def summed(model: nn.Module, last: bool) -> AbstractContextManager[object]:
-    """The context of a micro-batch: gradients accumulate locally, and DDP sums them over the ranks after the last."""
-    return nullcontext() if last or not isinstance(model, nn.parallel.DistributedDataParallel) else model.no_sync()
-
-
 def sum_bucket(group, bucket):
     """DDP's hook for a bucket of gradients: sum it over the ranks, without the default's pass that divides."""
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     assert work is not None  # this process belongs to the group
     return work.get_future().then(lambda done: done.value()[0])
-
-
-class GradientMemory:
-    """Reuses the memory of each parameter's gradient: under DDP, its slice of a bucket.
-
-    A gradient that is written there is not copied into the bucket.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
-        self.kept: dict[Tensor, Tensor] = {}
-
-    def __call__(self, parameter: Tensor) -> Tensor | None:
-        """The memory, already set as `.grad`. None in the first step, and when it was taken in this step before: return
-        the gradient to autograd then."""
-        memory = self.kept.pop(parameter, None)
-        if memory is not None:
-            # Autograd does not know of the write, and DDP's sum waits for the parameter's stream alone.
-            stream = torch.cuda.current_stream(memory.device) if memory.is_cuda else None
-            assert stream is None or stream == torch.cuda.default_stream(memory.device), "backward on another stream"
-            parameter.grad = memory
-        return memory
-
-    def clear(self) -> None:
-        """Clear the gradients, as `zero_grad` does, and keep their memory."""
-        self.kept = {parameter: parameter.grad for parameter in self.parameters if parameter.grad is not None}
-        for parameter in self.parameters:
-            parameter.grad = None
 
 
 def cleanup() -> None:

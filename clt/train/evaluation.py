@@ -1,42 +1,35 @@
-"""How good a transcoder is: on held-out activations, and in place of the language model's MLPs on held-out text.
+"""How good a transcoder is: on held-out activations, and (replacement.py) in place of the language model's MLPs.
 
-The functions work on this rank's share of the rows and sum over `data`, the ranks that hold the same shard of the
-transcoder, so every rank returns the global figures. They call `progress` after each batch.
+`evaluate_activations` and `evaluate_replacement` work on this rank's share of the rows and sum over `data`, the ranks
+that hold the same shard of the transcoder: each returns the global figures. They call `progress` after each batch.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from clt.config import Config
-from clt.data.check import check_model
+from clt.data.check import check_files, check_model
+from clt.data.index import STATISTICS
+from clt.data.statistics import Statistics
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
 from clt.files import or_null
 from clt.lm.fingerprint import pinned
-from clt.lm.load import load_language_model
-from clt.lm.replacement import ablated_logits, replaced_logits
-from clt.lm.text import windows
+from clt.lm.load import LanguageModel, load_language_model
 from clt.model.transcoder import CrossLayerTranscoder
-from clt.train.distributed import ALONE, Axis, World
+from clt.train import checkpoint
+from clt.train.distributed import ALONE, Axis, World, accumulate_in_float32
+from clt.train.optim import autocast_dtype
+from clt.train.replacement import Replace, evaluate_replacement, heldout_windows
+from clt.train.run import open_store
 
-if TYPE_CHECKING:
-    from clt.lm.load import LanguageModel
-    from clt.lm.text import Window
-
-Replace = Callable[["LanguageModel", CrossLayerTranscoder, Tensor, Tensor], Tensor]
-"""Logits (N, T, V) with every chosen MLP replaced: of a language model, a transcoder, token ids and `keep` (N, T)."""
-_LOGITS = 1 << 26  # at once, or those of one window: several float32 tensors are made of them
 _ROUNDING = 1e-12  # of a layer's sum of squares: SST is a difference in float64, which leaves no less than that
-_FLAT = 1e-6  # of a cross-entropy, which is made of float32 logits: a smaller effect of mean ablation is none
 
 
 class Evaluation(NamedTuple):
@@ -111,19 +104,33 @@ class Evaluator:
         return Evaluation(numbers, tensors)
 
 
-def heldout_windows(config: Config, lm: LanguageModel) -> list[Window]:
-    """The first windows of held-out text, `eval.replacement_tokens` in all (rounded up to whole windows).
+class SavedRun:
+    """A checkpoint of a run, and what evaluates it. Raises UserError when something is missing or does not fit."""
 
-    Raises UserError as `windows`, and when there is no next token to predict.
-    """
-    count = -(-config.eval.replacement_tokens // config.lm.context)
-    found = list(islice(windows(config.text, "heldout", lm, config.lm.context), count))
-    if not any((window.keep[:-1] & window.keep[1:]).any() for window in found):
-        raise UserError(
-            f"no window of lm.context={config.lm.context} held-out tokens has two neighbours that are not special "
-            "tokens, so there is nothing to predict: raise lm.context, or set eval.replacement_tokens=0"
-        )
-    return found
+    def __init__(self, config: Config, directory: Path, step: int) -> None:
+        self.config, self.directory, self.step = config, directory, step
+        accumulate_in_float32()  # as in training
+        world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        path = directory / "checkpoints" / f"step_{step:08d}"
+        self.transcoder = checkpoint.load_transcoder(path).to(world.device)
+        heldout = open_store(config, "heldout")
+        found = (heldout.index.n_layers, heldout.index.d_acts)
+        if found != (wanted := (self.transcoder.n_layers, self.transcoder.d_acts)):
+            raise UserError(
+                f"{heldout.path} holds activations of (L, D) = {found}, the checkpoint was trained on {wanted}; "
+                "extract the stores from the run's language model again"
+            )
+        if config.eval.replacement_tokens:
+            check_files(heldout.index, config)
+        # Of the training set only its mean outputs are wanted; its shards may be gone.
+        mean_output = Statistics.load(Path(config.data.store) / "train" / STATISTICS).target_mean
+        dtype = autocast_dtype(config.train.precision, world.device)
+        self.evaluator = Evaluator(config, heldout, mean_output, world, dtype)
+        self.last_fired = checkpoint.read_tensor(path, "last_fired").to(world.device)
+
+    def evaluate(self, transcoder: CrossLayerTranscoder, run: Replace | None = None) -> Evaluation:
+        """The figures of a transcoder of this run; run: as for `evaluate_replacement`."""
+        return self.evaluator(transcoder, self.last_fired, self.step, run=run)
 
 
 @torch.no_grad()
@@ -201,89 +208,6 @@ def _reconstruct(transcoder: CrossLayerTranscoder, x: Tensor, fired: Tensor) -> 
         fired[s] += (features > 0).sum(0)
         transcoder.write_layer(features, y, s)
     return transcoder.finish(y, x)
-
-
-@torch.no_grad()
-def evaluate_replacement(
-    lm: LanguageModel,
-    transcoder: CrossLayerTranscoder,
-    mean_output: Tensor,
-    windows: Sequence[Window],
-    *,
-    run: Replace | None = None,
-    data: Axis = ALONE,
-    progress: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """The language model with every chosen MLP replaced at once by the transcoder, attention live, on held-out text.
-
-    Predictions count where position and next token are both kept: position 0, special tokens and padding are masked
-    (and keep their original MLP outputs). Mean ablation writes mean_output (L, D) instead. `run` computes the replaced
-    logits (default: forward hooks). The language model is on the transcoder's device meanwhile.
-
-    top1_agreement: share of predictions whose most likely token is the original's; kl: KL(original || replaced) in
-    nats; ce_*: next-token cross-entropies in nats; ce_recovered = (ablated - replaced) / (ablated - original).
-    What has no value is nan or inf: KL where a token that the original may predict has a replaced logit of -inf,
-    cross-entropies where the next token has one, everything where logits are nan, and ce_recovered where mean ablation
-    changes nothing.
-    """
-    run = run or replaced_logits
-    sums = torch.zeros(6, dtype=torch.float64, device=transcoder.b_dec.device)
-    vocabulary = lm.model.config.get_text_config().vocab_size
-    batch = max(1, min(8, _LOGITS // (len(windows[0].tokens) * vocabulary)))
-    with _moved(lm, transcoder.b_dec.device):
-        for start in range(data.rank * batch, len(windows), data.size * batch):
-            sums += _replacement_sums(lm, transcoder, mean_output, windows[start : start + batch], run)
-            progress()
-    n, *values = data.sum(sums).tolist()
-    top1, original, replaced, ablated, kl = (value / n for value in values)
-    gap = ablated - original if abs(ablated - original) > _FLAT * original else math.nan
-    return {
-        "top1_agreement": math.nan if math.isnan(kl) else top1,  # the largest of logits that are nan means nothing
-        "kl": kl,
-        "ce_original": original,
-        "ce_replaced": replaced,
-        "ce_mean_ablated": ablated,
-        "ce_recovered": (ablated - replaced) / gap,
-        "replacement_tokens": n,
-    }
-
-
-@contextmanager
-def _moved(lm: LanguageModel, device: torch.device) -> Iterator[None]:
-    """The language model on `device` for a while: between evaluations, training needs that memory."""
-    home = lm.device
-    lm.model.to(device)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        lm.model.to(home)  # type: ignore[arg-type]
-
-
-def _replacement_sums(
-    lm: LanguageModel, transcoder: CrossLayerTranscoder, mean_output: Tensor, windows: Sequence[Window], run: Replace
-) -> Tensor:
-    """Sums over the predictions of some windows (6,): count, agreements, three cross-entropies, KL divergence."""
-    tokens = torch.from_numpy(np.stack([w.tokens for w in windows])).long().to(lm.device)
-    keep = torch.from_numpy(np.stack([w.keep for w in windows])).to(lm.device)
-    counted = (keep[:, :-1] & keep[:, 1:]).flatten()
-    targets = tokens[:, 1:].flatten()[counted]
-
-    def log_probabilities(logits: Tensor) -> Tensor:
-        return logits[:, :-1].flatten(0, 1)[counted].float().log_softmax(-1)  # (counted, V)
-
-    def cross_entropy(log_p: Tensor) -> Tensor:
-        return -log_p.gather(1, targets.unsqueeze(1)).double().sum()
-
-    ablated = cross_entropy(log_probabilities(ablated_logits(lm, mean_output, tokens, keep)))
-    original = log_probabilities(lm.model(input_ids=tokens, use_cache=False).logits)
-    replaced = log_probabilities(run(lm, transcoder, tokens, keep))
-    agreeing = (original.argmax(1) == replaced.argmax(1)).sum().double()
-    entropies = (cross_entropy(original), cross_entropy(replaced), ablated)
-    difference = replaced.neg_().add_(original)  # in place: these are the largest tensors of an evaluation
-    # 0 * log(0 / q) counts 0, also where q is 0: a masked vocabulary has logits of -inf.
-    probabilities = original.exp_()
-    divergence = (probabilities * difference).masked_fill_(probabilities == 0, 0).sum(-1).double().sum()
-    return torch.stack([counted.sum().double(), agreeing, *entropies, divergence])
 
 
 def dead_features(last_fired: Tensor, step: int, batch_tokens: int, window: int) -> Tensor:

@@ -8,10 +8,10 @@ import time
 import torch
 from torch import Tensor
 
-from clt.config import LossConfig
 from clt.files import or_null
-from clt.model.loss import TERMS, Coefficients, Losses, value_names
-from clt.model.spec import CLTConfig
+from clt.model.loss import Losses
+from clt.model.spec import CLTConfig, LossConfig
+from clt.model.terms import TERMS, Coefficients, value_names
 from clt.train.distributed import World
 from clt.train.source import StoreSource
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clt.config import OptimConfig
 from clt.errors import UserError
-from clt.model.loss import value_names
 from clt.model.rowadam import RowAdam
+from clt.model.terms import value_names
 from clt.model.transcoder import feature_dim
 from clt.train.distributed import World
+from clt.train.spec import OptimConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

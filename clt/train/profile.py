@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from clt.config import ProfileConfig
+from clt.train.spec import ProfileConfig
 
 
 @contextmanager

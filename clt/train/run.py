@@ -22,7 +22,7 @@ from clt.errors import UserError, mismatches, tell
 from clt.lm.shape import Shape, read_shape
 from clt.memory import free_memory
 from clt.model.loss import Objective
-from clt.model.spec import Sites, check_rule
+from clt.model.spec import Sites, check_loss, check_rule
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.parsing import to_yaml
 from clt.plan import Machine, shortage
@@ -101,9 +101,7 @@ def open_source(config: Config, world: World) -> tuple[StoreSource, DiscBuffer]:
             "delete the wrong one to extract it again, or set data.store to another directory"
         )
     check_rule(config.clt, source.index.n_layers)
-    features, wanted_l0 = source.index.n_layers * config.clt.d_features, config.loss.target_l0
-    if wanted_l0 is not None and wanted_l0 >= features:
-        raise UserError(f"loss.target_l0 is {wanted_l0:g}; wanted less than {features}, the features of all layers")
+    check_loss(config.loss, config.clt, source.index.n_layers)
     return source, heldout
 
 

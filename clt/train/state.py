@@ -14,13 +14,14 @@ from clt.model.spec import needs_dead
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import checkpoint
 from clt.train import distributed as dist
-from clt.train.checkpoint import Checkpoints
-from clt.train.distributed import GradientMemory, World
+from clt.train.ddp import GradientMemory
+from clt.train.distributed import World
 from clt.train.metrics import Speed
 from clt.train.optim import Update, check_finite, make_adam
 from clt.train.source import StoreSource
 from clt.train.steering import Steering
 from clt.train.switch import Switch
+from clt.train.writer import Checkpoints
 
 
 class TrainState:

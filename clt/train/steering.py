@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clt.config import LossConfig
+from clt.model.spec import LossConfig
 from clt.train.metrics import Metrics
 
 _GAIN = 15.0  # e-folds of lambda over a run, for each e-fold that L0 is above its curve

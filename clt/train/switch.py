@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from clt.config import TrainConfig
 from clt.errors import UserError
 from clt.model.loss import Objective
 from clt.train.distributed import World
 from clt.train.metrics import Metrics
+from clt.train.spec import TrainConfig
 
 _EVERY = 50  # steps between choices. Not those of the log, whose frequency must not change the numbers.
 _MOST = 100  # pairs a layer and token up to which the sparse step is taken: on paper, it costs the same at 165

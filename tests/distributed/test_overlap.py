@@ -12,7 +12,8 @@ from benchmarks import ranks
 from clt.model.loss import Objective
 from clt.model.spec import CLTConfig, LossConfig
 from clt.model.transcoder import CrossLayerTranscoder
-from clt.train.distributed import Axis, GradientMemory, sum_bucket
+from clt.train.ddp import GradientMemory
+from clt.train.distributed import Axis, sum_bucket
 
 B, L, D, F = 1024, 6, 64, 256
 

@@ -11,7 +11,7 @@ from clt.model.loss import Objective
 from clt.model.sparse import draw
 from clt.model.spec import LossConfig
 from clt.model.transcoder import feature_dim
-from clt.train.distributed import GradientMemory
+from clt.train.ddp import GradientMemory
 from tests.model.naive import B, F, L, batch, coefficients, make
 
 RULES = {

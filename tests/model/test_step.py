@@ -10,7 +10,7 @@ from clt.model.loss import Objective
 from clt.model.spec import LossConfig
 from clt.model.step import make_kernels, multiply_into
 from clt.model.transcoder import feature_dim
-from clt.train.distributed import GradientMemory
+from clt.train.ddp import GradientMemory
 from tests.model.naive import B, F, L, batch, coefficients, losses, make
 
 

@@ -18,9 +18,10 @@ from clt.errors import UserError
 from clt.model.loss import Objective
 from clt.model.spec import CLTConfig, LossConfig
 from clt.model.transcoder import CrossLayerTranscoder
-from clt.train import checkpoint, tensorfile
+from clt.train import checkpoint, tensorfile, writer
 from clt.train.distributed import World
 from clt.train.optim import Update
+from clt.train.writer import Checkpoints
 
 ALONE = World(0, 1, torch.device("cpu"))
 IDENTITY = {"config_hash": "abc", "data_hash": "def"}
@@ -51,7 +52,7 @@ def counters(fill=None, features=8):
 
 def save(directory, transcoder, optimizer, step=3, keep=2, keep_every=0):
     """One whole checkpoint; returns its path."""
-    with checkpoint.Checkpoints(directory, keep, keep_every, ALONE) as checkpoints:
+    with Checkpoints(directory, keep, keep_every, ALONE) as checkpoints:
         parts = checkpoint.parts(transcoder, optimizer, counters())
         checkpoints.begin(parts, transcoder.config, {"step": step, "busy_seconds": 1.5, "wandb_id": None, **IDENTITY})
         checkpoints.finish()
@@ -153,7 +154,7 @@ def test_a_checkpoint_is_a_pretrained_transcoder(tmp_path):
 def test_the_weights_may_change_while_they_are_written(tmp_path):
     transcoder, optimizer, step = trained()
     before = {key: value.clone() for key, value in transcoder.state_dict().items()}
-    with checkpoint.Checkpoints(tmp_path, 2, 0, ALONE) as checkpoints:
+    with Checkpoints(tmp_path, 2, 0, ALONE) as checkpoints:
         checkpoints.begin(checkpoint.parts(transcoder, optimizer, counters()), transcoder.config, {"step": 3})
         step(9)
         assert checkpoint.steps(tmp_path) == [], "without a name until it is whole"
@@ -192,7 +193,7 @@ def fake_cuda(monkeypatch):
 def test_a_gpu_copies_in_a_stream_of_its_own_that_the_next_update_waits_for(tmp_path, fake_cuda):
     transcoder, optimizer, _ = trained()
     calls, device = fake_cuda.calls, torch.device("cuda", 5)
-    with checkpoint.Checkpoints(tmp_path, 2, 0, World(0, 1, device)) as checkpoints:
+    with Checkpoints(tmp_path, 2, 0, World(0, 1, device)) as checkpoints:
         checkpoints.wait_for_copy()
         assert calls == [], "there is no copy yet"
         parts = checkpoint.parts(transcoder, optimizer, counters())
@@ -214,8 +215,8 @@ def test_a_gpu_copies_in_a_stream_of_its_own_that_the_next_update_waits_for(tmp_
 
 def test_the_update_of_the_next_step_waits_for_the_copy(train, monkeypatch):
     """In train_ddp.py: after each step's backward pass and before its weights change."""
-    calls, wait, update = [], checkpoint.Checkpoints.wait_for_copy, Update.__call__
-    monkeypatch.setattr(checkpoint.Checkpoints, "wait_for_copy", lambda self: (calls.append("wait"), wait(self))[1])
+    calls, wait, update = [], Checkpoints.wait_for_copy, Update.__call__
+    monkeypatch.setattr(Checkpoints, "wait_for_copy", lambda self: (calls.append("wait"), wait(self))[1])
     monkeypatch.setattr(Update, "__call__", lambda *arguments: (calls.append("update"), update(*arguments))[1])
     train("train.steps=3", "eval.replacement_tokens=0")
     assert calls == ["wait", "update"] * 3
@@ -238,7 +239,7 @@ def test_half_of_a_deleted_checkpoint_is_none(tmp_path, monkeypatch):
         (directory / "state.json").unlink(missing_ok=True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    monkeypatch.setattr(writer.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, transcoder, optimizer, 6, keep=1)
     monkeypatch.undo()

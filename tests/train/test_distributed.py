@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from clt.errors import UserError
-from clt.train import distributed
+from clt.train import ddp, distributed
 
 
 @pytest.mark.parametrize(("count", "found"), [(1, "1 GPU,"), (4, "4 GPUs,")])
@@ -69,7 +69,7 @@ def test_a_gradient_is_only_written_in_the_stream_that_ddp_waits_for(monkeypatch
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     parameter = Mock(grad=None)  # can be a key
-    memory = distributed.GradientMemory([])
+    memory = ddp.GradientMemory([])
     memory.kept = {parameter: SimpleNamespace(is_cuda=True, device="cuda:0")}
     if stream == "default":
         assert memory(parameter) is parameter.grad

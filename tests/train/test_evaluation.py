@@ -16,7 +16,7 @@ from clt.lm.load import LanguageModel, load_language_model
 from clt.lm.replacement import replaced_logits, run_with_mlps
 from clt.model.spec import CLTConfig
 from clt.model.transcoder import CrossLayerTranscoder
-from clt.train import evaluation
+from clt.train import replacement
 from clt.train.distributed import World
 from clt.train.evaluation import (
     Evaluator,
@@ -164,7 +164,7 @@ def naive_replacement(lm, windows, replaced, ablated):
 def test_replacement_against_a_loop_over_positions(base_config, stores, lm, transcoder, monkeypatch, at_once):
     windows = heldout_windows(base_config, lm)
     mean, parts = DiscBuffer(stores / "train").statistics.target_mean, []
-    monkeypatch.setattr(evaluation, "_LOGITS", at_once * base_config.lm.context * lm.model.config.vocab_size)
+    monkeypatch.setattr(replacement, "_LOGITS", at_once * base_config.lm.context * lm.model.config.vocab_size)
     result = evaluate_replacement(lm, transcoder, mean, windows, progress=lambda: parts.append(1))
     assert len(parts) == -(-len(windows) // min(at_once, 8))
     tokens = torch.from_numpy(np.stack([w.tokens for w in windows])).long()

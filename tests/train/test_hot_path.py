@@ -44,13 +44,12 @@ def test_no_step_reads_a_tensor(train, precision):
 
     once = reads(10, 100)
     assert reads(20, 100) - once == {"distributed.py:result": 10}
-    assert (reads(10, 1) - once)["train_ddp.py:main"] >= 9, "logging reads, and is seen to"
+    assert (reads(10, 1) - once)["train_ddp.py:log_values"] >= 9, "logging reads, and is seen to"
 
 
 PROBE = """
 import ctypes, json, resource, sys
 import train_ddp
-from clt import memory
 from clt.config import load_config
 from clt.train.logger import Logger
 
@@ -67,7 +66,7 @@ def probe(logger, finished):
 
 Logger.step = probe
 if sys.argv[1] == "without":
-    memory.keep_freed_memory = lambda: None
+    train_ddp.keep_freed_memory = lambda: None
 config = load_config(sys.argv[2], sys.argv[3:])
 train_ddp.main(config, prepare=False)
 open(f"{config.run.dir}/faults.json", "w").write(json.dumps(faults))

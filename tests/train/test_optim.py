@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clt.config import OptimConfig
-from clt.model.loss import value_names
+from clt.model.terms import value_names
 from clt.train.optim import NEVER, Update, autocast_dtype, learning_rate
 
 
