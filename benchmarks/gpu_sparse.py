@@ -11,7 +11,7 @@ from benchmarks import machine, step, throughput
 from benchmarks.gpu_checks import Found, device_of
 from benchmarks.gpu_costs import measure
 from clt.config import load_config
-from clt.model.kernels import AdamSteps, RowGradient, Rows, kernels_for
+from clt.model.kernels import AdamSteps, DecoderRows, RowGradient, kernels_for
 from clt.model.transcoder import unsharded
 from clt.train.metrics import coefficients
 from clt.train.optim import Update, make_adam
@@ -141,8 +141,8 @@ def _moved(kind: str, precision: str, F: int, batches: Tensor, rehearsal: bool) 
     dtype, config = machine.PRECISIONS[precision], load_config(None, ["train.kernels=sparse", f"optim.decoder={kind}"])
     model = step.objective(F, batches[0], "clt.activation=topk", "clt.k=2", "loss.sparsity=0", "train.compile=false")
     named = {name: p for name, p in model.transcoder.named_parameters() if p.requires_grad}
-    adam, model.rows = make_adam(named, config.optim, len(batches), dtype)
-    update = Update(adam, named, 1.0, unsharded, floor=0.01, fp16=False, stop=True, rows=model.rows)
+    adam, model.row_adam = make_adam(named, config.optim, len(batches), dtype)
+    update = Update(adam, named, 1.0, unsharded, floor=0.01, fp16=False, stop=True, row_adam=model.row_adam)
     model.capacity = 2 * batches.shape[1]
     before = torch.cat([weight.detach().flatten() for weight in model.transcoder.W_dec])
     for number, batch in enumerate(batches):
@@ -155,8 +155,8 @@ def _moved(kind: str, precision: str, F: int, batches: Tensor, rehearsal: bool) 
         update(number + 1, config.optim.lr, torch.stack([*losses.values.values()]))
     if not rehearsal:
         torch.cuda.set_sync_debug_mode("default")
-    if model.rows is not None:
-        model.rows.flush()
+    if model.row_adam is not None:
+        model.row_adam.catch_up()
     return torch.cat([weight.detach().flatten() for weight in model.transcoder.W_dec]) - before
 
 
@@ -166,7 +166,7 @@ def adam_rows(rehearsal: bool) -> Found:
     weight, norms = torch.randn(shape, device=device), torch.zeros(shape[0], device=device)
     moments, through_norm = (torch.zeros_like(weight), torch.zeros_like(weight)), torch.zeros_like(norms)
     last = torch.zeros(shape[0], dtype=torch.int32, device=device)
-    rows = Rows(weight, *moments, norms, torch.empty_like(weight, dtype=torch.bfloat16), last)
+    rows = DecoderRows(weight, *moments, norms, torch.empty_like(weight, dtype=torch.bfloat16), last)
     one, no = torch.ones((), device=device), torch.zeros((), dtype=torch.bool, device=device)
     gradient = RowGradient(torch.randn_like(weight), through_norm, one, no)
     steps = AdamSteps(one.int(), torch.ones(2, 2, device=device), (0.9, 0.999), 1e-8)

@@ -109,8 +109,8 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
     model: nn.Module = Textbook(ours) if textbook else ours
     named = {name.removeprefix("transcoder."): p for name, p in model.named_parameters() if p.requires_grad}
     weights = list(named.values())
-    optimizer, rows = make_adam(named, config.optim, 10**5, dtype)
-    ours.rows = rows
+    optimizer, row_adam = make_adam(named, config.optim, 10**5, dtype)
+    ours.row_adam = row_adam
     memory = ours.gradient_memory = GradientMemory(ours.parameters())
     del ours
     terms, sparsity = coefficients(1, 1, config.loss), config.loss.sparsity
@@ -124,7 +124,7 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
             floor=0.01,
             fp16=dtype == torch.float16,
             stop=True,
-            rows=rows,
+            row_adam=row_adam,
         )
 
         def step(batch: Tensor) -> None:

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clt.model.error import SquaredError, Target
 from clt.model.rowadam import RowAdam
 from clt.model.sparse import SparseEncode, SparseWrite, count, draw, needed, select
 from clt.model.spec import LossConfig
-from clt.model.step import Encode, Skip, SquaredError, Step, Target, Write, make_kernels, reads_transposed
+from clt.model.step import Encode, Skip, Step, Write, make_kernels, reads_transposed
 from clt.model.terms import TERMS, Batch, Coefficients
 from clt.model.topk import Layer, batch_threshold, token_thresholds
 from clt.model.transcoder import CrossLayerTranscoder, unsharded
@@ -41,7 +42,7 @@ class Written(NamedTuple):
     products: tuple[Tensor, ...]  # as in Batch; none of the sparse step
     sums: list[list[Tensor]]  # by layer, as `Write` returns them
     threshold: Tensor  # as in Losses
-    found: Tensor | None  # (L, 2): of the pairs, as in Lists
+    found: Tensor | None  # (L, 2): pairs that fire, and others that are near their threshold
 
 
 class SumOverShards(torch.autograd.Function):
@@ -83,7 +84,7 @@ class Objective(nn.Module):
         self.sampling: int | None = None  # with the number of the step: pairs that do not fire are sampled to fit
         self.gradient_memory: Callable[[Tensor], Tensor | None] = lambda parameter: None  # autograd makes it
         self.sum_ranks: Callable[[Tensor], Tensor] = unsharded  # in place, over all ranks, for `batchtopk`
-        self.rows: RowAdam | None = None  # what updates W_dec, where it is not torch's Adam
+        self.row_adam: RowAdam | None = None  # what updates W_dec, where it is not torch's Adam
         # As the transcoder's `sum_shards`, but only begins, and returns what waits: for y~ of a layer while the next
         # ones are computed. None where there is nothing to gain.
         self.begin_sum: Callable[[Tensor], Callable[[], object]] | None = None
@@ -106,10 +107,10 @@ class Objective(nn.Module):
         with torch.autocast(device, enabled=False):
             x = self.kernels.normalized(norm, activations, dtype)
             with torch.no_grad():  # the gradient through a norm is part of Write's
-                if self.rows is None:
+                if self.row_adam is None:
                     decoders, norms = list(clt.W_dec), [clt.norm(layer) for layer in range(L)]
                 else:
-                    decoders, norms = self.rows.read(all_rows=self.capacity is None)
+                    decoders, norms = self.row_adam.read(all_rows=self.capacity is None)
             # The kernels that look for pairs go by features.
             tokens_first = reads_transposed(x) and self.capacity is None and not self.count_pairs
             step = Step(
@@ -146,7 +147,7 @@ class Objective(nn.Module):
         sums, begun = [], []
         weights = zip(products, clt.b_enc.unbind(), by_layer, clt.W_dec)  # type: ignore[arg-type]
         for s, of_layer in enumerate(weights):
-            row_sums = None if self.rows is None else self.rows.sums[s]
+            row_sums = None if self.row_adam is None else self.row_adam.sums[s]
             y, *sums_of_layer = Write.apply(y, *of_layer, features, s, step, row_sums)  # type: ignore[misc]
             sums.append(sums_of_layer)
             # Nothing reads, saves or writes y~ of this layer until `wait_for`: no other layer's Write does.
@@ -168,18 +169,18 @@ class Objective(nn.Module):
         threshold, by_layer = self._thresholds(products, step.norms, k)  # type: ignore[arg-type]
         with torch.no_grad():
             layers = list(zip(products, clt.b_enc.unbind(), by_layer, step.norms))  # type: ignore[arg-type]
-            if self.rows is not None and self.rows.stale:
-                self.rows.catch_up([count(*of_layer, step).any(0) for of_layer in layers])
-            lists = []
+            counts, lists = [count(*of_layer, step) for of_layer in layers], []
+            if self.row_adam is not None:  # before `select`, which reads the norms
+                self.row_adam.catch_up([of_layer.any(0) for of_layer in counts])
             for s, of_layer in enumerate(layers):
                 sample = None if self.sampling is None else draw(self.sampling, s)
-                lists.append(select(*of_layer, step, capacity, sample))
-            found = torch.stack([of_layer.found for of_layer in lists])
+                lists.append(select(*of_layer, step, counts[s], capacity, sample))
+            found = torch.stack([of_layer.sum(1) for of_layer in counts])
             too_many = needed(found, self.sampling is not None).max() > capacity
             spoiled = torch.where(too_many, torch.nan, clt.b_dec.new_zeros(()))
             del products, layers  # the largest tensors of the step
-        if self.rows is not None:  # the gradient through norms is in W_dec's, and DDP waits for one to each parameter
-            spoiled = spoiled + 0 * torch.stack([*self.rows.sums]).sum()
+        if self.row_adam is not None:  # W_dec's gradient holds that through norms; DDP waits for one to each parameter
+            spoiled = spoiled + 0 * torch.stack([*self.row_adam.sums]).sum()
         values = SparseEncode.apply(x, clt.W_enc, lists, step)
         y, sums = torch.zeros_like(x, dtype=clt.b_dec.dtype), []
         for s, of_layer in enumerate(zip(values, clt.b_enc.unbind(), by_layer, clt.W_dec, lists)):  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from clt.model.kernels import AdamSteps, RowGradient, Rows, kernels_for
+from clt.model.kernels import AdamSteps, DecoderRows, RowGradient, kernels_for
 
 
 class RowAdam(nn.Module):
@@ -20,7 +20,7 @@ class RowAdam(nn.Module):
         ||g + t p||^2 = ||g||^2 + 2 t <g, p> + t^2 ||p||^2                       for the norm that clips
 
     Lazy: a row whose gradient is zero is left as it is, and takes the steps that it has missed, one by one, before it
-    is read. It then has the same bits. Data ranks may differ in which rows are behind; after `flush`, no row is.
+    is read: it catches up. It then has the same bits. Data ranks may differ in which rows are behind.
     """
 
     def __init__(
@@ -35,7 +35,8 @@ class RowAdam(nn.Module):
         """weights: W_dec of all layers; optimizer: of the other parameters, whose `state` is to hold the moments;
         steps: how many there will be at most; dtype: of the matrix products."""
         super().__init__()
-        self.weights, self.state, self.lazy, self.stale = list(weights), optimizer.state, lazy, False
+        self.weights, self.state, self.lazy = list(weights), optimizer.state, lazy
+        self.behind = False  # whether a row may be
         group, device = optimizer.param_groups[0], weights[0].device
         self.betas, self.eps = group["betas"], group["eps"]
         features = [len(weight) for weight in weights]
@@ -47,39 +48,42 @@ class RowAdam(nn.Module):
         for weight in self.weights:
             moments = {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")}
             self.state[weight] = {"step": torch.zeros((), device=device), **moments}
-        self.renew()
+        self.take_in()
 
     @torch.no_grad()
-    def renew(self) -> None:
-        """Take in weights and moments that were changed from outside, all of which are up to date."""
-        self.stale = False
+    def take_in(self) -> None:
+        """Compute norms and copies of weights that were changed from outside. No row is behind then."""
+        self.behind = False
         for s, last in enumerate(self.last):
             last.copy_(self._taken())
-            kernels_for(last.device).replay_rows(self._rows(s), self._steps(), torch.ones_like(last, dtype=torch.bool))
+            every = torch.ones_like(last, dtype=torch.bool)
+            kernels_for(last.device).catch_up_rows(self._rows(s), self._steps(), every)
 
     @torch.no_grad()
     def read(self, *, all_rows: bool) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """W_dec (F, T, D) in the products' dtype, and the rows' norms (F,), by layer.
 
-        Without `all_rows` they may be stale: call `catch_up` for the rows that are used.
+        Without `all_rows` they may be behind: call `catch_up` for the rows that are used.
         """
         if all_rows:
-            self.flush()
+            self.catch_up()
         copies = [weight if narrow is None else narrow for weight, narrow in zip(self.weights, self.narrow)]
         return copies, self.norms
 
     @torch.no_grad()
-    def catch_up(self, wanted: Sequence[Tensor]) -> None:
-        """Have the wanted rows (F,) bool of each layer take the steps that they have missed."""
-        for s, of_layer in enumerate(wanted):
-            behind = of_layer & (self.last[s] != self._taken())
-            kernels_for(behind.device).replay_rows(self._rows(s), self._steps(), behind)
+    def catch_up(self, wanted: Sequence[Tensor] | None = None) -> None:
+        """Have all rows, or the wanted ones (F,) bool of each layer, take the steps that they have missed.
 
-    def flush(self) -> None:
-        """Have all rows take the steps that they have missed."""
-        if self.stale:
-            self.catch_up([torch.ones_like(last, dtype=torch.bool) for last in self.last])
-        self.stale = False
+        Once all have, this changes no weight until the next `update`.
+        """
+        if not self.behind:
+            return
+        for s, last in enumerate(self.last):
+            behind = last != self._taken()
+            if wanted is not None:
+                behind &= wanted[s]
+            kernels_for(last.device).catch_up_rows(self._rows(s), self._steps(), behind)
+        self.behind = wanted is not None
 
     @torch.no_grad()
     def square_through_norms(self) -> Tensor:
@@ -106,7 +110,7 @@ class RowAdam(nn.Module):
             kernels_for(weight.device).adam_rows(self._rows(s), self._steps(number), gradient, self.lazy)
         for weight in self.weights:
             self.state[weight]["step"] += ~skip
-        self.stale = self.lazy
+        self.behind = self.lazy
 
     def _taken(self) -> Tensor:
         """How many steps were taken, () int32."""
@@ -115,6 +119,6 @@ class RowAdam(nn.Module):
     def _steps(self, newest: Tensor | None = None) -> AdamSteps:
         return AdamSteps(self._taken() if newest is None else newest, self.sizes, self.betas, self.eps)
 
-    def _rows(self, s: int) -> Rows:
+    def _rows(self, s: int) -> DecoderRows:
         weight, state = self.weights[s].detach(), self.state[self.weights[s]]
-        return Rows(weight, state["exp_avg"], state["exp_avg_sq"], self.norms[s], self.narrow[s], self.last[s])
+        return DecoderRows(weight, state["exp_avg"], state["exp_avg_sq"], self.norms[s], self.narrow[s], self.last[s])

@@ -23,21 +23,28 @@ from clt.model.step import NO_NORM, Step
 
 
 def count(product: Tensor, bias: Tensor, threshold: Tensor, norm: Tensor, step: Step) -> Tensor:
-    """How many pairs of each feature fire, and how many others `select` finds, (2, F)."""
+    """How many pairs of each feature fire, and how many others are near their threshold, (2, F)."""
     rule = _rule(threshold, norm, step.clt)
     return kernels_for(product.device).count(product, bias, *rule)
 
 
 def select(
-    product: Tensor, bias: Tensor, threshold: Tensor, norm: Tensor, step: Step, capacity: int, sample: int | None
+    product: Tensor,
+    bias: Tensor,
+    threshold: Tensor,
+    norm: Tensor,
+    step: Step,
+    counts: Tensor,
+    capacity: int,
+    sample: int | None,
 ) -> Lists:
-    """The pairs of one layer: product (F, B); bias, norm (F,); threshold broadcasts against (F, B).
+    """The pairs of one layer: product (F, B); bias, norm (F,); threshold broadcasts against (F, B); counts of `count`.
 
     sample: of `draw`, where the pairs that do not fire are to be a sample that fits.
     """
     limit, of_token, bandwidth = _rule(threshold, norm, step.clt)
     kernels, scale = kernels_for(product.device), step.loss.sparsity_scale * norm
-    return kernels.select(product, bias, limit, of_token, scale, bandwidth, capacity, sample)
+    return kernels.select(product, bias, limit, of_token, scale, bandwidth, counts, capacity, sample)
 
 
 def draw(number: int, layer: int) -> int:
@@ -46,7 +53,7 @@ def draw(number: int, layer: int) -> int:
 
 
 def needed(found: Tensor, sampled: bool) -> Tensor:
-    """Pairs that must have room, (..), of those found (.., 2), as in Lists."""
+    """Pairs that must have room, (..), of those found (.., 2): that fire, and others that are near their threshold."""
     fired, others = found.unbind(-1)
     return fired + (others.clamp_max(1) if sampled else others)
 

@@ -1,4 +1,4 @@
-"""A training step of all layers, forward and backward: encode, then write, then the squared error.
+"""A training step of all layers, forward and backward: encode, then write. clt/model/error.py has the error.
 
     product_s = x~_s @ W_enc[s]                                    Encode, all layers
     theta_s   by the activation's rule                             activations.theta, topk
@@ -23,20 +23,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clt.model.activations import gate, gate_gradients
+from clt.model.error import mean_squares, mean_squares_gradient, remainder, sum_over_tokens
 from clt.model.normalization import Normalization
 from clt.model.spec import CLTConfig, LossConfig
 from clt.model.topk import count_above, maxima, scores_and_maxima
 
 NO_NORM = 1e-30  # a decoder row that is shorter counts as zero
-
-
-class Target(NamedTuple):
-    """What y~ should be, and how the error is measured."""
-
-    activations: Tensor  # (B, 2, L, D) as they are stored, whose second half is the target
-    mean: Tensor  # (L, D)
-    sd: Tensor  # (L, 1) or (L, D)
-    unit: Tensor | None  # of the error, (L, 1) or (L, D) normalised target units; None: 1
 
 
 def normalized(norm: Normalization, activations: Tensor, dtype: torch.dtype) -> Tensor:
@@ -69,35 +61,6 @@ def gate_into(features: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor
 def add_scaled_rows(out: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> None:
     """out (F, T, D) = x (F, T, D) + weight (F, T, D) * scale (F, 1, 1), in out's dtype."""
     torch.addcmul(x, weight, scale, out=out)
-
-
-def mean_squares(y: Tensor, b_dec: Tensor, target: Target) -> Tensor:
-    """The mean square of the error per layer, (L,): of y~ (B, L, D) and b_dec (L, D)."""
-    return _error(y, b_dec, target).square().mean(2).mean(0)
-
-
-def mean_squares_gradient(y: Tensor, b_dec: Tensor, target: Target, grad: Tensor) -> Tensor:
-    """The gradient to y~ (B, L, D), in its dtype, of that to the mean squares (L,)."""
-    error = _error(y, b_dec, target)
-    if target.unit is not None:
-        error = error * target.unit
-    # Contiguous, as `Write` flattens it, also where y~ is laid out by layers.
-    return (error * (grad * (2 / (y.shape[0] * y.shape[2]))).unsqueeze(1)).to(y.dtype).contiguous()
-
-
-def remainder(y: Tensor, b_dec: Tensor, target: Target) -> Tensor:
-    """What y~ (B, L, D) and b_dec leave of the target, in units of the error, (B, L, D) in b_dec's dtype."""
-    return -_error(y, b_dec, target)
-
-
-def sum_over_tokens(grad_y: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad_y (B, L, D) -> the gradient to b_dec (L, D)."""
-    return grad_y.sum(0, dtype=dtype)
-
-
-def _error(y: Tensor, b_dec: Tensor, target: Target) -> Tensor:
-    error = y + b_dec - (target.activations[:, 1].to(b_dec.dtype) - target.mean) / target.sd
-    return error if target.unit is None else error * target.unit
 
 
 def make_kernels(compile: bool) -> SimpleNamespace:
@@ -232,11 +195,14 @@ class Write(torch.autograd.Function):
             memory = step.gradient_memory(ctx.weight)
             grad_W_dec = torch.empty_like(W_dec) if memory is None else memory
             weight = W_dec.detach()  # a parameter's sizes count as fixed: each layer would have its own kernel compiled
-            through_features = (grad.features @ written).view_as(weight)
-            if apart:
-                grad_W_dec.copy_(through_features)
+            if apart and weight.dtype == written.dtype:
+                torch.mm(grad.features, written, out=grad_W_dec.flatten(1))
+                grad_sums = torch.stack([through_norm, grad.dots])
+            elif apart:
+                grad_W_dec.copy_((grad.features @ written).view_as(weight))
                 grad_sums = torch.stack([through_norm, grad.dots])
             else:
+                through_features = (grad.features @ written).view_as(weight)
                 step.kernels.add_scaled_rows(grad_W_dec, through_features, weight, through_norm.view(-1, 1, 1))
             grad_W_dec = grad_W_dec if memory is None else None
         grad_theta = grad.threshold.view_as(theta) if ctx.needs_input_grad[3] else None
@@ -283,19 +249,3 @@ class Skip(torch.autograd.Function):
         for out, of_layer, grad in zip(grad_W_skip, x.unbind(1), grad_y.unbind(1)):
             out.copy_(ctx.step.left_factor(of_layer) @ grad.to(x.dtype))
         return grad_y, None, grad_W_skip if memory is None else None, None
-
-
-class SquaredError(torch.autograd.Function):
-    """`mean_squares`. The error itself, in float32 the largest tensor of a step, is computed again, not kept."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, b_dec: Tensor, target: Target, kernels: SimpleNamespace) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(y, b_dec, *target)
-        ctx.kernels = kernels
-        return kernels.mean_squares(y, b_dec, target)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        y, b_dec, *target = ctx.saved_tensors
-        grad_y = ctx.kernels.mean_squares_gradient(y, b_dec, Target(*target), grad)
-        return grad_y, ctx.kernels.sum_over_tokens(grad_y, b_dec.dtype), None, None

@@ -44,11 +44,19 @@ def make_adam(
 ) -> tuple[torch.optim.Adam, RowAdam | None]:
     """The optimizer of a run of so many steps, and what updates W_dec in its place, whose moments it holds too.
 
-    dtype: of the matrix products.
+    parameters: the transcoder's, by name, frozen ones too; dtype: of the matrix products. Raises UserError when
+    RowAdam would have W_dec of some layers to update, but not of all.
     """
     beta1, beta2 = config.betas
-    decoders = [p for name, p in parameters.items() if name.startswith("W_dec.") and config.decoder != "torch"]
-    others = [p for name, p in parameters.items() if not (decoders and name.startswith("W_dec."))]
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    decoders = [p for name, p in trained.items() if name.startswith("W_dec.") and config.decoder != "torch"]
+    frozen = [name for name in parameters if name.startswith("W_dec.") and name not in trained]
+    if decoders and frozen:
+        raise UserError(
+            f"optim.decoder is {config.decoder} but {', '.join(frozen)} is frozen, and other layers' W_dec is trained; "
+            "wanted W_dec trained in all layers or in none, or optim.decoder=torch"
+        )
+    others = [p for name, p in trained.items() if not (decoders and name.startswith("W_dec."))]
     adam = torch.optim.Adam(others, config.lr, (beta1, beta2), config.eps, fused=True)
     if not decoders:
         return adam, None
@@ -82,17 +90,17 @@ class Update:
         floor: float,
         fp16: bool,
         stop: bool,
-        rows: RowAdam | None = None,
+        row_adam: RowAdam | None = None,
     ) -> None:
         """parameters: the transcoder's, by name; sum_shards: sums a tensor over the feature shards, in place; floor:
-        the least value of learned thresholds; rows: updates W_dec, which `optimizer` then has no part in."""
+        the least value of learned thresholds; row_adam: updates W_dec, which `optimizer` then has no part in."""
         self.names = [f"train_{name}" for name in value_names()] + ["grad_norm"]
         self.sharded = [p for name, p in parameters.items() if feature_dim(name) is not None]
         self.replicated = [p for name, p in parameters.items() if feature_dim(name) is None]
         self.threshold, self.floor = parameters.get("threshold"), floor  # jumprelu alone learns it
         self.b_dec = parameters["b_dec"]
         self.optimizer, self.clip_norm, self.sum_shards = optimizer, clip_norm, sum_shards
-        self.fp16, self.stop, self.rows, device = fp16, stop, rows, self.sharded[0].device
+        self.fp16, self.stop, self.row_adam, device = fp16, stop, row_adam, self.sharded[0].device
         self.scale = torch.tensor(2.0**16 if fp16 else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -111,8 +119,8 @@ class Update:
         all ranks: the step is left out, and is no failure.
         """
         own = _square_norm(self.sharded)
-        if self.rows is not None:
-            own = (own + self.rows.square_through_norms()).clamp_min(0)
+        if self.row_adam is not None:
+            own = (own + self.row_adam.square_through_norms()).clamp_min(0)
         squares, lost = self.sum_shards(torch.stack([own, self._lost_loss().to(own.dtype)]))
         scaled = (squares + _square_norm(self.replicated)).sqrt()
         norm = scaled / self.scale
@@ -127,8 +135,8 @@ class Update:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         clip = torch.ones_like(norm) if self.clip_norm is None else (norm / self.clip_norm).clamp_min(1)
-        if self.rows is not None:
-            self.rows.update(lr, skip, self.scale * clip)
+        if self.row_adam is not None:
+            self.row_adam.update(lr, skip, self.scale * clip)
         if self.fp16:
             self._adam(skip, self.scale * clip)
         else:

@@ -32,17 +32,18 @@ class TrainState:
         self.world, self.transcoder = world, objective.transcoder
         self.step = self.saved = 0
         self.busy_seconds, self.wandb_id = 0.0, None
-        named = {name: p for name, p in self.transcoder.named_parameters() if p.requires_grad}
-        self.optimizer, self.rows = make_adam(named, config.optim, config.train.steps, dtype)
-        objective.rows = self.rows
-        own = [] if self.rows is None else self.rows.parameters()
+        parameters = dict(self.transcoder.named_parameters())
+        named = {name: p for name, p in parameters.items() if p.requires_grad}
+        self.optimizer, self.row_adam = make_adam(parameters, config.optim, config.train.steps, dtype)
+        objective.row_adam = self.row_adam
+        own = [] if self.row_adam is None else self.row_adam.parameters()
         self.gradients = objective.gradient_memory = GradientMemory([*named.values(), *own])
         objective.sum_ranks = world.everyone.sum
         # CPUs compute with the cores that gloo adds up with.
         objective.begin_sum = world.feature.begin_sum if world.device.type == "cuda" else None
-        rules = {"floor": objective.transcoder.threshold_floor, "fp16": dtype == torch.float16}
-        stop, clip_norm = config.train.nonfinite == "stop", config.optim.clip_norm
-        self.update = Update(self.optimizer, named, clip_norm, world.feature.sum, stop=stop, rows=self.rows, **rules)
+        rules: dict[str, Any] = {"floor": objective.transcoder.threshold_floor, "fp16": dtype == torch.float16}
+        rules |= {"stop": config.train.nonfinite == "stop", "row_adam": self.row_adam}
+        self.update = Update(self.optimizer, named, config.optim.clip_norm, world.feature.sum, **rules)
         shape = (self.transcoder.n_layers, self.transcoder.d_features)
         self.window = None  # in steps
         if needs_dead(config.loss) and config.loss.dead_window is not None:
@@ -64,8 +65,8 @@ class TrainState:
 
     def up_to_date(self) -> CrossLayerTranscoder:
         """The transcoder, whose decoder rows have taken all steps: for whatever reads it beside a step."""
-        if self.rows is not None:
-            self.rows.flush()
+        if self.row_adam is not None:
+            self.row_adam.catch_up()
         return self.transcoder
 
     def save(self, checkpoints: Checkpoints, source: StoreSource, speed: Speed, identity: dict[str, Any]) -> None:
@@ -77,6 +78,8 @@ class TrainState:
         self.busy_seconds = speed.busy_until(self.step)
         self.saved, data = self.step, self.world.data
         tensors = self._tensors() | {"last_fired": data.max(self.last_fired.clone())}
+        # Brought up to date, decoder rows stay as they are until the next update, which waits for the copy. The forward
+        # pass before it does not wait, and would change a row that is behind.
         parts = checkpoint.parts(self.up_to_date(), self.optimizer, tensors, (data.rank, data.size))
         counters = {"step": self.step, "busy_seconds": self.busy_seconds, "wandb_id": self.wandb_id}
         more = {"world_size": self.world.size, **identity, **source.position()}
@@ -94,8 +97,8 @@ class TrainState:
         path, tensors = directory / f"step_{newest:08d}", self._tensors()
         dist.on_rank_zero(self.world, checkpoint.verify, path, checkpoint.MODEL, checkpoint.TRAINING)
         state = checkpoint.restore(path, self.transcoder, self.optimizer, tensors, identity)
-        if self.rows is not None:
-            self.rows.renew()
+        if self.row_adam is not None:
+            self.row_adam.take_in()
         self.step = self.saved = state["step"]
         self.busy_seconds, self.wandb_id = state["busy_seconds"], state["wandb_id"]
         return state

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clt.model.kernels import AdamSteps, RowGradient, Rows, by_token, gpu
+from clt.model.kernels import AdamSteps, DecoderRows, RowGradient, by_token, gpu
 
 TYPES = {
     torch.float32: "*fp32",
@@ -81,8 +81,12 @@ def resources(cubin: bytes) -> dict[str, int]:
 def layer(narrow: torch.dtype) -> None:
     """The launches of one layer, forward and backward, by JumpReLU; and the selection by TopK in fp32."""
     of_features, product = torch.empty(F), torch.empty(F, B, dtype=narrow)
-    gpu.select(product.float(), of_features, of_features, torch.empty(B), of_features, None, 100 * B, None)
-    lists = gpu.select(product, of_features, of_features, None, of_features, 1.0, 100 * B, 12345)
+    for by_topk in (True, False):
+        products, of_token = (product.float(), torch.empty(B)) if by_topk else (product, None)
+        of_layer = (products, of_features, of_features, of_token)
+        bandwidth, sample = (None, None) if by_topk else (1.0, 12345)
+        counts = gpu.count(*of_layer, bandwidth)
+        lists = gpu.select(*of_layer, of_features, bandwidth, counts, 100 * B, sample)
     W_dec, y = torch.empty(F, T, D), torch.empty(B, T, D)
     gpu.decode(y, W_dec, by_token(lists, B))
     written, x = torch.empty(B, T * D, dtype=narrow), torch.empty(B, T, D, dtype=narrow)[:, 0]
@@ -90,10 +94,10 @@ def layer(narrow: torch.dtype) -> None:
     grad = gpu.pair_gradients(lists, dots, of_features, torch.empty(()), True)
     gpu.encoder_gradient(torch.empty(D, F), x, lists, grad.pre)
     last, skip = torch.empty(F, dtype=torch.int32), torch.empty((), dtype=torch.bool)
-    rows = Rows(W_dec, W_dec, W_dec, of_features, torch.empty(F, T, D, dtype=narrow), last)
+    rows = DecoderRows(W_dec, W_dec, W_dec, of_features, torch.empty(F, T, D, dtype=narrow), last)
     steps = AdamSteps(torch.empty((), dtype=torch.int32), torch.empty(2000, 2), (0.9, 0.999), 1e-8)
     gpu.adam_rows(rows, steps, RowGradient(W_dec, of_features, torch.empty(()), skip), lazy=True)
-    gpu.replay_rows(rows, steps, last > 0)
+    gpu.catch_up_rows(rows, steps, last > 0)
 
 
 def main() -> None:

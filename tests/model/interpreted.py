@@ -6,7 +6,7 @@ TRITON_INTERPRET=1 python -m pytest tests/model/interpreted.py
 import pytest
 import torch
 
-from clt.model.kernels import AdamSteps, RowGradient, Rows, by_token, gpu, reference
+from clt.model.kernels import AdamSteps, DecoderRows, RowGradient, by_token, gpu, reference, sampling
 from tests.model.test_kernels import sizes
 
 F, B, T, D = 18, 50, 2, 20
@@ -48,7 +48,9 @@ def lists_of(kernels, rule, capacity=F * B, sample=None):
     product, bias, limit, norm = inputs()
     of_tokens, bandwidth = RULES[rule]
     of_token, limit = (torch.rand(B), norm) if of_tokens else (None, limit)
-    return kernels.select(product, bias, limit, of_token, 0.7 * norm, bandwidth, capacity, sample)
+    of_layer = (product, bias, limit, of_token)
+    counts = kernels.count(*of_layer, bandwidth)
+    return counts, kernels.select(*of_layer, 0.7 * norm, bandwidth, counts, capacity, sample)
 
 
 def assert_close(found, wanted):
@@ -58,10 +60,11 @@ def assert_close(found, wanted):
 @pytest.mark.parametrize("rule", RULES)
 def test_select(rule):
     torch.manual_seed(1)
-    found, wanted = (lists_of(kernels, rule) for kernels in (gpu, reference))
+    (counts, found), (of_reference, wanted) = (lists_of(kernels, rule) for kernels in (gpu, reference))
     count = len(wanted.tokens)
-    assert found.found.sum() == count > 50
-    for name in ("found", "offsets", "penalty", "shrink", "active"):
+    assert torch.equal(counts, of_reference.int())
+    assert counts.sum() == count > 50
+    for name in ("offsets", "penalty", "shrink", "active"):
         assert_close(getattr(found, name), getattr(wanted, name))
     for name in ("tokens", "features", "values", "through"):
         mine = getattr(found, name)
@@ -71,27 +74,28 @@ def test_select(rule):
 
 def test_pairs_beyond_the_capacity_are_left_out():
     torch.manual_seed(1)
-    found, wanted = (lists_of(kernels, "jumprelu", capacity=41) for kernels in (gpu, reference))
-    for name, of_found in found._asdict().items():  # sums and counts are of all pairs
+    (_, found), (_, wanted) = (lists_of(kernels, "jumprelu", capacity=41) for kernels in (gpu, reference))
+    for name, of_found in found._asdict().items():  # sums are of all pairs
         assert_close(of_found, getattr(wanted, name))
 
 
 def test_a_sample_of_the_pairs_that_do_not_fire():
     """Over all places where it may begin, each pair is listed as often as it should be, and none beyond the room."""
-    exact = lists_of(reference, "jumprelu")
-    fired, others = exact.found.tolist()
-    room, every = 7, -(-others // 7)
+    counts, exact = lists_of(reference, "jumprelu")
+    fired, others = counts.sum(1).tolist()
+    room = 7
+    every = int(sampling(counts.sum(1), fired + room, 0, B)[0])
     assert others > 3 * room
     sums = torch.zeros(2, F, B)
     for first in range(every):
         of_sample = ("jumprelu", fired + room, -(-first * 2**24 // every))
-        wanted = lists_of(reference, *of_sample)
+        _, wanted = lists_of(reference, *of_sample)
         count = int(wanted.offsets[-1])
         assert fired <= count <= fired + room
         sums[0].index_put_((wanted.features.long(), wanted.tokens.long()), wanted.through / every, accumulate=True)
         if first % 8 == 3:  # the interpreter takes a second
-            found = lists_of(gpu, *of_sample)
-            for name in ("found", "offsets", "penalty", "shrink", "active"):
+            _, found = lists_of(gpu, *of_sample)
+            for name in ("offsets", "penalty", "shrink", "active"):
                 assert_close(getattr(found, name), getattr(wanted, name))
             for name in ("tokens", "features", "values", "through"):
                 assert_close(getattr(found, name)[:count], getattr(wanted, name))
@@ -106,14 +110,14 @@ def weights():
 
 def rows_of(weight):
     copy, last = torch.full_like(weight, NAN, dtype=torch.float16), torch.zeros(F, dtype=torch.int32)
-    return Rows(weight, torch.zeros_like(weight), torch.zeros_like(weight), torch.full((F,), NAN), copy, last)
+    return DecoderRows(weight, torch.zeros_like(weight), torch.zeros_like(weight), torch.full((F,), NAN), copy, last)
 
 
 @pytest.fixture
 def pairs():
     """The reference's, in room for more, as the kernels see them: what lies beyond is nan or out of range."""
     torch.manual_seed(1)
-    exact = lists_of(reference, "jumprelu")
+    _, exact = lists_of(reference, "jumprelu")
     more = 64
 
     def room(tensor, value):
@@ -191,7 +195,7 @@ def test_adam_rows():
         return AdamSteps(torch.tensor(number, dtype=torch.int32), table, (0.9, 0.99), 1e-8)
 
     for each, kernels in ((found, gpu), (wanted, reference), (at_once, gpu)):
-        kernels.replay_rows(each, steps(0), every)  # fills norms and copies
+        kernels.catch_up_rows(each, steps(0), every)  # fills norms and copies
     for number, skip in ((1, False), (2, True), (2, False), (3, False), (4, False)):
         torch.manual_seed(number + skip)
         grad, through = torch.randn(F, T, D), torch.randn(F)
@@ -206,7 +210,7 @@ def test_adam_rows():
         assert all(torch.equal(a, b) for a, b in zip(found, before)) == skip
         assert found.last.min() < number - skip
         assert at_once.last.eq(number - skip).all()
-    gpu.replay_rows(found, steps(4), every)
+    gpu.catch_up_rows(found, steps(4), every)
     assert all(torch.equal(a, b) for a, b in zip(found, at_once))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clt.model.kernels import AdamSteps, RowGradient, Rows, reference
+from clt.model.kernels import AdamSteps, DecoderRows, RowGradient, reference
 
 ROOT = Path(__file__).parent.parent.parent
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -54,7 +54,8 @@ def sizes(steps, lr, betas, dtype):
 def rows_of(weight, narrow):
     zeros = torch.zeros_like(weight)
     last = torch.zeros(len(weight), dtype=torch.int32)
-    return Rows(weight.detach().clone(), zeros, zeros.clone(), weight.flatten(1).norm(dim=1), zeros.to(narrow), last)
+    weight, norms = weight.detach().clone(), weight.detach().flatten(1).norm(dim=1)
+    return DecoderRows(weight, zeros, zeros.clone(), norms, zeros.to(narrow), last)
 
 
 @pytest.mark.parametrize("clip", [None, 0.1])
@@ -97,7 +98,7 @@ def test_lazy_rows_are_those_of_torch_after_200_steps():
         through[7], grad[7] = float(fires[7]), 0
         steps = AdamSteps(torch.tensor(number, dtype=torch.int32), table, betas, 1e-8)
         read = fires | (torch.rand(F) < torch.tensor([0, 0.3, 0, 0, 0, 0, 0, 0]))
-        reference.replay_rows(rows, steps._replace(newest=steps.newest - 1), read)
+        reference.catch_up_rows(rows, steps._replace(newest=steps.newest - 1), read)
         assert torch.equal(rows.weight[read], at_once.weight[read])
         assert torch.equal(rows.norms[read], at_once.norms[read])
         weight.grad = grad + weight.detach() * through.view(-1, 1, 1)
@@ -107,7 +108,7 @@ def test_lazy_rows_are_those_of_torch_after_200_steps():
             reference.adam_rows(each, steps, gradient, lazy)
         behind = torch.maximum(behind, number - rows.last.min())
     assert behind == 199
-    reference.replay_rows(rows, steps, torch.ones(F, dtype=torch.bool))
+    reference.catch_up_rows(rows, steps, torch.ones(F, dtype=torch.bool))
     for found, wanted in zip(rows, at_once):
         assert torch.equal(found, wanted)
     assert (rows.weight - weight).abs().max() < 2.4e-7

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from clt.model import loss as loss_module
+from clt.model.kernels import sampling
 from clt.model.loss import Objective
 from clt.model.sparse import draw
 from clt.model.spec import LossConfig
@@ -108,7 +109,7 @@ def test_sampled_pairs_give_the_exact_gradients_on_average(through_pre, monkeypa
     dense = step(clt, batch(), None, loss, count_pairs=True, sampling=0)
     fired, others = dense[0].needed - 1, dense[0].listed - dense[0].needed + 1
     capacity = int(fired.max()) + 3
-    every = [math.ceil(o / (capacity - f)) for f, o in zip(fired.tolist(), others.tolist())]
+    every = [int(sampling(torch.stack(found), capacity, 0, B)[0]) for found in zip(fired, others)]
     assert max(every) > 3
     assert capacity < dense[0].listed.max()
     samples, sums = math.lcm(*every), {name: torch.zeros_like(gradient) for name, gradient in dense[1].items()}
@@ -121,6 +122,16 @@ def test_sampled_pairs_give_the_exact_gradients_on_average(through_pre, monkeypa
             sums[name] += gradient / samples
         assert (gradients["threshold"] - dense[1]["threshold"]).norm() > 1e-3 * gradients["threshold"].norm()
     assert_same((losses, sums), dense)
+
+
+@pytest.mark.parametrize("tokens", [1, 11, 4000, 4096, 2 * 3 * 5 * 7 * 11 * 13 * 17 * 19])
+def test_samples_have_no_period_in_common_with_tokens(tokens):
+    """The smallest one with which the pairs that are listed have room."""
+    for near in (1, 13, 40, 41, 997, 12_000):
+        every, first = sampling(torch.tensor([5, near]), 25, 2**24 - 1, tokens)
+        least = math.ceil(near / 20)
+        assert int(every) == next(n for n in range(least, 10 * near) if math.gcd(n, tokens) == 1)
+        assert first == every - 1
 
 
 def test_a_sample_that_has_no_room_makes_the_loss_nan():

@@ -5,12 +5,14 @@ import threading
 import pytest
 import torch
 
+from clt.config import OptimConfig
 from clt.model import loss as loss_module
 from clt.model.loss import Objective
 from clt.model.spec import LossConfig
 from clt.model.step import make_kernels, multiply_into
 from clt.model.transcoder import feature_dim
 from clt.train.ddp import GradientMemory
+from clt.train.optim import make_adam
 from tests.model.naive import B, F, L, batch, coefficients, losses, make
 
 
@@ -32,20 +34,32 @@ def test_gradients_of_everything_but_the_threshold(options):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_the_compiled_step_in_bf16_is_the_eager_one():
-    """From a float16 store, twice: the second step writes the decoder's gradients where the first one's were."""
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_compiled_step_in_bf16_is_the_eager_one(monkeypatch, on_gpu):
+    """From a float16 store, twice: the second step writes the decoder's gradients where the first one's were.
+
+    on_gpu: laid out as there, with the decoder's own Adam; compiled is then what only such a step calls.
+    """
+    monkeypatch.setattr(loss_module, "reads_transposed", lambda x: on_gpu)
     data, gradients = batch().half(), []
     for compile in (False, True):
         clt = make(skip=True).float()
         loss = LossConfig(pre_activation=0.1)
-        objective = Objective(clt, loss, compile=compile)
-        memory = objective.gradient_memory = GradientMemory(clt.parameters())
+        objective = Objective(clt, loss, compile=compile and not on_gpu)
+        if on_gpu:
+            named, config = dict(clt.named_parameters()), OptimConfig(decoder="fused")
+            objective.row_adam = make_adam(named, config, 1, torch.bfloat16)[1]
+        if on_gpu and compile:
+            for name in ("gate_into", "gate_gradients"):
+                setattr(objective.kernels, name, getattr(make_kernels(True), name))
+        memory = objective.gradient_memory = GradientMemory(objective.parameters())
         for _ in range(2):
             memory.clear()
             with torch.autocast("cpu", torch.bfloat16):
                 total = objective(data, coefficients(loss)).total
             total.backward()
-        gradients.append({name: p.grad for name, p in clt.named_parameters()})
+        gradients.append({name: p.grad for name, p in objective.named_parameters()})
+    assert ("row_adam.sums.0" in gradients[0]) == on_gpu
     for name, eager in gradients[0].items():
         error = (gradients[1][name] - eager).norm() / eager.norm()
         assert error < torch.finfo(torch.bfloat16).eps, f"{name}: relative difference {error:.2e}"

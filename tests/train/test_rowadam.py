@@ -18,6 +18,7 @@ from clt.model.spec import LossConfig
 from clt.train import checkpoint, switch
 from clt.train.logger import read_metrics
 from clt.train.optim import make_adam
+from clt.train.state import TrainState
 from tests.model.naive import B, F, batch, coefficients, make
 
 SHORT = ["eval.replacement_tokens=0", "log.every=1", "checkpoint.keep=99"]
@@ -32,11 +33,11 @@ def training(decoder, steps, capacity, dtype=torch.float64, **rule):
     loss = LossConfig(sparsity_scale=0.7)
     objective = Objective(make(**rule).to(dtype), loss)
     named = dict(objective.transcoder.named_parameters())
-    adam, objective.rows = make_adam(named, OptimConfig(decoder=decoder), steps, dtype)
+    adam, objective.row_adam = make_adam(named, OptimConfig(decoder=decoder), steps, dtype)
     others = torch.optim.Adam(adam.param_groups[0]["params"], eps=1e-8)
 
     def step(lr, *data, skip=False):
-        objective.capacity, rows = capacity, objective.rows
+        objective.capacity, rows = capacity, objective.row_adam
         objective.zero_grad()
         for part in data:
             (objective(part.to(dtype), coefficients(loss, 0.3)).total / len(data)).backward()
@@ -68,13 +69,26 @@ def test_it_is_torchs_adam_in_float64(capacity):
     for objective, _ in runs:
         with torch.no_grad():
             objective.transcoder.W_dec[1][2] = 0
-        if objective.rows is not None:
-            objective.rows.renew()
+        if objective.row_adam is not None:
+            objective.row_adam.take_in()
     for number in range(1, 7):
         norms = [step(1e-2 / number, batch(number), batch(9 + number), skip=number == 3) for _, step in runs]
         torch.testing.assert_close(*norms, rtol=1e-11, atol=0)
         assert norms[0] > 0.3, "it clips"
         assert_close(runs[1][0], runs[0][0], rtol=1e-9, atol=1e-11)
+
+
+def test_decoders_are_all_trained_or_all_frozen():
+    """W_dec of the layers is told apart by its number. What is frozen is not updated."""
+    named = dict(make().named_parameters())
+    named["W_dec.1"].requires_grad_(False)
+    with pytest.raises(UserError, match=r"optim\.decoder is fused but W_dec\.1 is frozen, .*optim\.decoder=torch"):
+        make_adam(named, OptimConfig(decoder="fused"), 3, torch.float64)
+    for name, parameter in named.items():
+        parameter.requires_grad_(not name.startswith("W_dec."))
+    adam, row_adam = make_adam(named, OptimConfig(decoder="fused"), 3, torch.float64)
+    assert row_adam is None
+    assert len(adam.param_groups[0]["params"]) == sum(p.requires_grad for p in named.values())
 
 
 def state(run_dir, step=10):
@@ -107,22 +121,34 @@ def test_a_run_comes_to_the_weights_of_torchs_adam(train, precision):
 
 
 def test_a_lazy_run_has_the_same_bits(train, tmp_path, monkeypatch, often):
-    """With evaluations and checkpoints between; also when it resumes, from a dense step and from a sparse one."""
+    """With evaluations and checkpoints between; also when it resumes, from a dense step and from a sparse one.
+
+    A checkpoint is copied while the next forward pass runs, which so must not change a row.
+    """
     options, behind = [*SPARSE, "train.precision=bf16", "train.accumulate=2", "eval.every=4"], []
     fused = train(*options, "optim.decoder=fused", "checkpoint.every=0")
-    replay = reference.replay_rows
+    catch_up = reference.catch_up_rows
 
     def watched(rows, steps, wanted):
         behind.append(int((steps.newest - rows.last)[wanted].max()) if wanted.any() else 0)
-        replay(rows, steps, wanted)
+        assert saving or not (every_step_is_saved and behind[-1])
+        catch_up(rows, steps, wanted)
 
-    monkeypatch.setattr(reference, "replay_rows", watched)
+    def watched_save(*arguments):
+        saving.append(True)
+        save(*arguments)
+        saving.pop()
+
+    saving, save, every_step_is_saved = [], TrainState.save, False
+    monkeypatch.setattr(TrainState, "save", watched_save)
+    monkeypatch.setattr(reference, "catch_up_rows", watched)
     options += ["optim.decoder=lazy", "checkpoint.every=1"]
     lazy = train(*options[:-1], "checkpoint.every=0")
     assert max(behind) == 4, "some features do not fire from one evaluation to the next"
     assert_same(state(lazy.dir), state(fused.dir))
     evaluations = [[line for line in run.metrics if "eval_fve" in line] for run in (lazy, fused)]
     assert evaluations[0] == evaluations[1]
+    every_step_is_saved = True
     saved = train(*options, f"run.dir={tmp_path / 'whole'}")
     assert_same(state(saved.dir), state(fused.dir))
     for step in (2, 7):

@@ -1,7 +1,7 @@
 """What the sparse step computes besides the encoder's products, on lists of the features that fire.
 
 `reference` is torch, and the CPU's path; `gpu` launches the Triton kernels of `lists`, `rows` and `adam`. Both have the
-same functions, of the same arguments.
+same functions, of the same arguments. Two of these are Adam on the decoder's rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 class Lists(NamedTuple):
     """The (feature, token) pairs of one layer that a step needs: those that fire, and those near their threshold.
 
-    They are ordered by feature, then by token. Arrays have room for C pairs, of which the first offsets[F] count.
+    They are ordered by feature, then by token. Arrays have room for C pairs, of which the first offsets[F] count. Pairs
+    beyond C are left out.
     """
 
     offsets: Tensor  # (F + 1,) int32: the pairs of feature f are offsets[f] .. offsets[f + 1] - 1
@@ -29,7 +30,6 @@ class Lists(NamedTuple):
     penalty: Tensor  # (F,): the sum over tokens of tanh(scale * a)
     shrink: Tensor  # (F,): the sum over tokens of (1 - tanh(scale * a)^2) * a
     active: Tensor  # (F,): for how many tokens each feature fires
-    found: Tensor  # (2,) int64: pairs that fire, and others that are near their threshold. Beyond C, they are left out
 
 
 class ByToken(NamedTuple):
@@ -48,7 +48,7 @@ class PairGradients(NamedTuple):
     threshold: Tensor
 
 
-class Rows(NamedTuple):
+class DecoderRows(NamedTuple):
     """One layer's decoder, its moments, and what is kept of it for the next step."""
 
     weight: Tensor  # (F, T, D)
@@ -77,18 +77,24 @@ class RowGradient(NamedTuple):
     skip: Tensor  # () bool: leave everything as it is
 
 
-def sampling(found: Tensor, capacity: int, sample: int | None) -> tuple[Tensor, Tensor]:
+def sampling(found: Tensor, capacity: int, sample: int | None, tokens: int) -> tuple[Tensor, Tensor]:
     """Of the pairs near their threshold that do not fire, the n-th is listed if (n + first) % every == 0, n = 0, 1, ..
 
     Returns every and first, () int64. Pairs that fire are always listed, and the others share what room they leave.
+    `every` has no factor in common with the number of tokens: else, of features that are near their threshold for all
+    tokens, the same tokens would be listed.
+
     sample: in [0, 2^24), as a fraction of `every`: over all of its values, each pair is listed once in `every` times.
-    None lists all. found: as in Lists.
+    None lists all. found (2,) int64: pairs that fire, and others that are near their threshold.
     """
     fired, near = found.unbind()
     if sample is None:
         return torch.ones_like(near), torch.zeros_like(near)
     room = (capacity - fired).clamp_min(1)
-    every = ((near + room - 1) // room).clamp_min(1)
+    # Of 40 numbers in a row, one at least has no factor in common with a number below 2^32 (Jacobsthal's function).
+    candidates = ((near + room - 1) // room).clamp_min(1) + torch.arange(40, device=near.device)
+    shared = torch.gcd(candidates, torch.full_like(candidates, tokens)) > 1
+    every = torch.where(shared, candidates[-1], candidates).min()
     return every, sample * every >> 24
 
 

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from clt.model.kernels import AdamSteps, ByToken, Lists, PairGradients, RowGradient, Rows, sampling
+from clt.model.kernels import AdamSteps, ByToken, DecoderRows, Lists, PairGradients, RowGradient, sampling
 from clt.model.kernels.adam import adam_rows as adam_kernel
 from clt.model.kernels.lists import count_pairs, fill_pairs, gate_pairs
 from clt.model.kernels.rows import add_pieces, add_rows
@@ -51,21 +51,21 @@ def select(
     of_token: Tensor | None,
     scale: Tensor,
     bandwidth: float | None,
+    counts: Tensor,
     capacity: int,
     sample: int | None,
 ) -> Lists:
     """As the reference's. product's rows may lie apart, but its tokens are contiguous."""
     F, device = len(bias), product.device
     assert sample is None or product.numel() < 2**31, "the kernel numbers pairs by 32 bits"
-    fired, others = count(product, bias, limit, of_token, bandwidth)
-    found = torch.stack([fired.sum(), others.sum()])
-    every, first = sampling(found, capacity, sample)
+    fired, others = counts
+    every, first = sampling(counts.sum(1), capacity, sample, product.shape[1])
     # From `number` on, a feature's other pairs are numbered. Of these, the multiples of `every` are listed.
     number = others.cumsum(0) - others + first
-    counts = fired + (number + others + every - 1) // every - (number + every - 1) // every
-    ends = counts.cumsum(0)
+    listed = fired + (number + others + every - 1) // every - (number + every - 1) // every
+    ends = listed.cumsum(0)
     # A count of pairs above 2^31 is beyond every capacity, but must not wrap around.
-    firsts = (ends - counts).clamp_max(2**30).int()
+    firsts = (ends - listed).clamp_max(2**30).int()
     numbers, every = (number % every).int(), every.int()
     whole = partial(torch.empty, capacity, device=device)
     tokens, features = whole(dtype=torch.int32), whole(dtype=torch.int32)
@@ -77,7 +77,7 @@ def select(
     inputs, sizes, shape = _launch(product, bias, limit, of_token, bandwidth)
     fill_pairs[(F,)](*inputs, scale, firsts, numbers, every, *lists, *sizes, capacity, **shape)
     offsets = torch.cat([ends.new_zeros(1), ends]).clamp_max(capacity).int()
-    return Lists(offsets, tokens, features, values, through, penalty, shrink, active, found)
+    return Lists(offsets, tokens, features, values, through, penalty, shrink, active)
 
 
 def decode(y: Tensor, W_dec: Tensor, pairs: ByToken) -> None:
@@ -119,18 +119,18 @@ def encoder_gradient(out: Tensor, x: Tensor, lists: Lists, grad_pre: Tensor) -> 
     out.copy_(by_feature.t())
 
 
-def adam_rows(rows: Rows, steps: AdamSteps, gradient: RowGradient, lazy: bool) -> None:
+def adam_rows(rows: DecoderRows, steps: AdamSteps, gradient: RowGradient, lazy: bool) -> None:
     """As the reference's; all of float32 and contiguous but the narrow copy's dtype."""
     _adam(rows, steps, gradient, None, lazy=lazy)
 
 
-def replay_rows(rows: Rows, steps: AdamSteps, wanted: Tensor) -> None:
+def catch_up_rows(rows: DecoderRows, steps: AdamSteps, wanted: Tensor) -> None:
     """As the reference's."""
     _adam(rows, steps, None, wanted)
 
 
 def _adam(
-    rows: Rows, steps: AdamSteps, gradient: RowGradient | None, wanted: Tensor | None, *, lazy: bool = False
+    rows: DecoderRows, steps: AdamSteps, gradient: RowGradient | None, wanted: Tensor | None, *, lazy: bool = False
 ) -> None:
     weight = _rows(rows.weight)
     wanted = rows.last if wanted is None else wanted.int()

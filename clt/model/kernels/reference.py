@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, pad
 
-from clt.model.kernels import AdamSteps, ByToken, Lists, PairGradients, RowGradient, Rows, sampling
+from clt.model.kernels import AdamSteps, ByToken, DecoderRows, Lists, PairGradients, RowGradient, sampling
+
+CACHED = 2**18  # numbers of a tensor that a thread updates at once: few enough for a processor's cache
 
 
 def count(product: Tensor, bias: Tensor, limit: Tensor, of_token: Tensor | None, bandwidth: float | None) -> Tensor:
@@ -22,18 +26,18 @@ def select(
     of_token: Tensor | None,
     scale: Tensor,
     bandwidth: float | None,
+    counts: Tensor,
     capacity: int,
     sample: int | None,
 ) -> Lists:
     """The pairs of product (F, B) and bias (F,) above theta; with a bandwidth, also those near it, or a `sampling`.
 
-    theta is limit (F,), or of_token (B,) / limit. The penalty is of scale (F,) * a. A nan counts as firing, so that it
-    reaches the loss.
+    theta is limit (F,), or of_token (B,) / limit. The penalty is of scale (F,) * a. counts: what `count` found, (2, F).
+    A nan counts as firing, so that it reaches the loss.
     """
     z, on, near = _look(product, bias, limit, of_token, bandwidth)
     others = near & ~on
-    found = torch.stack([on.sum(), others.sum()])
-    every, first = sampling(found, capacity, sample)
+    every, first = sampling(counts.sum(1), capacity, sample, product.shape[1])
     if sample is not None:
         others &= (others.flatten().cumsum(0).view_as(others) - 1 + first) % every == 0
     features, tokens = (on | others).nonzero(as_tuple=True)
@@ -49,7 +53,7 @@ def select(
     if bandwidth is not None:
         stands_for = torch.where(on[features, tokens], 1, every)
         through = near[features, tokens] * (limit / bandwidth)[features] * stands_for
-    return Lists(offsets, tokens.int(), features.int(), values[:capacity], through, penalty, shrink, active, found)
+    return Lists(offsets, tokens.int(), features.int(), values[:capacity], through, penalty, shrink, active)
 
 
 def decode(y: Tensor, W_dec: Tensor, pairs: ByToken) -> None:
@@ -90,51 +94,81 @@ def encoder_gradient(out: Tensor, x: Tensor, lists: Lists, grad_pre: Tensor) -> 
     out.copy_(_bags(lists.tokens, x.to(out.dtype), lists.offsets, grad_pre).t())
 
 
-def adam_rows(rows: Rows, steps: AdamSteps, gradient: RowGradient, lazy: bool) -> None:
+def adam_rows(rows: DecoderRows, steps: AdamSteps, gradient: RowGradient, lazy: bool) -> None:
     """The newest step of Adam (arXiv 1412.6980) on decoder rows, in place, after those that a row has missed.
 
-    lazy: rows whose gradient is zero miss this one, too. Also renews what the next step reads: norms, narrow copy.
+    lazy: rows whose gradient is zero miss this one, too. Also computes what the next step reads: norms, narrow copy.
     """
     if gradient.skip:
         return
-    through, newest = gradient.through_norm.view(-1, 1, 1), int(steps.newest)
     moved = torch.ones_like(rows.last, dtype=torch.bool)
     if lazy:
         moved = (gradient.grad.flatten(1) != 0).any(1) | (gradient.through_norm != 0)
-    _replay(rows, steps, moved, newest - 1)
-    _move(rows, steps, moved, newest, (gradient.grad + rows.weight * through) / gradient.divisor)
-    _renew(rows, moved, newest)
+    _update(rows, steps, moved, gradient)
 
 
-def replay_rows(rows: Rows, steps: AdamSteps, wanted: Tensor) -> None:
-    """Bring the wanted rows (F,) bool up to date: all steps that they have missed, with a gradient of zero."""
-    _replay(rows, steps, wanted, int(steps.newest))
-    _renew(rows, wanted, int(steps.newest))
+def catch_up_rows(rows: DecoderRows, steps: AdamSteps, wanted: Tensor) -> None:
+    """Have the wanted rows (F,) bool take all steps that they have missed, with a gradient of zero."""
+    _update(rows, steps, wanted, None)
 
 
-def _replay(rows: Rows, steps: AdamSteps, wanted: Tensor, until: int) -> None:
-    first = int(rows.last[wanted].min()) + 1 if wanted.any() else until + 1
-    for number in range(first, until + 1):
-        _move(rows, steps, wanted & (rows.last < number), number)
+def _update(rows: DecoderRows, steps: AdamSteps, wanted: Tensor, gradient: RowGradient | None) -> None:
+    """Bring the wanted rows up to date; with a gradient, it is that of the newest step."""
+    newest, width = int(steps.newest), rows.weight[0].numel()
+    missed = newest if gradient is None else newest - 1
+    count = min(len(wanted), max(1, CACHED * torch.get_num_threads() // width))
+    for chosen in _parts(rows.last, wanted, count):
+        weight, mean, square = taken = [_take(tensor, chosen) for tensor in rows[:3]]
+        last = rows.last[chosen]
+        for number in range(int(last[0]) + 1, missed + 1):
+            behind = int((last < number).sum())
+            _step(steps, number, *(tensor[:behind] for tensor in taken), torch.zeros_like(weight[:behind]))
+        if gradient is not None:
+            grad = weight * gradient.through_norm[chosen].unsqueeze(1)
+            grad = grad.add_(_take(gradient.grad, chosen)).div_(gradient.divisor)
+            _step(steps, newest, weight, mean, square, grad)
+        weight, mean, square = (tensor[:, :width].contiguous() for tensor in taken)
+        if isinstance(chosen, Tensor) or width % 16:  # else they are views
+            for tensor, changed in zip(rows, (weight, mean, square)):
+                tensor.flatten(1)[chosen] = changed
+        rows.norms[chosen] = _norms(weight, count)
+        rows.last[chosen] = newest
+        if rows.narrow is not None:
+            rows.narrow.flatten(1)[chosen] = weight.to(rows.narrow.dtype)
 
 
-def _move(rows: Rows, steps: AdamSteps, which: Tensor, number: int, grad: Tensor | None = None) -> None:
-    # Each operation rounds by itself, so that the bits do not depend on which other rows are moved.
-    (keep_mean, keep_square), (size, correction) = steps.betas, steps.sizes[number]
-    weight, mean, square = (tensor[which] for tensor in (rows.weight, rows.mean, rows.square))
-    g = torch.zeros_like(weight) if grad is None else grad[which]
-    mean = mean * keep_mean + g * (1 - keep_mean)
-    square = square * keep_square + g * g * (1 - keep_square)
-    rows.mean[which], rows.square[which] = mean, square
-    rows.weight[which] = weight - size * mean / (square.sqrt() * correction + steps.eps)
+def _parts(last: Tensor, wanted: Tensor, count: int) -> Iterator[slice | Tensor]:
+    """The wanted rows, at most `count` at once, those first that have missed most steps."""
+    if wanted.all() and (last == last[0]).all():
+        yield from (slice(start, start + count) for start in range(0, len(last), count))
+    elif wanted.any():
+        chosen = wanted.nonzero().squeeze(1)
+        yield from chosen[last[chosen].argsort()].split(count)
 
 
-def _renew(rows: Rows, which: Tensor, number: int) -> None:
-    norms = torch.linalg.vector_norm(rows.weight.flatten(1), dim=1)
-    rows.norms.copy_(torch.where(which, norms, rows.norms))
-    rows.last.masked_fill_(which, number)
-    if rows.narrow is not None:
-        rows.narrow.copy_(torch.where(which.view(-1, 1, 1), rows.weight.to(rows.narrow.dtype), rows.narrow))
+def _take(tensor: Tensor, chosen: slice | Tensor) -> Tensor:
+    """Rows of a tensor (F, T, D) as (n, N): N is a multiple of 16, so that none of them is at the end of a vector.
+
+    There, a processor rounds otherwise, and bits would depend on which rows are taken together.
+    """
+    taken = tensor.flatten(1)[chosen]
+    return taken if taken.shape[1] % 16 == 0 else pad(taken, (0, -taken.shape[1] % 16))
+
+
+def _norms(weight: Tensor, count: int) -> Tensor:
+    """The norms (n,) of rows (n, N). Zeros fill up to `count` rows: torch may add up a row otherwise among fewer."""
+    of_rows = weight if len(weight) == count else pad(weight, (0, 0, 0, count - len(weight)))
+    return torch.linalg.vector_norm(of_rows, dim=1)[: len(weight)]
+
+
+def _step(steps: AdamSteps, number: int, weight: Tensor, mean: Tensor, square: Tensor, grad: Tensor) -> None:
+    """Torch's own step of Adam."""
+    beta1, beta2 = steps.betas
+    lr = steps.sizes[number, 0].item() * (1 - beta1**number)
+    torch._fused_adam_(
+        [weight], [grad], [mean], [square], [], [torch.tensor(float(number))], lr=lr, beta1=beta1, beta2=beta2,
+        weight_decay=0.0, eps=steps.eps, amsgrad=False, maximize=False,
+    )  # fmt: skip
 
 
 def _look(
