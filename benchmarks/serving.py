@@ -121,16 +121,12 @@ class Server:
         status = [Path(f"/proc/{pid}/status").read_text() for pid in pids]
         return sum(int(text.split("RssAnon:")[1].split()[0]) for text in status) / 1024
 
-    def start_clients(self, count: int, seconds: float) -> list[subprocess.Popen[str]]:
-        """So many clients, of the server's own checkout, that read at the same time for some seconds."""
-        command = [sys.executable, "-c", READ, self.client.url, str(BATCH)]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        clients = [subprocess.Popen(command, cwd=self.root, env=self.environment, **pipes) for _ in range(count)]
-        for client in clients:
-            client.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
-        begin = time.monotonic() + 0.5
-        for client in clients:
-            print(begin, begin + seconds, file=client.stdin, flush=True)
+    def start_clients(self, count: int, seconds: float) -> subprocess.Popen[str]:
+        """So many clients, of the server's own checkout, that have begun to read, for some seconds from soon on."""
+        command = [sys.executable, "-c", READ, self.client.url, str(BATCH), str(count), str(seconds)]
+        clients = subprocess.Popen(command, cwd=self.root, env=self.environment, stdout=subprocess.PIPE, text=True)
+        assert clients.stdout is not None
+        clients.stdout.readline()
         return clients
 
 
@@ -170,26 +166,36 @@ def read_bare(port: int, size: int, seconds: float = 1.0) -> float:
 
 
 READ = """
-import sys, time
+import multiprocessing, sys, time
 from clt.server.client import ActivationClient
-batches = ActivationClient(sys.argv[1], patience=300).stream_activations(int(sys.argv[2]))
-next(batches)
-print("ready", flush=True)
-begin, end = map(float, sys.stdin.readline().split())
-total = 0
-for batch in batches:
-    now = time.monotonic()
-    if now > end:
-        break
-    total += batch.activations.nbytes if now > begin else 0
-print(total / (end - begin) / 1e9)
+
+url, size, count, seconds = sys.argv[1], *map(float, sys.argv[2:])
+fork = multiprocessing.get_context("fork")  # one process imports torch for all of them
+ready = fork.Barrier(int(count) + 1, timeout=300)
+
+def read(_):
+    batches = ActivationClient(url, patience=300).stream_activations(int(size))
+    next(batches)
+    ready.wait()
+    begin, total = time.monotonic() + 0.5, 0
+    for batch in batches:
+        now = time.monotonic()
+        if now > begin + seconds:
+            return total
+        total += batch.activations.nbytes if now > begin else 0
+
+with fork.Pool(int(count)) as pool:
+    totals = pool.map_async(read, range(int(count)), chunksize=1)
+    ready.wait()
+    print("ready", flush=True)
+    print(sum(totals.get()) / seconds / 1e9)
 """
-"""A client that verifies checksums. It reads two times from stdin and prints the GB/s that it read between them."""
+"""Clients that verify checksums, each a process; prints the GB/s that they read together."""
 
 
 def read_streams(server: Server, count: int, seconds: float = 2.0) -> float:
     """GB/s that so many clients read together for some seconds."""
-    return sum(float(client.communicate()[0]) for client in server.start_clients(count, seconds))
+    return float(server.start_clients(count, seconds).communicate()[0])
 
 
 def throughput(server: Server, rounds: int, against: Server | None) -> dict[str, float]:
@@ -231,7 +237,7 @@ def _start_bare(rows: bytes, congestion: str | None) -> tuple[BaseProcess, int]:
 
 def memory(server: Server, seconds: float) -> dict[str, float]:
     """Growth of the serving processes' memory while one client streams: last quarter against the second."""
-    (client,) = server.start_clients(1, seconds)
+    client = server.start_clients(1, seconds)
     samples = []
     while client.poll() is None:
         samples.append(server.rss_mb())
@@ -315,7 +321,7 @@ def training(seconds: float, directory: Path) -> dict[str, float]:
     """
     common = [f"data.store={directory / 'quickstart'}", "eval.replacement_tokens=0"]
     if seconds < 600:
-        common += ["data.train_tokens=50000", "data.heldout_tokens=2000", "train.compile=false"]
+        common += ["data.train_tokens=25000", "data.heldout_tokens=2000", "train.compile=false"]
 
     def train(*overrides: str) -> dict[str, Any]:
         run, steps = Path(tempfile.mkdtemp(dir=directory)), max(20, min(1150, round(1150 * seconds / 600)))
@@ -359,9 +365,9 @@ def measure(seconds: float, against: Path | None) -> dict[str, float]:
                     theirs = dataclasses.replace(config, data=dataclasses.replace(config.data, store=store))
                     other = stack.enter_context(Server(theirs, directory / "other", root=against.resolve()))
                 add(throughput(server, max(1, min(9, round(seconds / 12))), other))
-            add(faults(server, seconds / 5, directory))
+            add(faults(server, max(1, seconds / 5), directory))
             add(memory(server, seconds))
-            add(bad(server, 5000 if seconds >= 60 else max(100, round(5000 * seconds / 60))))
+            add(bad(server, max(420, min(5000, round(5000 * seconds / 60)))))
             died = len(server.workers - server.processes())
             add({"worker_crashes": died + server.log.read_text().count("Traceback")})
         add(training(seconds, directory))

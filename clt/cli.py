@@ -9,14 +9,13 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from clt.arguments import add_config, read_config
-from clt.config import Config
+from clt.arguments import add_config, need_serving, read_config
+from clt.config import Config, environment_overrides
 from clt.data.commands import extract, inspect
 from clt.errors import UserError, printable, tell
 from clt.explore.commands import browse, features, graph
 from clt.export.commands import convert, export, import_, push
 from clt.parsing import to_yaml
-from clt.server.commands import serve
 from clt.train.commands import evaluate
 
 
@@ -52,6 +51,19 @@ def run_arguments(doc: str | None) -> tuple[Config, bool]:
     parser.add_argument("--prepare", action="store_true", help="check the config, extract the stores, and stop")
     arguments = parser.parse_intermixed_args()
     return exit_on_user_error(read_config, arguments.config), arguments.prepare
+
+
+def serve(parser: ArgumentParser, argv: Sequence[str]) -> None:
+    add_config(parser)
+    parser.add_argument("--config", dest="preset", help="test, production, large-scale, or a YAML file over CONFIG")
+    parser.add_argument("--ssl-certfile", help="TLS certificate (uvicorn's option)")
+    parser.add_argument("--ssl-keyfile", help="TLS key (uvicorn's option)")
+    arguments = parser.parse_intermixed_args(argv)
+    need_serving("serve")
+    from clt.server import run
+
+    config = read_config(arguments.config, arguments.preset, environment_overrides())
+    run.serve(config, ssl_certfile=arguments.ssl_certfile, ssl_keyfile=arguments.ssl_keyfile)
 
 
 def plan(parser: ArgumentParser, argv: Sequence[str]) -> None:

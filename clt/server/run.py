@@ -11,7 +11,7 @@ from typing import Any
 
 import uvicorn
 
-from clt.config import Config, digest
+from clt.config import SERVER_VARIABLES, Config, digest
 from clt.data.feed import describe_feed, feed_hash, load_place, save_place
 from clt.data.index import write_whole
 from clt.data.lock import locked
@@ -20,7 +20,6 @@ from clt.files import read_token
 from clt.local import check_address, is_loopback
 from clt.parsing import to_yaml
 from clt.server.buffer import Buffer
-from clt.server.spec import SERVER_VARIABLES
 
 _BLOCK_BYTES, _BLOCKS = 2 << 20, 16  # of a block, about (8 MB are sent a third more slowly), and blocks at least
 _GRACE_SECONDS = 5  # for streams to end after Ctrl-C or SIGTERM

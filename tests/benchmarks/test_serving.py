@@ -17,7 +17,7 @@ SPEED = {"stream_share_of_loopback", "clients16_share", "training_share_of_store
     any(find_spec(package) is None for package in ("starlette", "uvicorn")), reason="a server is needed"
 )
 def test_the_shortened_benchmark(tmp_path):
-    command = [sys.executable, "benchmarks/serving.py", "--json", str(tmp_path / "out.json"), "--seconds", "5"]
+    command = [sys.executable, "benchmarks/serving.py", "--json", str(tmp_path / "out.json"), "--seconds", "2"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (tmp_path / "out.json").exists(), result.stderr[-2000:]
     found = json.loads((tmp_path / "out.json").read_text())

@@ -48,28 +48,39 @@ def test_no_step_reads_a_tensor(train, precision):
 
 
 PROBE = """
-import ctypes, json, resource, sys
+import ctypes, json, os, resource, sys
+import torch._dynamo, transformers.modeling_utils
 import train_ddp
 from clt.config import load_config
+from clt.train import report, run
 from clt.train.logger import Logger
 
 PR_SET_THP_DISABLE, M_MMAP_THRESHOLD = 41, -3
 libc = ctypes.CDLL(None)
 libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # a fault is to be one page
-# glibc begins so, and adapts to what is freed: how far that goes is the luck of what lies at the heap's end.
-libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)
-faults, step = [], Logger.step
 
-def probe(logger, finished):
-    step(logger, finished)
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+def train(how):
+    # glibc begins so, and adapts to what is freed: how far that goes is the luck of what lies at the heap's end.
+    libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)
+    faults, step = [], Logger.step
 
-Logger.step = probe
-if sys.argv[1] == "without":
-    train_ddp.keep_freed_memory = lambda: None
-config = load_config(sys.argv[2], sys.argv[3:])
-train_ddp.main(config, prepare=False)
-open(f"{config.run.dir}/faults.json", "w").write(json.dumps(faults))
+    def probe(logger, finished):
+        step(logger, finished)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+
+    Logger.step = probe
+    report.write_plots = lambda *_: None
+    if how == "without":
+        train_ddp.keep_freed_memory = lambda: None
+    train_ddp.main(load_config(sys.argv[1], [*sys.argv[2:], f"run.dir={how}"]), prepare=False)
+    with open(f"{how}/faults.json", "w") as file:
+        json.dump(faults, file)
+
+for how in ("with", "without"):  # each in a process of its own, which has the imports already
+    if (child := os.fork()) == 0:
+        train(how)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 """
 
 
@@ -80,12 +91,11 @@ def test_a_step_takes_no_memory_from_the_system(train_overrides, tmp_path):
     options = ["clt.d_features=8192", "train.steps=24", "log.every=100", "eval.every=0", "eval.replacement_tokens=0"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, tmp_path / "probe.py", *train_overrides, *options, "checkpoint.every=0"]
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
     taken = {}
     for how in ("with", "without"):
-        command = [sys.executable, tmp_path / "probe.py", how, *train_overrides, *options]
-        command += ["checkpoint.every=0", f"run.dir={tmp_path / how}"]
-        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
-        assert result.returncode == 0, result.stderr
         faults = json.loads((tmp_path / how / "faults.json").read_text())
         taken[how] = median(b - a for a, b in pairwise(faults[12:])) * os.sysconf("SC_PAGE_SIZE")
     pre_activations = 60 * 8192 * 4  # bytes of one layer's
