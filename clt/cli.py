@@ -103,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--part", choices=["heldout", "train"], default="heldout", help="text to read (%(default)s)")
     what = "tokens of it to read, or all that there are (%(default)s)"
     command.add_argument("--tokens", type=int, default=1_000_000, help=what)
+    what = "write them there too, as SAEDashboard's files, which Neuronpedia's converter reads; must not exist"
+    command.add_argument("--neuronpedia", metavar="DIR", type=Path, help=what)
 
     command = add("push", _push, "put a run's transcoder, or an export, on the Hugging Face hub")
     command.add_argument("source", metavar="RUN", help="directory of a finished run, or what `clt export` has written")
@@ -339,10 +341,13 @@ def _features(arguments: argparse.Namespace) -> None:
     if arguments.tokens < 1:
         raise UserError(f"--tokens is {arguments.tokens}; wanted 1 or more")
     from clt.explore.features import make_features
+    from clt.explore.neuronpedia import write_batches
 
     features = make_features(config, directory, step, arguments.part, arguments.tokens)
     if features is None:  # rank 0 makes them
         return
+    if arguments.neuronpedia is not None:
+        write_batches(features, arguments.neuronpedia)
     fired, command = int((features.arrays["count"] > 0).sum()), Path(sys.executable).with_name("clt")
     if command.is_relative_to(Path.cwd()):  # an environment that launch.sh made is not on the shell's path
         command = command.relative_to(Path.cwd())
