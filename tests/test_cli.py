@@ -132,12 +132,13 @@ def test_eval_refuses_a_run_or_checkpoint_that_does_not_exist(train, here, tmp_p
     assert "has no checkpoint of step 3; found [10]" in refused(here("eval", run.dir, "--step", "3"))
 
 
-def test_features_of_a_run(train, here):
+def test_features_of_a_run(train, here, tmp_path):
     run = train()
     assert "--tokens is 0; wanted 1 or more" in refused(here("features", run.dir, "--tokens", "0"))
     assert "has no checkpoint of step 3; found [10]" in refused(here("features", run.dir, "--step", "3"))
-    result = here("features", run.dir, "--tokens", "200")
+    result = here("features", run.dir, "--tokens", "200", "--neuronpedia", tmp_path / "batches")
     assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "batches").glob("layer_[0-2]/batch-0.json"))) == 3
     assert result.stdout.startswith(f"{run.dir}/features: 72 features, of which ")
     assert "of disk" in result.stderr
     assert "token/s" in result.stderr

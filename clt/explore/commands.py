@@ -17,15 +17,20 @@ def features(parser: ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--part", choices=["heldout", "train"], default="heldout", help="text to read (%(default)s)")
     what = "tokens of it to read, or all that there are (%(default)s)"
     parser.add_argument("--tokens", type=int, default=1_000_000, help=what)
+    what = "write them there too, as SAEDashboard's files, which Neuronpedia's converter reads; must not exist"
+    parser.add_argument("--neuronpedia", metavar="DIR", type=Path, help=what)
     arguments = parser.parse_args(argv)
     config, directory, step = find_checkpoint(arguments.run_dir, arguments.step)
     if arguments.tokens < 1:
         raise UserError(f"--tokens is {arguments.tokens}; wanted 1 or more")
     from clt.explore.features import make_features
+    from clt.explore.neuronpedia import write_batches
 
     found = make_features(config, directory, step, arguments.part, arguments.tokens)
     if found is None:  # rank 0 makes them
         return
+    if arguments.neuronpedia is not None:
+        write_batches(found, arguments.neuronpedia)
     fired, command = int((found.arrays["count"] > 0).sum()), Path(sys.executable).with_name("clt")
     if command.is_relative_to(Path.cwd()):  # an environment that launch.sh made is not on the shell's path
         command = command.relative_to(Path.cwd())

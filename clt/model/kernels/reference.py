@@ -122,14 +122,15 @@ def _update(rows: DecoderRows, steps: AdamSteps, wanted: Tensor, gradient: RowGr
         last = rows.last[chosen]
         for number in range(int(last[0]) + 1, missed + 1):
             behind = int((last < number).sum())
-            _step(steps, number, *(tensor[:behind] for tensor in taken), torch.zeros_like(weight[:behind]))
+            late, its_mean, its_square = (tensor[:behind] for tensor in taken)
+            _step(steps, number, late, its_mean, its_square, torch.zeros_like(late))
         if gradient is not None:
             grad = weight * gradient.through_norm[chosen].unsqueeze(1)
             grad = grad.add_(_take(gradient.grad, chosen)).div_(gradient.divisor)
             _step(steps, newest, weight, mean, square, grad)
         weight, mean, square = (tensor[:, :width].contiguous() for tensor in taken)
         if isinstance(chosen, Tensor) or width % 16:  # else they are views
-            for tensor, changed in zip(rows, (weight, mean, square)):
+            for tensor, changed in zip(rows[:3], (weight, mean, square)):
                 tensor.flatten(1)[chosen] = changed
         rows.norms[chosen] = _norms(weight, count)
         rows.last[chosen] = newest
@@ -165,7 +166,7 @@ def _step(steps: AdamSteps, number: int, weight: Tensor, mean: Tensor, square: T
     """Torch's own step of Adam."""
     beta1, beta2 = steps.betas
     lr = steps.sizes[number, 0].item() * (1 - beta1**number)
-    torch._fused_adam_(
+    torch.ops.aten._fused_adam_(
         [weight], [grad], [mean], [square], [], [torch.tensor(float(number))], lr=lr, beta1=beta1, beta2=beta2,
         weight_decay=0.0, eps=steps.eps, amsgrad=False, maximize=False,
     )  # fmt: skip
