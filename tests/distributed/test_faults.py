@@ -1,6 +1,5 @@
 """Ranks that are told to stop, that hang, and that meet numbers which are not finite."""
 
-import itertools
 import json
 import os
 import shutil
@@ -22,10 +21,10 @@ from clt.data.shards import dataset_offsets
 from clt.errors import UserError
 from clt.train import checkpoint
 from clt.train.optim import Update
-from clt.train.watch import PREEMPTED
+from clt.train.watch import HUNG, PREEMPTED
 from tests.distributed.test_torchrun import ROOT
 
-STEPS = 1000
+STEPS = 500  # many more than a job takes until it is stopped
 
 
 def start(*arguments: str, run_dir: Path) -> subprocess.Popen:
@@ -34,17 +33,6 @@ def start(*arguments: str, run_dir: Path) -> subprocess.Popen:
     command += ["train_ddp.py", *arguments, f"run.dir={run_dir}", f"train.steps={STEPS}", "eval.replacement_tokens=0"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-
-
-def ranks(job: subprocess.Popen) -> dict[int, int]:
-    """Process id by rank, once the loop has logged a step."""
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    found = {}
-    for child in children:
-        for entry in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            if entry.startswith(b"RANK="):
-                found[int(entry[5:])] = int(child)
-    return found
 
 
 def wait_for_steps(job: subprocess.Popen, run_dir: Path) -> None:
@@ -91,18 +79,33 @@ def test_sigterm_to_torchrun_is_the_same_and_the_run_goes_on(train_overrides, tr
     assert end.metrics[0]["step"] == 5
 
 
+def train_and_stop_rank_one(victim: Path, *arguments: str) -> None:
+    """Rank 1 stands still in the middle of step 13. Rank 0 kills it when it has said so, as torchrun does in the end."""
+    call, leave = Update.__call__, os._exit
+
+    def probe(update: Update, step: int, *more: Any) -> torch.Tensor:
+        if step == 13 and os.environ["RANK"] == "1":
+            victim.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return call(update, step, *more)
+
+    def leave_none(status: int) -> None:
+        os.kill(int(victim.read_text()), signal.SIGKILL)
+        leave(status)
+
+    Update.__call__, os._exit = probe, leave_none
+    train_ddp.main(load_config(arguments[0], arguments[1:]), prepare=False)
+
+
 def test_a_rank_that_hangs_is_named(train_overrides, tmp_path):
-    with start(*train_overrides, "parallel.timeout_seconds=10", run_dir=tmp_path) as job:
-        wait_for_steps(job, tmp_path)
-        victim = ranks(job)[1]
-        os.kill(victim, signal.SIGSTOP)
-        assert job.stderr is not None
-        (line,) = itertools.islice((line for line in job.stderr if "no progress since step" in line), 1)
-        os.kill(victim, signal.SIGKILL)  # torchrun would wait 30 s for it
-        job.communicate(timeout=240)
-    assert job.returncode == 1
-    assert line.startswith("[rank 0] error: no progress since step"), line
-    assert line.endswith(f"pid {victim}) stopped answering (stopped, or cut off from the network)\n"), line
+    options = [f"train.steps={STEPS}", "eval.replacement_tokens=0", "parallel.timeout_seconds=10"]
+    arguments = [tmp_path / "victim", *train_overrides, *options, f"run.dir={tmp_path / 'run'}"]
+    with pytest.raises(RuntimeError, match=rf"status \[{HUNG}, -9\]") as ended:
+        forked.run(train_and_stop_rank_one, *arguments, processes=2)
+    (line,) = [line for line in str(ended.value).splitlines() if "no progress since step" in line]
+    victim = (tmp_path / "victim").read_text()
+    assert line.startswith("[rank 0] error: no progress since step 1"), line
+    assert line.endswith(f"pid {victim}) stopped answering (stopped, or cut off from the network)"), line
     assert "seconds=10: rank 1 (" in line
 
 
