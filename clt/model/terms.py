@@ -72,6 +72,8 @@ TERMS: dict[str, Callable[[Batch], Tensor]] = {"sparsity": sparsity, "pre_activa
 
 To add one, write the function here and the field there: the loss, the metrics, the check for numbers that are not
 finite and the sum over ranks follow.
+One that reads `products` or W_dec itself is to be refused where `aux` is, in clt/train/spec.py: the sparse step has no
+products, and the clipping of `optim.decoder=fused` does not know of such a gradient.
 """
 
 
