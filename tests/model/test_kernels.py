@@ -81,13 +81,15 @@ def test_adam_rows_are_those_of_torch(clip):
         assert torch.equal(rows.narrow, rows.weight.bfloat16())
 
 
-def test_lazy_rows_are_those_of_torch_after_200_steps():
+@pytest.mark.parametrize("width", [4, 16])
+def test_lazy_rows_are_those_of_torch_after_200_steps(monkeypatch, width):
     """Rows without a gradient take their steps when they are read, or at last: with the bits of taking them at once.
 
     One row has no gradient after the first step, one is often read without one, one has it through its norm alone.
     """
     torch.manual_seed(0)
-    weight, betas, F = torch.nn.Parameter(0.05 * torch.randn(8, 1, 4)), (0.9, 0.999), 8
+    monkeypatch.setattr(reference, "CACHED", 3 * width)  # three rows at once
+    weight, betas, F = torch.nn.Parameter(0.05 * torch.randn(8, 1, width)), (0.9, 0.999), 8
     rows, at_once = rows_of(weight, torch.bfloat16), rows_of(weight, torch.bfloat16)
     adam, table = torch.optim.Adam([weight], lr=1e-3, betas=betas), sizes(200, 1e-3, betas, torch.float32)
     share = torch.linspace(0.02, 0.5, F).index_fill_(0, torch.tensor([0, 1]), 0)

@@ -118,19 +118,20 @@ def _update(rows: DecoderRows, steps: AdamSteps, wanted: Tensor, gradient: RowGr
     missed = newest if gradient is None else newest - 1
     count = min(len(wanted), max(1, CACHED * torch.get_num_threads() // width))
     for chosen in _parts(rows.last, wanted, count):
-        weight, mean, square = taken = [_take(tensor, chosen) for tensor in rows[:3]]
+        kept = (rows.weight, rows.mean, rows.square)
+        weight, mean, square = (_take(tensor, chosen) for tensor in kept)
         last = rows.last[chosen]
         for number in range(int(last[0]) + 1, missed + 1):
             behind = int((last < number).sum())
-            late, its_mean, its_square = (tensor[:behind] for tensor in taken)
-            _step(steps, number, late, its_mean, its_square, torch.zeros_like(late))
+            zero = torch.zeros_like(weight[:behind])
+            _step(steps, number, weight[:behind], mean[:behind], square[:behind], zero)
         if gradient is not None:
             grad = weight * gradient.through_norm[chosen].unsqueeze(1)
             grad = grad.add_(_take(gradient.grad, chosen)).div_(gradient.divisor)
             _step(steps, newest, weight, mean, square, grad)
-        weight, mean, square = (tensor[:, :width].contiguous() for tensor in taken)
+        weight, mean, square = (tensor[:, :width].contiguous() for tensor in (weight, mean, square))
         if isinstance(chosen, Tensor) or width % 16:  # else they are views
-            for tensor, changed in zip(rows[:3], (weight, mean, square)):
+            for tensor, changed in zip(kept, (weight, mean, square)):
                 tensor.flatten(1)[chosen] = changed
         rows.norms[chosen] = _norms(weight, count)
         rows.last[chosen] = newest
@@ -166,7 +167,7 @@ def _step(steps: AdamSteps, number: int, weight: Tensor, mean: Tensor, square: T
     """Torch's own step of Adam."""
     beta1, beta2 = steps.betas
     lr = steps.sizes[number, 0].item() * (1 - beta1**number)
-    torch.ops.aten._fused_adam_(
+    torch._fused_adam_(  # type: ignore[reportPrivateImportUsage]
         [weight], [grad], [mean], [square], [], [torch.tensor(float(number))], lr=lr, beta1=beta1, beta2=beta2,
         weight_decay=0.0, eps=steps.eps, amsgrad=False, maximize=False,
     )  # fmt: skip
