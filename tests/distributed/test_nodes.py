@@ -57,6 +57,7 @@ def start(network, launch_env, tmp_path) -> Callable[..., subprocess.Popen]:
 
     Node 0 has two ranks, node 1 has one.
     """
+
     def launch(node: int, *arguments: str) -> subprocess.Popen:
         env = os.environ | launch_env | {"CUDA_VISIBLE_DEVICES": ""}
         env |= {"NNODES": "2", "NODE_RANK": str(node), "NPROC": str(2 - node), "MASTER_ADDR": ADDRESSES[0]}
