@@ -43,8 +43,8 @@ export PATH="$PWD/$VENV/bin:$PATH"
 [[ $VENV == /* ]] && export PATH="$VENV/bin:$PATH"
 
 if [[ $what == test ]]; then
-    # Three at a time: most tests wait for processes that they started. The order is that of tests/conftest.py.
-    exec python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder "$@"
+    # Four at a time: most tests wait for processes that they started. The order is that of tests/conftest.py.
+    exec python -m pytest --numprocesses=4 --dist=loadfile --no-loadscope-reorder "$@"
 fi
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)

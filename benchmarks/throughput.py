@@ -43,7 +43,7 @@ def main() -> None:
         return
     old = json.loads(arguments.compare.read_text()) if arguments.compare else None  # a wrong path ends the run here
     result = machine.where()
-    budget = 0.5 if arguments.quick else 2.0
+    budget = 0.1 if arguments.quick else 2.0
     result["matmul_peak_tflops"] = {k: machine.matmul_peak(v, device, budget)[0] for k, v in machine.PRECISIONS.items()}
     result["copy_gb_per_s"] = machine.copy_bandwidth(device)
     if device.type == "cuda":

@@ -1,9 +1,11 @@
 """A small language model of random weights with text for it, and activation stores extracted from it."""
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -63,6 +65,18 @@ def bare_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
     (folder / "sitecustomize.py").write_text(HIDING)
     root = Path(__file__).parent.parent
     return os.environ | {"PYTHONPATH": f"{folder}:{root}", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def launch_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The variables with which launch.sh takes this environment for one that it has installed itself."""
+    root, venv = Path(__file__).parent.parent, tmp_path_factory.mktemp("venv")
+    for entry in Path(sys.prefix).iterdir():
+        (venv / entry.name).symlink_to(entry)
+    (venv / "installed").unlink(missing_ok=True)
+    wanted = hashlib.sha256(b"".join((root / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")))
+    (venv / "installed").write_text(f"test {wanted.hexdigest()[:16]}\n")
+    return {"VENV": str(venv), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")

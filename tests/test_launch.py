@@ -1,4 +1,4 @@
-"""launch.sh: a real run, and the torchrun command it makes from its variables and SLURM's."""
+"""launch.sh: the torchrun command it makes from its variables and SLURM's. distributed/test_torchrun.py runs it."""
 
 import os
 import shutil
@@ -134,21 +134,6 @@ def test_the_environment_is_installed_once(recorded, tmp_path):
     assert (tmp_path / ".venv" / "installed").read_text() == marker
     assert marker.startswith("run ")
     assert len(marker.splitlines()) == 1
-
-
-@pytest.mark.usefixtures("no_gpu_for_several_ranks")
-@pytest.mark.skipif(not Path(sys.prefix, "installed").exists(), reason="the tests' environment is not launch.sh's own")
-def test_a_real_run_ends_with_the_table_and_the_place(train_overrides, tmp_path):
-    command = ["bash", "launch.sh", *train_overrides, f"run.dir={tmp_path / 'run'}"]
-    env = CLEAN | {"VENV": sys.prefix, "NPROC": "2"}
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
-    assert "top-1 agreement with the original model" in result.stdout
-    assert result.stdout.strip().splitlines()[-1].startswith(f"The results are in {tmp_path / 'run'}")
-    bad = subprocess.run([*command, "clt.d_features=-1"], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert bad.returncode == 2
-    assert "clt.d_features in the command line is -1; wanted a positive number" in bad.stderr
-    assert "Traceback" not in bad.stderr
 
 
 def test_an_environment_that_was_left_half_made_is_completed(tmp_path):

@@ -64,9 +64,11 @@ def test_the_comparison_shows_every_part(capsys: pytest.CaptureFixture[str]) -> 
     assert ["stream", "stream_gb_per_s", "2", "2", "1.000"] in found
 
 
-def test_an_extraction_and_its_parts() -> None:
+def test_an_extraction_and_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "short.yaml").write_text("lm: {context: 64, batch_windows: 8}")
+    monkeypatch.setitem(data_path.CONFIGS, "embedded", str(tmp_path / "short.yaml"))
     row = data_path.extraction("embedded", 1, torch.device("cpu"))
-    assert row["rows"] > 10_000
+    assert row["rows"] == 2 * 8 * 63, "two batches of windows, without their first tokens"
     assert row["share_of_forward"] > 0
     parts = row["us_per_row"]
     assert parts.keys() == {"extraction", "stock_forward", "forward", "capture", "statistics", "writing", "tokens"}

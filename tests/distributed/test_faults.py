@@ -80,7 +80,7 @@ def test_sigterm_to_torchrun_is_the_same_and_the_run_goes_on(train_overrides, tr
 
 
 def train_and_stop_rank_one(victim: Path, *arguments: str) -> None:
-    """Rank 1 stands still in the middle of step 13. Rank 0 kills it when it has said so, as torchrun does at last."""
+    """Rank 1 stands still in the middle of step 13. Rank 0, when it has said so, kills it, as torchrun would later."""
     call, leave = Update.__call__, os._exit
 
     def probe(update: Update, step: int, *more: Any) -> torch.Tensor:

@@ -1,10 +1,8 @@
 """Two nodes, each in a network namespace of its own with its own address, as launch.sh starts them."""
 
-import hashlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,21 +52,14 @@ def kill_all(name: str) -> None:
 
 
 @pytest.fixture
-def start(network, tmp_path) -> Callable[..., subprocess.Popen]:
+def start(network, launch_env, tmp_path) -> Callable[..., subprocess.Popen]:
     """start(node, *arguments): launch.sh on that node, which prints into `tmp_path`/node.log.
 
     Node 0 has two ranks, node 1 has one.
     """
-    venv = tmp_path / "venv"  # this environment, as launch.sh marks one that it has installed
-    venv.mkdir()
-    for entry in Path(sys.prefix).iterdir():
-        (venv / entry.name).symlink_to(entry)
-    (venv / "installed").unlink(missing_ok=True)
-    wanted = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")))
-    (venv / "installed").write_text(f"test {wanted.hexdigest()[:16]}\n")
 
     def launch(node: int, *arguments: str) -> subprocess.Popen:
-        env = os.environ | {"VENV": str(venv), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        env = os.environ | launch_env | {"CUDA_VISIBLE_DEVICES": ""}
         env |= {"NNODES": "2", "NODE_RANK": str(node), "NPROC": str(2 - node), "MASTER_ADDR": ADDRESSES[0]}
         # The namespaces share this machine's host name, so every node says which address is its own.
         env |= {"PET_LOCAL_ADDR": ADDRESSES[node], "GLOO_SOCKET_IFNAME": "cable"}

@@ -1,6 +1,7 @@
 """What two real ranks add up while they compute: decoders' gradients by DDP, summed early and never copied; and y~."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,10 @@ def measure(folder: Path) -> None:
     events, buckets, steps = [], [], []
 
     def noted(*arguments):
+        end = time.monotonic() + 60
+        # The last layer waits for a sum: on a busy machine it may come before the thread that sums had its turn.
+        while events.count("layer") == L - 1 and "begun" in events and "done" not in events and time.monotonic() < end:
+            time.sleep(0.001)
         events.append("layer")
         return alone.kernels.gate_gradients(*arguments)
 
@@ -108,7 +113,6 @@ def steps(found) -> list[list[dict]]:
 
 
 def test_decoder_gradients_are_summed_while_earlier_layers_are_computed(steps):
-    finished_early = 0
     for rank in steps:
         for step in rank[1:]:  # DDP orders its buckets by the first backward pass
             events = step["events"]
@@ -116,8 +120,7 @@ def test_decoder_gradients_are_summed_while_earlier_layers_are_computed(steps):
             assert events.count("layer") == 6
             assert events[:first_layer].count("begun") >= 5
             assert events[first_layer:].count("begun") >= 1
-            finished_early += "done" in events[:first_layer]
-    assert finished_early
+            assert "done" in events[:first_layer]
 
 
 def test_decoder_gradients_are_written_into_the_buckets(steps):

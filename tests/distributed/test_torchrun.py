@@ -21,17 +21,6 @@ from clt.train.logger import read_metrics
 ROOT = Path(__file__).parent.parent.parent
 
 
-def launch(*arguments: str, processes: int | None = None, timeout: float = 240) -> subprocess.CompletedProcess:
-    """train_ddp.py with these arguments, under torchrun when `processes` is given; one thread each."""
-    command = [sys.executable]
-    if processes:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, "train_ddp.py", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
-    )
-
-
 def failed(*arguments: str) -> str:
     """What two ranks print, one of which fails."""
     with pytest.raises(RuntimeError, match="the ranks ended with status") as error:
@@ -44,15 +33,17 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(run_dir / "checkpoints" / f"step_{last:08d}" / "model.safetensors")
 
 
-def test_two_ranks_give_the_run_of_one(train, train_overrides, tmp_path):
-    """The global batch of 61 tokens does not divide by 2, and the ranks' micro-batches differ by a row.
+def test_two_ranks_give_the_run_of_one(train, train_overrides, launch_env, tmp_path):
+    """By launch.sh. The global batch of 61 tokens does not divide by 2, and the ranks' micro-batches differ by a row.
 
-    The store is missing, so that rank 0 extracts it first.
+    The store is missing, so that it is extracted first.
     """
     extra = ["train.batch_tokens=61", "train.accumulate=2", "eval.every=5"]
     alone = train(*extra)
     store, run = tmp_path / "new-store", tmp_path / "run"
-    result = launch(*train_overrides, *extra, f"data.store={store}", f"run.dir={run}", processes=2)
+    command = ["bash", "launch.sh", *train_overrides, *extra, f"data.store={store}", f"run.dir={run}"]
+    env = os.environ | launch_env | {"NPROC": "2", "NNODES": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr, result.stderr
     assert sorted(p.name for p in store.iterdir()) == ["heldout", "train"]
@@ -71,8 +62,13 @@ def test_two_ranks_give_the_run_of_one(train, train_overrides, tmp_path):
     assert summary["config_hash"] == alone.summary["config_hash"]
     assert summary.keys() == alone.summary.keys() >= {"fve", "kl", "dead_fraction", "tokens_per_second"}
     assert sorted(p.name for p in (run / "report").iterdir()) == ["density.png", "layers.png", "training.png"]
-    assert "fraction of variance explained" in result.stdout
-    assert f"The results are in {run}" in result.stdout.strip().splitlines()[-1]
+    for line in ("fraction of variance explained", "top-1 agreement with the original model"):
+        assert line in result.stdout
+    assert result.stdout.strip().splitlines()[-1].startswith(f"The results are in {run}")
+    bad = subprocess.run([*command, "clt.d_features=-1"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert bad.returncode == 2
+    assert "clt.d_features in the command line is -1; wanted a positive number" in bad.stderr
+    assert "Traceback" not in bad.stderr
 
 
 def test_a_sharded_run_is_evaluated_by_one_process(train, train_overrides, tmp_path):
@@ -136,9 +132,14 @@ def test_a_resumed_run_is_the_undisturbed_run_to_the_bit(train, tmp_path, option
 
 
 def test_ranks_resume_to_the_bit(train_overrides, tmp_path):
-    """Three addends: their sum depends on the order, and DDP's order must be that of the undisturbed run."""
+    """Three addends: their sum depends on the order, and DDP's order must be that of the undisturbed run.
+
+    The store is missing, so that rank 0 extracts it first.
+    """
     options = [*train_overrides, *RESUME, "eval.replacement_tokens=0", "train.batch_tokens=61", "clt.skip=true"]
+    options.append(f"data.store={tmp_path / 'new-store'}")
     ranks.train(*options, f"run.dir={tmp_path / 'whole'}", processes=3)
+    assert sorted(p.name for p in (tmp_path / "new-store").iterdir()) == ["heldout", "train"]
     interrupt(tmp_path / "whole", tmp_path / "half", 10)
     ranks.train(*options, f"run.dir={tmp_path / 'half'}", processes=3)
     assert_equal_to_the_bit(tmp_path / "half", tmp_path / "whole", 20)
@@ -194,7 +195,8 @@ def test_a_user_error_is_one_message_and_status_2(train_overrides, tmp_path):
             "train.batch_tokens=5000 but the store has",
         ),
     ]:
-        result = launch(*arguments)
+        command, env = [sys.executable, "train_ddp.py", *arguments], os.environ | {"OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         assert result.returncode == 2
         assert message in result.stderr
         assert "Traceback" not in result.stderr

@@ -3,6 +3,7 @@
 import gzip
 import sys
 import tracemalloc
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,7 +17,7 @@ from clt.lm import documents, textfiles
 from clt.lm.documents import read_documents
 from tests.lm.conftest import write_jsonl
 
-datasets = pytest.importorskip("datasets")
+pytestmark = pytest.mark.skipif(find_spec("datasets") is None, reason="datasets is not installed")
 
 
 def both(config: TextConfig) -> tuple[list[str], list[str]]:
@@ -170,6 +171,8 @@ def test_a_missing_heldout_file_is_named(tmp_path: Path) -> None:
 @pytest.fixture
 def parquet(tmp_path: Path) -> Path:
     """A dataset as `datasets` loads it from the hub, in a folder: two splits of parquet."""
+    import datasets
+
     for split, texts in {"train": ["a", "b", "c"], "validation": ["v"]}.items():
         datasets.Dataset.from_dict({"text": texts, "n": range(len(texts))}).to_parquet(tmp_path / f"{split}.parquet")
     return tmp_path
@@ -192,7 +195,7 @@ def test_datasets_that_cannot_be_loaded(parquet: Path, monkeypatch: pytest.Monke
     assert "train" in message
     assert "subset 'nope'" in error(TextConfig(source=str(parquet), subset="nope"))
     assert "row 0 of" in error(TextConfig(source=str(parquet), field="body"), "heldout")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = error(TextConfig(source="nobody/nothing"))
     assert "dataset 'nobody/nothing'" in message
@@ -314,6 +317,8 @@ def test_all_pieces_of_a_document_are_on_one_side(tmp_path: Path, name: str) -> 
         for number, text in enumerate(texts):
             (source / f"{number}.txt").write_text(text)
     if name == "parquet":
+        import datasets
+
         datasets.Dataset.from_dict({"text": texts}).to_parquet(source / "train.parquet")
     with patch.object(textfiles, "_DOCUMENT", 8):
         for count in range(5):
