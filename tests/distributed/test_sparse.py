@@ -20,9 +20,9 @@ def train_and_count_reads(*arguments: str) -> None:
     """As `ranks.train`; prints how many batches of the training store this rank read."""
     read, reads = DiscBuffer.read, []
 
-    def counted(store, *rows, **out):
-        reads.append(store.path.name)
-        return read(store, *rows, **out)
+    def counted(self, rows, out=None):
+        reads.append(self.path.name)
+        return read(self, rows, out)
 
     DiscBuffer.read = counted
     report.write_plots = lambda *_: None
