@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from clt import cli
+from clt.data.store import DiscBuffer
+from clt.model.transcoder import CrossLayerTranscoder
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,13 +109,22 @@ def test_a_model_that_cannot_be_loaded(here, tmp_path):
 NO_NNSIGHT = pytest.mark.skipif(find_spec("nnsight") is None, reason="nnsight is not installed")
 
 
-@pytest.mark.parametrize("flag", [(), pytest.param(("--nnsight",), marks=NO_NNSIGHT)])
-def test_eval_repeats_the_summary_from_the_checkpoint(train, stores, here, tmp_path, flag):
+@pytest.mark.parametrize(
+    ("rule", "flag"),
+    [
+        ("", ()),
+        ("clt.activation=topk clt.k=4 clt.skip=true clt.window=2 loss.sparsity=0", ()),
+        pytest.param(
+            "clt.activation=batchtopk clt.k=9 clt.by_norm=true loss.sparsity=0", ("--nnsight",), marks=NO_NNSIGHT
+        ),
+    ],
+)
+def test_eval_repeats_the_summary_from_the_checkpoint(train, stores, here, tmp_path, rule, flag):
     """Of the stores it needs the held-out one, and the training one's statistics."""
     shutil.copytree(stores / "heldout", tmp_path / "heldout")
     (tmp_path / "train").mkdir()
     shutil.copy(stores / "train" / "stats.safetensors", tmp_path / "train")
-    run = train()
+    run = train(*rule.split())
     resolved = (run.dir / "config.yaml").read_text()
     (run.dir / "config.yaml").write_text(resolved.replace(str(stores), str(tmp_path)))
     result = here("eval", run.dir, *flag)
@@ -124,6 +135,10 @@ def test_eval_repeats_the_summary_from_the_checkpoint(train, stores, here, tmp_p
     for key in ("fve", "nmse", "l0_total", "top1_agreement", "kl", "ce_original", "ce_replaced", "ce_recovered"):
         assert again[key] == pytest.approx(run.summary[key], rel=1e-4, abs=1e-6), key
     assert "fraction of variance explained" in result.stdout
+    loaded = CrossLayerTranscoder.from_pretrained(run.dir / "checkpoints" / "step_00000010")
+    rows = DiscBuffer(stores / "heldout")
+    features = loaded.encode(rows[0 : len(rows)][:, 0].float())
+    assert (features > 0).sum().item() / len(rows) == pytest.approx(run.summary["l0_total"], rel=1e-6)
 
 
 def test_eval_refuses_a_run_or_checkpoint_that_does_not_exist(train, here, tmp_path):

@@ -135,6 +135,10 @@ def test_mistakes_on_the_command_line(override, message):
         ("train: {steps: 80:00}", "line 1: YAML 1.1 reads 80:00 as int"),
         ("optim: {lr: 1:30.5}", "YAML 1.1 reads 1:30.5 as float"),
         ("train: {compile: no}", "YAML 1.1 reads no as bool: write true or false"),
+        (
+            "clt: {activation: topk, k: 9}\nloss: {target_l0: 9}",
+            "loss.target_l0 is 9.0 but clt.activation is topk, .*; wanted loss.target_l0=null",
+        ),
         ("on: {steps: 3}", "YAML 1.1 reads on as bool"),
         ("run: {dir: 2024-13-45}", "YAML 1.1 reads 2024-13-45 as timestamp"),
         ("run: {seed: !!int ten}", "the tag tag:yaml.org,2002:int is not read here: leave it out"),

@@ -68,6 +68,8 @@ def check_rule(clt: CLTConfig, n_layers: int | None = None) -> None:
             f"clt.window is {clt.window} but clt.cross_layer is false, so that a feature writes to one layer; wanted "
             "clt.window=null, or clt.cross_layer=true"
         )
+    if clt.window is not None and n_layers is not None and clt.window > n_layers:
+        raise UserError(f"clt.window is {clt.window}; wanted at most {n_layers}, the layers there are, or null for all")
     by_k = clt.activation in BY_K
     if not by_k and (field := next((f for f in ("k", "k_start", "by_norm") if getattr(clt, f)), None)):
         raise UserError(

@@ -45,6 +45,8 @@ def check_run(config: Config, world: World) -> None:
 def check_memory(config: Config, world: World) -> None:
     """Raise UserError when the run is sure to need more memory than there is, and warn when it probably does.
 
+    Also when `clt` or `loss` ask for more than the layers have.
+
     The sizes are those of the store or, where it has to be extracted, of the language model's config. With a server's
     rows they are not known before the first run.
     """
@@ -56,6 +58,8 @@ def check_memory(config: Config, world: World) -> None:
         shape = read_shape(config.lm, ask_hub=True)
     else:
         return
+    check_rule(config.clt, shape.n_layers)
+    check_loss(config.loss, config.clt, shape.n_layers)
     if cpu := world.device.type == "cpu":
         memory = min(free_memory().values()) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     else:

@@ -120,7 +120,8 @@ RESUME = ["train.steps=20", "checkpoint.every=10", "checkpoint.keep=9", "log.eve
         "train.accumulate=3 clt.skip=true clt.window=2",
         "train.compile=true",
         "loss.target_l0=3 loss.pre_activation=0.1 loss.pre_activation_kind=dead loss.dead_window=120",
-        "clt.activation=batchtopk clt.k=6 clt.k_start=9 loss.sparsity=0 loss.aux=0.1 loss.aux_k=3 loss.dead_window=120",
+        "clt.activation=batchtopk clt.k=6 clt.k_start=9 loss.sparsity=0 loss.aux=0.1 loss.aux_k=3 "
+        "loss.dead_window=120 clt.k_ramp=1 train.accumulate=3",
     ],
 )
 def test_a_resumed_run_is_the_undisturbed_run_to_the_bit(train, tmp_path, options):
@@ -138,6 +139,7 @@ def test_ranks_resume_to_the_bit(train_overrides, tmp_path):
     """
     options = [*train_overrides, *RESUME, "eval.replacement_tokens=0", "train.batch_tokens=61", "clt.skip=true"]
     options.append(f"data.store={tmp_path / 'new-store'}")
+    options += "clt.activation=batchtopk clt.k=6 clt.k_start=9 clt.k_ramp=1 loss.sparsity=0".split()
     ranks.train(*options, f"run.dir={tmp_path / 'whole'}", processes=3)
     assert sorted(p.name for p in (tmp_path / "new-store").iterdir()) == ["heldout", "train"]
     interrupt(tmp_path / "whole", tmp_path / "half", 10)

@@ -200,9 +200,10 @@ def test_the_compiled_step_chooses_the_same_features(activation, k, by_norm):
         ({"activation": "topk", "k": 2, "k_start": 8}, r"clt\.k_start is 8; wanted at most 7, the features"),
         ({"activation": "batchtopk", "k": 22}, r"clt\.k is 22; wanted at most 21, the features"),
         ({"activation": "batchtopk", "k": 5, "k_start": 4}, r"clt\.k_start is 4; wanted at least clt\.k=5"),
+        ({"window": 4}, r"clt\.window is 4; wanted at most 3, the layers there are, or null for all"),
     ],
 )
-def test_k_that_does_not_fit_is_an_error(options, message):
+def test_a_rule_that_does_not_fit_is_an_error(options, message):
     with pytest.raises(UserError, match=message):
         check_rule(CLTConfig(d_features=7, **options), n_layers=3)
     with pytest.raises(UserError, match=message):

@@ -110,6 +110,21 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(base, made, tmp_path)
     check_memory(dataclasses.replace(base, clt=narrow), World(0, 1, torch.device("cpu")))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("clt.window=4", r"clt\.window is 4; wanted at most 3, the layers"),
+        ("clt.activation=batchtopk clt.k=73 loss.sparsity=0", r"clt\.k is 73; wanted at most 72"),
+        ("loss.target_l0=72", r"loss\.target_l0 is 72; wanted less than 72"),
+    ],
+)
+def test_more_than_the_layers_have_is_refused_before_the_extraction(train_overrides, tmp_path, options, message):
+    keys = [*options.split(), f"run.dir={tmp_path / 'run'}", f"data.store={tmp_path / 'no'}"]
+    with pytest.raises(UserError, match=message):
+        train_ddp.main(load_config(train_overrides[0], [*train_overrides[1:], *keys]), prepare=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_may_or_may_not_fit_is_a_warning(base, monkeypatch, capsys):
     job = make_job(base, Shape(3, 16))
     for memory, said in ((need(job, 0), ""), (need(job, 0) - 1, "warning: the run may not fit: a rank of 1 x 1")):
