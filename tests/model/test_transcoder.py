@@ -228,6 +228,6 @@ def test_per_layer_mode_has_no_cross_terms():
     assert [tuple(w.shape) for w in make().W_dec] == [(F, L - s, D) for s in range(L)]
 
 
-@pytest.mark.parametrize(("window", "layers"), [(2, [2, 2, 1]), (3, [3, 2, 1]), (9, [3, 2, 1])])
+@pytest.mark.parametrize(("window", "layers"), [(2, [2, 2, 1]), (3, [3, 2, 1])])
 def test_a_window_is_as_many_layers_as_there_are(window, layers):
     assert [tuple(w.shape) for w in make(window=window).W_dec] == [(F, T, D) for T in layers]
