@@ -44,7 +44,7 @@ export PATH="$PWD/$VENV/bin:$PATH"
 
 if [[ $what == test ]]; then
     # Four at a time: most tests wait for processes that they started. The order is that of tests/conftest.py.
-    exec python -m pytest --numprocesses=4 --dist=loadfile --no-loadscope-reorder "$@"
+    exec python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder "$@"
 fi
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
