@@ -155,6 +155,7 @@ def test_features_of_a_run(train, here, tmp_path):
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "batches").glob("layer_[0-2]/batch-0.json"))) == 3
     assert result.stdout.startswith(f"{run.dir}/features: 72 features, of which ")
+    assert result.stdout.endswith(f"clt browse {run.dir}\n")
     assert "of disk" in result.stderr
     assert "token/s" in result.stderr
     assert "holds features of something else: windows: found 13, wanted 26" in refused(

@@ -25,7 +25,10 @@ def features(parser: ArgumentParser, argv: Sequence[str]) -> None:
         raise UserError(f"--tokens is {arguments.tokens}; wanted 1 or more")
     from clt.explore.features import make_features
     from clt.explore.neuronpedia import write_batches
+    from clt.export.directory import check_absent
 
+    if arguments.neuronpedia is not None:
+        check_absent(arguments.neuronpedia)  # before the work of minutes
     found = make_features(config, directory, step, arguments.part, arguments.tokens)
     if found is None:  # rank 0 makes them
         return

@@ -18,7 +18,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     It lies in `PATH.partial`, which one process at a time holds. Raises UserError when there is something of the name
     `path`, and when another process is writing it. What a killed process has left is deleted.
     """
-    _check_absent(path)
+    check_absent(path)
     holder = path.with_name(f"{path.name}.partial")
     partial = holder / path.name
     holder.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def new_directory(path: Path) -> Iterator[Path]:
             partial.mkdir()
             try:
                 yield partial
-                _check_absent(path)
+                check_absent(path)
                 partial.rename(path)
             except BaseException:
                 shutil.rmtree(partial)
@@ -39,6 +39,7 @@ def new_directory(path: Path) -> Iterator[Path]:
             holder.rmdir()
 
 
-def _check_absent(path: Path) -> None:
+def check_absent(path: Path) -> None:
+    """Raise UserError when there is something of this name."""
     if path.exists() or path.is_symlink():
         raise UserError(f"{path} exists already; delete it, or name another directory")

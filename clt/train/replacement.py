@@ -55,7 +55,7 @@ def evaluate_replacement(
 
     Predictions count where position and next token are both kept: position 0, special tokens and padding are masked
     (and keep their original MLP outputs). Mean ablation writes mean_output (L, D) instead. `run` computes the replaced
-    logits (default: forward hooks). The language model is on the transcoder's device meanwhile.
+    logits (default: forward hooks). The language model is moved to the transcoder's device, and back at the end.
 
     top1_agreement: share of predictions whose most likely token is the original's; kl: KL(original || replaced) in
     nats; ce_*: next-token cross-entropies in nats; ce_recovered = (ablated - replaced) / (ablated - original).

@@ -5,8 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +17,11 @@ import train_ddp
 from benchmarks import ranks
 from clt import cli
 from clt.config import load_config
+from clt.explore.files import Features
+from clt.lm.capture import capture
+from clt.lm.load import load_language_model
+from clt.lm.text import windows
+from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import checkpoint
 from clt.train.logger import read_metrics
 
@@ -36,7 +43,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 def test_two_ranks_give_the_run_of_one(train, train_overrides, launch_env, tmp_path):
     """By launch.sh. The global batch of 61 tokens does not divide by 2, and the ranks' micro-batches differ by a row.
 
-    The store is missing, so that it is extracted first.
+    There is no store, so launch.sh extracts one.
     """
     extra = ["train.batch_tokens=61", "train.accumulate=2", "eval.every=5"]
     alone = train(*extra)
@@ -88,6 +95,14 @@ def test_a_sharded_run_is_evaluated_by_one_process(train, train_overrides, tmp_p
     for key in alone:
         rel = 1e-2 if key == "ce_recovered" else 1e-5  # a random model's cross-entropies differ by little
         assert sharded[key] == pytest.approx(alone[key], rel=rel, abs=1e-6), key
+    cli.main(["features", str(tmp_path), "--tokens", "128"])
+    config = load_config(tmp_path / "config.yaml")
+    lm = load_language_model(config.lm)
+    text = islice(windows(config.text, "heldout", lm, config.lm.context), 128 // config.lm.context)
+    tokens, _, keep = (np.stack(arrays) for arrays in zip(*text))
+    x = capture(lm, torch.from_numpy(tokens).long(), keep)[:, 0].half().float()
+    fires = CrossLayerTranscoder.from_pretrained(tmp_path).encode(x) > 0
+    assert Features(tmp_path / "features").arrays["count"].tolist() == fires.sum(0).tolist()
 
 
 def interrupt(whole: Path, half: Path, step: int) -> None:

@@ -27,7 +27,7 @@ class Made(NamedTuple):
 
 @pytest.fixture(scope="session")
 def made(train: Callable) -> Made:
-    run = train("clt.d_features=10").dir
+    run = train("clt.d_features=10", "clt.window=2", "clt.skip=true").dir
     config = load_config(run / "config.yaml")
     features = make_features(config, run, 10, "heldout", TOKENS, progress=False)
     transcoder = CrossLayerTranscoder.from_pretrained(run / "checkpoints" / "step_00000010").requires_grad_(False)

@@ -173,8 +173,18 @@ def test_the_table_sorts_filters_and_is_linked(page, site, made):
     expect(page.locator("tbody tr")).to_have_count(10)
     assert [int(name.split(".")[1]) for name in ids(page)] == sorted(range(10), key=lambda f: -counts[1, f])
     assert page.url.endswith("#/features?sort=-count&layer=1")
+    page.get_by_role("button", name="Fires on").click()
+    expect(page.locator("th[aria-sort=ascending]")).to_have_text("Fires on ↑")
+    assert [int(name.split(".")[1]) for name in ids(page)] == sorted(range(10), key=lambda f: counts[1, f])
     page.reload()
     expect(page.locator("tbody tr")).to_have_count(10)
+    top = [{made.features.vocabulary[id].lower() for id in of} for of in made.features.arrays["top_logits"][1]]
+    token = min(top[3], key=lambda token: sum(token in "".join(texts) for texts in top))  # that few others promote
+    page.get_by_label("Token that it promotes").fill(token)
+    promoting = [f for f in range(10) if any(token in text for text in top[f])]
+    expect(page.locator("tbody tr")).to_have_count(len(promoting))
+    assert {int(name.split(".")[1]) for name in ids(page)} == {*promoting} >= {3}
+    assert len(promoting) < 10
     page.get_by_label("Token that it promotes").fill("nothing that there is")
     expect(page.locator(".pager")).to_contain_text("No feature is like that.")
     page.get_by_label("Token that it promotes").fill("")
@@ -277,12 +287,19 @@ def test_a_prompt_and_an_intervention(page, served):
     before = float(row.locator("td").nth(1).inner_text())
     row.hover()
     expect(page.locator(".strip .hot").first).to_be_visible()
-    row.get_by_role("slider").press("Home")
     changed = page.locator("#here tr.changed")
+    row.get_by_role("slider").press("End")
+    expect(changed.locator("output")).to_have_text(re.compile(".4"))
+    scaled = changed.locator("td").nth(1).inner_text()
+    assert [float(value) for value in scaled.split(" → ")] == pytest.approx([before, 4 * before], rel=0.01)
+    quadruple = shares(page, "changed")
+    assert quadruple != shares(page, "replaced")
+    changed.get_by_role("slider").press("Home")
+    expect(changed.locator("output")).to_have_text(re.compile(".0"))
     expect(changed.locator("a")).to_have_text(name)
     expect(changed.locator("td").nth(1)).to_have_text(f"{before:g} → 0")
     expect(changed.get_by_role("slider")).to_be_focused()
-    assert shares(page, "changed") != shares(page, "replaced")
+    assert shares(page, "changed") not in (shares(page, "replaced"), quadruple)
     assert f"scale={name}%3A0" in page.url
     page.reload()
     expect(page.locator("#here tr.changed a")).to_have_text(name)
@@ -304,14 +321,15 @@ def test_mistakes_are_told_on_the_page(browser, served):
     page.close()
 
 
-def test_dark_is_dark_and_a_narrow_window_needs_no_scrolling_sideways(browser, served):
-    page = browser.new_page(color_scheme="dark", viewport={"width": 400, "height": 800})
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_the_page_has_the_readers_colours_and_a_narrow_window_needs_no_scrolling_sideways(browser, served, scheme):
+    page = browser.new_page(color_scheme=scheme, viewport={"width": 400, "height": 800})
     for place in ("", "features", "feature/0/0", f"prompt?text={TEXT.replace(' ', '+')}"):
         go(page, served, place)
         red, green, blue = map(
             int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))
         )
-        assert max(red, green, blue) < 60
+        assert max(red, green, blue) < 60 if scheme == "dark" else min(red, green, blue) > 200
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), place
     page.close()
 

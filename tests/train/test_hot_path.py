@@ -76,7 +76,7 @@ def train(how):
     with open(f"{how}/faults.json", "w") as file:
         json.dump(faults, file)
 
-for how in ("with", "without"):  # each in a process of its own, which has the imports already
+for how in ("with", "without"):  # a fork each, as the imports take longest
     if (child := os.fork()) == 0:
         train(how)
         os._exit(0)

@@ -79,7 +79,7 @@ def test_it_is_torchs_adam_in_float64(capacity):
 
 
 def test_decoders_are_all_trained_or_all_frozen():
-    """W_dec of the layers is told apart by its number. What is frozen is not updated."""
+    """Each layer has its own W_dec. A frozen one is not updated."""
     named = dict(make().named_parameters())
     named["W_dec.1"].requires_grad_(False)
     with pytest.raises(UserError, match=r"optim\.decoder is fused but W_dec\.1 is frozen, .*optim\.decoder=torch"):

@@ -33,7 +33,7 @@ def select(
     """The pairs of product (F, B) and bias (F,) above theta; with a bandwidth, also those near it, or a `sampling`.
 
     theta is limit (F,), or of_token (B,) / limit. The penalty is of scale (F,) * a. counts: what `count` found, (2, F).
-    A nan counts as firing, so that it reaches the loss.
+    A nan counts as firing: it must reach the loss.
     """
     z, on, near = _look(product, bias, limit, of_token, bandwidth)
     others = near & ~on
