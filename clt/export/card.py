@@ -188,16 +188,19 @@ def _loading(
     place = name or "DIRECTORY"
     here = [
         "from clt.model.transcoder import CrossLayerTranscoder",
+        "",
         f'transcoder = CrossLayerTranscoder.from_pretrained("{place}")',
         f"features = transcoder.encode(x)  # x: (tokens, layers, width), {_reads(config)}",
     ]
     tracer = [
         "from circuit_tracer import ReplacementModel, attribute",
+        "",
         f'model = ReplacementModel.from_pretrained("{model or "LANGUAGE MODEL"}", "{place if facts else "EXPORT"}")',
         'graph = attribute("The capital of France is", model)',
     ]
     saelens = [
         "from sae_lens import Transcoder",
+        "",
         f'layer = Transcoder.load_from_disk("{place if facts else "EXPORT"}/layer_0")',
         "features = layer.encode(x)",
     ]
