@@ -31,6 +31,7 @@ GENERATOR, LEADER, _LINES = ((1 << 40) + i for i in range(3))  # locks; serving 
 FOLDER = Path("/dev/shm")
 _MAGIC, _WORKERS = "cltblk03", 128
 _COLUMNS = np.dtype(list(COLUMNS.items()))  # of a row, together: to write to four places takes the generator longer
+_BITS = np.dtype((np.void, _COLUMNS.itemsize))  # the same as one value: numpy copies a structure field by field
 _LINE = np.dtype([(name, "i8") for name in ("clients", "held", "drawn", "dropped")])  # of a serving process
 _HEADER = np.dtype([
     ("magic", "S8"), ("tag", "S128"), ("segment", "S16"), ("dtype", "S16"), ("sizes", "i8", 5),
@@ -60,7 +61,9 @@ class Buffer:
         tables, block, first, _ = plan
         found = np.ndarray((), tables, memory)
         self.state, self._progress, self.lines = found["state"], found["progress"], self.header["lines"]
-        self._blocks = np.ndarray(self.blocks, block, memory, first)["body"]
+        self._blocks, self._memory = np.ndarray(self.blocks, block, memory, first)["body"], memoryview(memory)
+        self._columns = self._blocks["columns"].view(_BITS)
+        self._first_row = first + self._blocks.dtype.fields["rows"][1]
         # Of the places in a block; the same for every generator, as they go on with each other's open blocks.
         self._order, self.random = np.random.default_rng(0).permutation(self.block_rows), np.random.default_rng()
         self.line, self._own = np.zeros((), _LINE), _WORKERS  # this process's, once it has joined
@@ -109,19 +112,20 @@ class Buffer:
         filled = self.progress["filled"][opened]
         # If all were equally likely, all would be full at the same time, again and again.
         weights = np.linspace(1, 2, self.open_blocks)
-        most = max(2 * self.open_blocks, self.block_rows // 8)  # each call costs as much as many small rows
+        most = max(4 * self.open_blocks, self.block_rows // 8)  # each call costs as much as many small rows
         wanted = self.random.multinomial(min(len(rows), most), weights / weights.sum())
         counts = np.minimum(wanted, self.block_rows - filled)
         n = int(counts.sum())
         mix, before = self.random.permutation(n), np.cumsum(counts) - counts
         block = np.repeat(opened, counts)[mix]
         place = self._order[(np.repeat(filled - before, counts) + np.arange(n))[mix]]
-        places, part, columns = self._blocks["rows"], rows[:n], np.empty(n, _COLUMNS)
-        part.copy_into([places[at].data for at in zip(block.tolist(), place.tolist())])
+        part, columns, size = rows[:n], np.empty(n, _COLUMNS), self.shape.row_bytes
+        at = self._first_row + block * self._blocks.strides[0] + place * size
+        part.copy_into([self._memory[start : start + size] for start in at.tolist()])
         for name in ("token", "position", "document"):
             columns[name] = getattr(part, name)
         columns["row"] = self.progress["generated"] + np.arange(n)
-        self._blocks["columns"][block, place] = columns
+        self._columns[block, place] = columns.view(_BITS)
         with self._change() as new:
             new["mark"], new["generated"] = (mark[0], mark[1], mark[2] + n), new["generated"] + n
             new["filled"][opened] += counts
