@@ -43,7 +43,7 @@ export PATH="$PWD/$VENV/bin:$PATH"
 [[ $VENV == /* ]] && export PATH="$VENV/bin:$PATH"
 
 if [[ $what == test ]]; then
-    # Four at a time: most tests wait for processes that they started. The order is that of tests/conftest.py.
+    # Three at a time: most tests wait for processes that they started. The order is that of tests/conftest.py.
     exec python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder "$@"
 fi
 
