@@ -112,7 +112,7 @@ class Buffer:
         filled = self.progress["filled"][opened]
         # If all were equally likely, all would be full at the same time, again and again.
         weights = np.linspace(1, 2, self.open_blocks)
-        most = max(4 * self.open_blocks, self.block_rows // 8)  # each call costs as much as many small rows
+        most = max(2 * self.open_blocks, self.block_rows // 8)  # each call costs as much as many small rows
         wanted = self.random.multinomial(min(len(rows), most), weights / weights.sum())
         counts = np.minimum(wanted, self.block_rows - filled)
         n = int(counts.sum())
