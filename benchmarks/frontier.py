@@ -22,7 +22,10 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RATES = {"quickstart": (5e-3, 1e-2, 2e-2), "smollm2-135m": (2e-3, 4e-3, 8e-3)}
-RATES_BY_K = {"quickstart": (4e-3, 8e-3, 1.6e-2), "smollm2-135m": (1e-3, 2e-3, 4e-3)}
+OTHER_RATES = {  # of rules whose best rate is elsewhere
+    "quickstart": dict.fromkeys(("topk", "batchtopk", "batchtopk, by norm"), (4e-3, 8e-3, 1.6e-2)),
+    "smollm2-135m": dict.fromkeys(("relu", "jumprelu, one layer"), (4e-3, 8e-3, 1.6e-2)),
+}
 REFERENCE = 40  # the wanted L0 that learning rates are compared at
 SECOND_SEED = (20, 40)
 KEYS = ("l0_total", "nmse", "fve", "ce_recovered", "kl", "top1_agreement", "dead_fraction", "wall_seconds")
@@ -101,7 +104,7 @@ class Frontier:
         """Of three, the learning rate with the lowest error at the reference L0."""
         if rule == FIXED:
             return self.best_rate("jumprelu")
-        rates = (RATES if "topk" not in rule else RATES_BY_K)[self.name]
+        rates = OTHER_RATES[self.name].get(rule, RATES[self.name])
         return min(rates, key=lambda rate: self.row(rule, REFERENCE, 0, rate)["nmse"])
 
     def runs(self, rules: list[str], targets: list[int]) -> Iterator[dict[str, Any]]:
