@@ -86,7 +86,8 @@ def find(source: Path) -> Trained:
         checkpoint.verify(path, checkpoint.MODEL)
     there = (Path(config.data.store) / "heldout" / INDEX).is_file()
     index = open_store(config, "heldout").index if there else None
-    return Trained(_load(path), path, config, index, _results(run, path))
+    transcoder = CrossLayerTranscoder.from_pretrained(path, lazy=True)  # its weights are read a layer at a time
+    return Trained(transcoder, path, config, index, _results(run, path))
 
 
 def _results(run: Path, path: Path) -> dict[str, Any]:
@@ -95,12 +96,6 @@ def _results(run: Path, path: Path) -> dict[str, Any]:
         return {}
     results = read_object(run / "summary.json", {"steps": int}, "finish the run with the command that started it")
     return results if path.name == f"step_{results['steps']:08d}" else {}
-
-
-def _load(path: Path) -> CrossLayerTranscoder:
-    """The transcoder, whose weights are read a layer at a time unless its rule is to be converted."""
-    transcoder = CrossLayerTranscoder.from_pretrained(path, lazy=True)
-    return CrossLayerTranscoder.from_pretrained(path) if transcoder.spec.activation in BY_K else transcoder
 
 
 def _imported(path: Path) -> Trained:

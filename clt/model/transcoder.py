@@ -307,6 +307,8 @@ def check_values(name: str, tensor: Tensor) -> None:
     """Raise ValueError unless the tensor can be one of a transcoder's. Thresholds may be negative."""
     if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{name} is {tensor.dtype}, wanted floating-point numbers of 16 to 64 bits")
+    if not tensor.numel():
+        raise ValueError(f"{name} is empty")
     low, high = tensor.aminmax()  # of a tensor with a nan both are nan
     if not (low.isfinite() and high.isfinite()):
         raise ValueError(f"{name} has a value that is nan or inf")

@@ -47,8 +47,8 @@ def evaluate_transcoders(config: Config, directories: Sequence[str]) -> dict[str
     found, lm, windows, places = {}, None, [], _places(directories)
     # All are opened first: a wrong name then fails before hours of work.
     opened = {name: CrossLayerTranscoder.from_pretrained(place, lazy=True) for name, place in places.items()}
-    for directory, transcoder in opened.items():
-        transcoder = transcoder.to(device)
+    for directory in places:
+        transcoder = opened.pop(directory).to(device)  # which lets go of the one before, and of the layers that it read
         sites = dataclasses.replace(transcoder.sites, layers=transcoder.sites.layers or _of_run(places[directory]))
         lm = language_model(config, (transcoder.n_layers, transcoder.d_acts), sites, device, lm)
         windows = windows or heldout_windows(config, lm)

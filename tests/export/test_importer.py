@@ -430,9 +430,20 @@ def test_the_mlps_own_output_goes_to_circuit_tracer_and_back(model, source, tmp_
     assert {key: config[key] for key in hooks} == hooks
 
 
+def test_sparse_coders_of_a_layer_that_was_copied_in_part(source, tmp_path):
+    sparsify(source)
+    (source / "h.2.mlp" / "sae.safetensors").unlink()
+    with pytest.raises(UserError, match=r"h.2.mlp/sae.safetensors cannot be read \(No such file"):
+        import_transcoder(str(source), tmp_path / "out")
+
+
 def test_values_that_differ_by_target_are_refused(source, tmp_path):
     sparsify(source, reach=2, post=0.1)
     with pytest.raises(UserError, match=r"post_encs\.0 is not 0 everywhere, so that a feature has other values"):
+        import_transcoder(str(source), tmp_path / "out")
+    file = source / "h.0.mlp" / "sae.safetensors"
+    save_file(load_file(file) | {"post_encs.0": torch.zeros(0)}, file)
+    with pytest.raises(UserError, match=r"post_encs\.0 is empty"):
         import_transcoder(str(source), tmp_path / "out")
 
 
