@@ -52,6 +52,11 @@ SKIP_IS_NOT_READ = (
 )
 
 
+def lens_name(model: str) -> str:
+    """transformer-lens' name of a hub's model: it has GPT-2 by the name that it had at first, and no other."""
+    return model.removeprefix("openai-community/")
+
+
 def config(transcoder: CrossLayerTranscoder, model: str) -> str:
     """The text of config.yaml. Sites by paths are the residual stream before the norm, and what is added to it."""
     kind, sites = "cross_layer_transcoder" if transcoder.spec.cross_layer else "transcoder_set", transcoder.sites

@@ -18,7 +18,7 @@ from clt.data.index import INDEX, StoreIndex
 from clt.errors import UserError, mismatches, size_text, tell
 from clt.export import circuit_tracer, saelens
 from clt.export.card import card
-from clt.export.circuit_tracer import FEATURES, RECORDS_INDEX, records_file
+from clt.export.circuit_tracer import FEATURES, RECORDS_INDEX, lens_name, records_file
 from clt.export.compare import compare
 from clt.export.convert import evenly, to_jumprelu
 from clt.export.directory import new_directory
@@ -210,7 +210,7 @@ def _write(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
 
 
 def _configs(trained: Trained, transcoder: CrossLayerTranscoder, to: str) -> dict[str, str]:
-    model = trained.model.removeprefix("openai-community/")  # transformer-lens has GPT-2 by the name it had at first
+    model = lens_name(trained.model)
     if to == "circuit-tracer":
         return {"config.yaml": circuit_tracer.config(transcoder, model)}
     layers, context = trained.layers or range(transcoder.n_layers), trained.config.lm.context
