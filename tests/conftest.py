@@ -159,18 +159,18 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 @pytest.fixture
 def layers_at_once(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """The most layers of W_enc, and of W_dec, that have been in memory at once of those that were read one by one."""
+    """The most layers of W_enc, and of W_dec, that were in memory at once of those that were read from files."""
     from clt.files import TensorFiles
 
     read, most = TensorFiles.read, {"W_enc": 0, "W_dec": 0}
-    alive: dict[str, list[weakref.ref]] = {"W_enc": [], "W_dec": []}
+    alive: dict[str, list[tuple[weakref.ref, int]]] = {"W_enc": [], "W_dec": []}
 
     def counted(self: TensorFiles, name: str, index: int | None = None, **options: Any) -> torch.Tensor:
         tensor, kind = read(self, name, index, **options), name.partition(".")[0]
         if kind in alive:
-            alive[kind] = [known for known in alive[kind] if known() is not None] + [weakref.ref(tensor)]
-            most[kind] = max(most[kind], len(alive[kind]))
-            assert kind == "W_dec" or index is not None, "all layers were read at once"
+            layers = len(tensor) if kind == "W_enc" and index is None else 1
+            alive[kind] = [(ref, n) for ref, n in alive[kind] if ref() is not None] + [(weakref.ref(tensor), layers)]
+            most[kind] = max(most[kind], sum(n for _, n in alive[kind]))
         return tensor
 
     monkeypatch.setattr(TensorFiles, "read", counted)

@@ -130,6 +130,7 @@ def export(source: Path, to: str, directory: Path, dtype: str, *, with_records: 
         form = circuit_tracer if to == "circuit-tracer" else saelens
         for name, tensors in form.files(transcoder):
             _write(partial / name, tensors, getattr(torch, dtype))
+            tensors.clear()  # before the next layer is read
         for name, text in _configs(trained, transcoder, to).items():
             (partial / name).write_text(text)
         for file in records:
