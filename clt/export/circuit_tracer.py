@@ -68,23 +68,26 @@ def config(transcoder: CrossLayerTranscoder, model: str) -> str:
 
 def files(transcoder: CrossLayerTranscoder) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The tensors of each file, in float32, one layer's at a time; the rule is relu or jumprelu."""
-    L = transcoder.n_layers
-    for s in range(L):
-        layer = transcoder.fold_layer(s)
-        layer["W_enc"] = layer["W_enc"].T
-        layer["threshold"] = layer["threshold"].clamp_min(0)
-        if transcoder.spec.activation == "relu":
-            del layer["threshold"]
-        if not transcoder.spec.cross_layer:
-            layer["W_dec"] = layer["W_dec"][:, 0]
-            if "W_skip" in layer:
-                layer["W_skip"] = layer["W_skip"].T
-            yield f"layer_{s}.safetensors", {_SET.get(name, name): tensor for name, tensor in layer.items()}
-            continue
-        W_dec = layer.pop("W_dec")
-        yield f"W_enc_{s}.safetensors", {f"{name}_{s}": tensor for name, tensor in layer.items()}
-        beyond = L - s - W_dec.shape[1]  # the layers that a window leaves out
-        yield f"W_dec_{s}.safetensors", {f"W_dec_{s}": pad(W_dec, (0, 0, 0, beyond))}
+    for s in range(transcoder.n_layers):
+        yield from _files_of_layer(transcoder, s)  # which keeps nothing of a layer while the next is read
+
+
+def _files_of_layer(transcoder: CrossLayerTranscoder, s: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    layer = transcoder.fold_layer(s)
+    layer["W_enc"] = layer["W_enc"].T
+    layer["threshold"] = layer["threshold"].clamp_min(0)
+    if transcoder.spec.activation == "relu":
+        del layer["threshold"]
+    if not transcoder.spec.cross_layer:
+        layer["W_dec"] = layer["W_dec"][:, 0]
+        if "W_skip" in layer:
+            layer["W_skip"] = layer["W_skip"].T
+        yield f"layer_{s}.safetensors", {_SET.get(name, name): tensor for name, tensor in layer.items()}
+        return
+    W_dec = layer.pop("W_dec")
+    yield f"W_enc_{s}.safetensors", {f"{name}_{s}": tensor for name, tensor in layer.items()}
+    beyond = transcoder.n_layers - s - W_dec.shape[1]  # the layers that a window leaves out
+    yield f"W_dec_{s}.safetensors", {f"W_dec_{s}": pad(W_dec, (0, 0, 0, beyond))}
 
 
 def read_layer(directory: Path, s: int) -> Layer:
