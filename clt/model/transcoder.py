@@ -279,6 +279,8 @@ class CrossLayerTranscoder(nn.Module):
 class _OnDemand(nn.Module):
     """A weight's layers, each read when it is asked for. The last one read is kept, and dropped before the next."""
 
+    place: Tensor
+
     def __init__(self, read: Callable[[int], Tensor], layers: int) -> None:
         super().__init__()
         self.read, self.layers = read, layers
