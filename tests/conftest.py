@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,6 +155,26 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     yield mount
     if disk.is_mount():
         subprocess.run(["umount", "--lazy", str(disk)], check=True)  # whatever a failed test still has open
+
+
+@pytest.fixture
+def layers_at_once(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """The most layers of W_enc, and of W_dec, that were in memory at once of those that were read from files."""
+    from clt.files import TensorFiles
+
+    read, most = TensorFiles.read, {"W_enc": 0, "W_dec": 0}
+    alive: dict[str, list[tuple[weakref.ref, int]]] = {"W_enc": [], "W_dec": []}
+
+    def counted(self: TensorFiles, name: str, index: int | None = None, **options: Any) -> torch.Tensor:
+        tensor, kind = read(self, name, index, **options), name.partition(".")[0]
+        if kind in alive:
+            layers = len(tensor) if kind == "W_enc" and index is None else 1
+            alive[kind] = [(ref, n) for ref, n in alive[kind] if ref() is not None] + [(weakref.ref(tensor), layers)]
+            most[kind] = max(most[kind], sum(n for _, n in alive[kind]))
+        return tensor
+
+    monkeypatch.setattr(TensorFiles, "read", counted)
+    return most
 
 
 @pytest.fixture(scope="session")

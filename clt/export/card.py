@@ -14,6 +14,7 @@ import yaml
 from clt.config import Config
 from clt.data.index import StoreIndex
 from clt.errors import UserError
+from clt.export.circuit_tracer import lens_name
 from clt.export.fits import parallel, refusal
 from clt.lm.fingerprint import TEXT_REVISION
 from clt.train.report import table
@@ -27,6 +28,9 @@ _RECIPE = {
     "train": ("steps", "batch_tokens", "accumulate", "precision"),
     "run": ("seed",),
 }
+PLACE = "DIRECTORY"
+"""Stands for where the card will be, until that is known."""
+_IN_TRACER = "In circuit-tracer, if transformer-lens knows the language model (a directory goes by its absolute path)"
 _PLOTS = {
     "training": "loss and L0 in training",
     "layers": "variance explained and L0 by layer",
@@ -185,7 +189,7 @@ def _loading(
     config: Config, model: str | None, index: StoreIndex | None, facts: dict[str, Any] | None, name: str | None
 ) -> str:
     """Three lines in this code's package and in the other tool's, which is left out where it cannot load it."""
-    place = name or "DIRECTORY"
+    place = name or PLACE
     here = [
         "from clt.model.transcoder import CrossLayerTranscoder",
         "",
@@ -195,7 +199,8 @@ def _loading(
     tracer = [
         "from circuit_tracer import ReplacementModel, attribute",
         "",
-        f'model = ReplacementModel.from_pretrained("{model or "LANGUAGE MODEL"}", "{place if facts else "EXPORT"}")',
+        f'model = ReplacementModel.from_pretrained("{lens_name(model or "LANGUAGE MODEL")}", '
+        f'"{place if facts else "EXPORT"}")',
         'graph = attribute("The capital of France is", model)',
     ]
     saelens = [
@@ -204,7 +209,7 @@ def _loading(
         f'layer = Transcoder.load_from_disk("{place if facts else "EXPORT"}/layer_0")',
         "features = layer.encode(x)",
     ]
-    others = {"circuit-tracer": ("In circuit-tracer", tracer), "saelens": ("In SAELens, one layer", saelens)}
+    others = {"circuit-tracer": (_IN_TRACER, tracer), "saelens": ("In SAELens, one layer", saelens)}
     if facts is None:
         blocks = [("In the trainer that it comes from:", here)]
         for to, (where, code) in others.items():

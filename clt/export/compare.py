@@ -47,7 +47,7 @@ def compare(
     ours, theirs = torch.zeros_like(x), torch.zeros_like(x)
     fired = fired_otherwise = 0
     feature_difference = torch.zeros(())
-    for s, weight in enumerate(transcoder.W_dec):
+    for s in range(transcoder.n_layers):
         layer = read(s)
         features, exported = transcoder.encode_layer(x[:, s], s), layer.encode(x[:, s])
         on, on_exported = features > 0, exported != 0
@@ -56,9 +56,10 @@ def compare(
         largest = features.max().clamp_min(torch.finfo().tiny)
         differences = (features - exported).abs() * (on & on_exported)
         feature_difference = torch.maximum(feature_difference, differences.max() / largest)
-        _write(ours, features, weight, s)
+        _write(ours, features, transcoder.W_dec[s], s)
         _write(theirs, exported, layer.W_dec, s)
         theirs[:, s] += layer.skip(x[:, s])
+        del layer  # before the next is read
     ours = transcoder.finish(ours, x)
     scale = ours.square().mean((0, 2)).sqrt().clamp_min(torch.finfo().tiny)
     return {

@@ -63,6 +63,9 @@ def to_jumprelu(transcoder: CrossLayerTranscoder, x: Tensor) -> CrossLayerTransc
     spec = replace(transcoder.spec, activation="jumprelu", **rule)
     with torch.device("meta"):
         converted = CrossLayerTranscoder(transcoder.n_layers, transcoder.d_acts, spec, sites=transcoder.sites)
+    if not isinstance(transcoder.W_enc, Tensor):  # is read a layer at a time, as is W_dec
+        del converted.W_enc, converted.W_dec
+        converted.W_enc, converted.W_dec = transcoder.W_enc, transcoder.W_dec
     threshold = torch.empty_like(transcoder.threshold)
     converted.load_state_dict(transcoder.state_dict() | {"threshold": threshold}, assign=True)  # shares the others
     for layer, of_layer in enumerate(x.unbind(1)):
@@ -72,7 +75,7 @@ def to_jumprelu(transcoder: CrossLayerTranscoder, x: Tensor) -> CrossLayerTransc
         inputs = transcoder.normalization.input(of_layer, layer)
         for first in range(0, transcoder.d_features, _FEATURES):
             part = slice(first, first + _FEATURES)
-            pre = inputs @ transcoder.W_enc[layer, :, part] + transcoder.b_enc[layer, part]
+            pre = inputs @ transcoder.W_enc[layer][:, part] + transcoder.b_enc[layer, part]
             converted.threshold[0, layer, part] = _between(pre, fired[part])
     return converted
 

@@ -18,7 +18,7 @@ from clt.data.index import INDEX, StoreIndex
 from clt.errors import UserError, mismatches, size_text, tell
 from clt.export import circuit_tracer, saelens
 from clt.export.card import card
-from clt.export.circuit_tracer import FEATURES, RECORDS_INDEX, records_file
+from clt.export.circuit_tracer import FEATURES, RECORDS_INDEX, lens_name, records_file
 from clt.export.compare import compare
 from clt.export.convert import evenly, to_jumprelu
 from clt.export.directory import new_directory
@@ -86,7 +86,8 @@ def find(source: Path) -> Trained:
         checkpoint.verify(path, checkpoint.MODEL)
     there = (Path(config.data.store) / "heldout" / INDEX).is_file()
     index = open_store(config, "heldout").index if there else None
-    return Trained(_load(path), path, config, index, _results(run, path))
+    transcoder = CrossLayerTranscoder.from_pretrained(path, lazy=True)  # its weights are read a layer at a time
+    return Trained(transcoder, path, config, index, _results(run, path))
 
 
 def _results(run: Path, path: Path) -> dict[str, Any]:
@@ -95,12 +96,6 @@ def _results(run: Path, path: Path) -> dict[str, Any]:
         return {}
     results = read_object(run / "summary.json", {"steps": int}, "finish the run with the command that started it")
     return results if path.name == f"step_{results['steps']:08d}" else {}
-
-
-def _load(path: Path) -> CrossLayerTranscoder:
-    """The transcoder, whose weights are read a layer at a time unless its rule is to be converted."""
-    transcoder = CrossLayerTranscoder.from_pretrained(path, lazy=True)
-    return CrossLayerTranscoder.from_pretrained(path) if transcoder.spec.activation in BY_K else transcoder
 
 
 def _imported(path: Path) -> Trained:
@@ -135,6 +130,7 @@ def export(source: Path, to: str, directory: Path, dtype: str, *, with_records: 
         form = circuit_tracer if to == "circuit-tracer" else saelens
         for name, tensors in form.files(transcoder):
             _write(partial / name, tensors, getattr(torch, dtype))
+            tensors.clear()  # before the next layer is read
         for name, text in _configs(trained, transcoder, to).items():
             (partial / name).write_text(text)
         for file in records:
@@ -215,7 +211,7 @@ def _write(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
 
 
 def _configs(trained: Trained, transcoder: CrossLayerTranscoder, to: str) -> dict[str, str]:
-    model = trained.model.removeprefix("openai-community/")  # transformer-lens has GPT-2 by the name it had at first
+    model = lens_name(trained.model)
     if to == "circuit-tracer":
         return {"config.yaml": circuit_tracer.config(transcoder, model)}
     layers, context = trained.layers or range(transcoder.n_layers), trained.config.lm.context

@@ -1,4 +1,4 @@
-"""Gemma Scope 2's cross-layer transcoders: JumpReLU with a skip connection, of the output of the norm before the MLP.
+"""Gemma Scope 2's transcoders: JumpReLU with a skip connection, of the output of the norm before the MLP.
 
 config.json                      model_name, hf_hook_point_in
 params_layer_{i}.safetensors     w_enc (D, F), b_enc, threshold (F,), w_dec (F, L, D) of which the targets i.. count,
@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from clt.errors import UserError, shown
-from clt.export.source import REMEDY, Reader, Source, count_layers, everywhere, sizes, spec_of
+from clt.export.source import REMEDY, Reader, Source, everywhere, layer_files, sizes, spec_of
 from clt.files import read_object
 from clt.model.spec import Sites
 from clt.ranges import NORM_OUTPUT
@@ -24,22 +24,27 @@ def read(folder: Path) -> Source:
     settings = read_object(file, {"model_name": str | None}, REMEDY)
     if (hook := settings.get("hf_hook_point_in")) is not None and "pre_feedforward_layernorm.output" not in str(hook):
         raise UserError(f"{file} has hf_hook_point_in {shown(hook)}; wanted the output of pre_feedforward_layernorm")
-    L, headers = count_layers(folder, "params_layer_{}.safetensors"), Reader(folder, values=False)
-    D, F = sizes(headers, "params_layer_0.safetensors", "w_enc")
-    skip = everywhere(headers, "params_layer_{}.safetensors", "affine_skip_connection", L)
+    files = layer_files(folder, "params_layer_{}.safetensors")
+    return of_files(folder, files, Sites(NORM_OUTPUT, model=settings["model_name"]))
+
+
+def of_files(folder: Path, files: list[str], sites: Sites, *, cross_layer: bool = True) -> Source:
+    """The transcoder in one file a layer; if not `cross_layer`, w_dec (F, D) writes to its own layer alone."""
+    L, headers = len(files), Reader(folder, values=False)
+    D, F = sizes(headers, files[0], "w_enc")
+    skip = everywhere(headers, files, "affine_skip_connection")
 
     def layer(reader: Reader, i: int) -> dict[str, Tensor]:
-        file = f"params_layer_{i}.safetensors"
+        file = files[i]
         found = {
             "W_enc": reader(file, "w_enc", D, F),
             "b_enc": reader(file, "b_enc", F),
             "threshold": reader(file, "threshold", F),  # below 0 is as 0: its formula has a ReLU too
-            "W_dec": reader(file, "w_dec", F, L, D)[:, i:],
+            "W_dec": reader(file, "w_dec", F, L, D)[:, i:] if cross_layer else reader(file, "w_dec", F, D).unsqueeze(1),
             "b_dec": reader(file, "b_dec", D),
         }
         if skip:
             found["W_skip"] = reader(file, "affine_skip_connection", D, D)
         return found
 
-    sites = Sites(NORM_OUTPUT, model=settings["model_name"])
-    return Source("Gemma Scope 2", folder, L, D, spec_of(F, True, skip=skip), sites, layer)
+    return Source("Gemma Scope 2", folder, L, D, spec_of(F, True, skip=skip, cross_layer=cross_layer), sites, layer)

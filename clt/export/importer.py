@@ -101,8 +101,12 @@ def fetch(source: str) -> Path:
     if match is None:
         raise UserError(f"there is no directory {source}; wanted one, or user/name[/folder][@revision] of the hub")
     name, folder, revision = match[1], match[2].lstrip("/"), match[3]
-    place = hub.fetch(name, revision, [f"{folder}/{pattern}" if folder else pattern for pattern in _WANTED])
-    if not (path := place / folder).is_dir():
+    prefix = f"{folder}/" if folder else ""
+    path = hub.fetch(name, revision, [f"{prefix}config.yaml"]) / folder
+    if (path / "config.yaml").is_file() and circuit_tracer.LISTED in circuit_tracer.read_settings(path / "config.yaml"):
+        return path  # which names the files that it wants
+    path = hub.fetch(name, revision, [f"{prefix}{pattern}" for pattern in _WANTED]) / folder
+    if not path.is_dir():
         raise UserError(f"{name} on the hub has no files of a transcoder in {folder or 'its main folder'}")
     return path
 

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from torch import Tensor
 
-from clt.export.source import REMEDY, Reader, Source, count_layers, sizes, spec_of
+from clt.export.source import REMEDY, Reader, Source, layer_files, sizes, spec_of
 from clt.files import read_object
 from clt.model.spec import Sites
 from clt.ranges import POSITIVE
@@ -22,8 +22,8 @@ from clt.ranges import POSITIVE
 def read(folder: Path) -> Source:
     """The transcoder in a directory. Raises UserError when it is incomplete."""
     settings = read_object(folder / "config.json", {"k": Annotated[int, POSITIVE]}, REMEDY)
-    L, headers = count_layers(folder, "W_enc_{}.safetensors"), Reader(folder, values=False)
-    F, D = sizes(headers, "W_enc_0.safetensors", "W_enc_0")
+    L = len(layer_files(folder, "W_enc_{}.safetensors"))
+    F, D = sizes(Reader(folder, values=False), "W_enc_0.safetensors", "W_enc_0")
 
     def layer(reader: Reader, i: int) -> dict[str, Tensor]:
         return {

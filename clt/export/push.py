@@ -8,7 +8,7 @@ from clt import hub
 from clt.config import load_config
 from clt.data.index import INDEX, read_index
 from clt.errors import UserError
-from clt.export.card import card
+from clt.export.card import PLACE, card
 from clt.files import read_object
 from clt.train import checkpoint
 
@@ -19,9 +19,9 @@ def push(source: Path, name: str, license: str | None = None, *, private: bool =
     """Put a transcoder on the hub as `user/name`, and return its address.
 
     source: a finished run, of which the last checkpoint's weights, their config, the plots and a card go up; or a
-    directory that `clt export` wrote, as it is. Raises UserError for any other, and as `hub.upload`.
+    directory that `clt export` wrote, whose card gets the name. Raises UserError for any other, and as `hub.upload`.
     """
-    files = _of_run(source, name, license) if (source / "checkpoints").is_dir() else _of_export(source, license)
+    files = _of_run(source, name, license) if (source / "checkpoints").is_dir() else _of_export(source, name, license)
     return hub.upload(name, files, "Upload a transcoder", private=private)
 
 
@@ -42,7 +42,7 @@ def _of_run(run: Path, name: str, license: str | None) -> dict[str, Path | bytes
     return files | {"README.md": text.encode()}
 
 
-def _of_export(directory: Path, license: str | None) -> dict[str, Path | bytes]:
+def _of_export(directory: Path, name: str, license: str | None) -> dict[str, Path | bytes]:
     found = {file for pattern in _EXPORT for file in directory.glob(pattern) if file.is_file()}
     names = {str(file.relative_to(directory)): file for file in sorted(found)}
     settings = directory / "config.yaml"
@@ -53,4 +53,6 @@ def _of_export(directory: Path, license: str | None) -> dict[str, Path | bytes]:
         )
     if license is not None:
         raise UserError(f"--license goes into the card of a run; write it into {directory}/README.md instead")
-    return dict(names)
+    text = (directory / "README.md").read_text()
+    # circuit-tracer takes the hub's name in the place of a path; SAELens' load_from_disk does not.
+    return names | {"README.md": text.replace(f'"{PLACE}")', f'"{name}")').encode()}

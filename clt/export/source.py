@@ -77,15 +77,15 @@ class Source:
     """(L, F), for `k`."""
 
 
-def count_layers(folder: Path, pattern: str) -> int:
-    """The number of layers by the files' names, `pattern` with {}. Raises UserError when one is missing."""
+def layer_files(folder: Path, pattern: str) -> list[str]:
+    """The names of the layers' files, `pattern` with the layer for {}. Raises UserError when one is missing."""
     form = re.compile(re.escape(pattern).replace(r"\{\}", r"(\d+)"))
     paths = (str(path.relative_to(folder)) for path in folder.glob(pattern.format("*")))
     found = sorted(int(match[1]) for match in map(form.fullmatch, paths) if match)
     if not found or found != list(range(len(found))):
         missing = next(layer for layer in range(len(found) + 1) if layer not in found)
         raise UserError(f"{folder / pattern.format(missing)} is missing: layers are {found}; {REMEDY}")
-    return len(found)
+    return [pattern.format(layer) for layer in found]
 
 
 def sizes(reader: Reader, file: str, name: str) -> tuple[int, int]:
@@ -96,12 +96,12 @@ def sizes(reader: Reader, file: str, name: str) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def everywhere(reader: Reader, file: str, name: str, layers: int) -> bool:
-    """Whether each layer's file has a tensor, of names with {} for the layer. Raises UserError when some lack it."""
-    missing = [i for i in range(layers) if name.format(i) not in reader.shapes(file.format(i))]
-    if 0 < len(missing) < layers:
+def everywhere(reader: Reader, files: list[str], name: str) -> bool:
+    """Whether each layer's file has a tensor, of a name with {} for the layer. Raises UserError when some lack it."""
+    missing = [i for i, file in enumerate(files) if name.format(i) not in reader.shapes(file)]
+    if 0 < len(missing) < len(files):
         raise UserError(
-            f"{reader.folder / file.format(missing[0])} has no {name.format(missing[0])}, other layers do; {REMEDY}"
+            f"{reader.folder / files[missing[0]]} has no {name.format(missing[0])}, other layers do; {REMEDY}"
         )
     return not missing
 

@@ -70,7 +70,8 @@ def read(folder: Path) -> Source:
 
 def _hookpoints(folder: Path) -> tuple[list[str], list[int]]:
     """The names of the hooked MLPs, and their layers: ascending, not always all. Raises UserError for other names."""
-    found = {path.parent.name for path in folder.glob("*.mlp/sae.safetensors")}
+    # Either file: a layer that was copied in part must not pass for one that was left out.
+    found = {path.parent.name for name in ("cfg.json", "sae.safetensors") for path in folder.glob(f"*.mlp/{name}")}
     matches = [re.fullmatch(r"([\w.]+)\.(\d+)\.mlp", name) for name in found]
     numbers = {int(match[2]): match[0] for match in matches if match}
     if len({match and match[1] for match in matches}) != 1 or not numbers:

@@ -269,22 +269,24 @@ class CrossLayerTranscoder(nn.Module):
 
     def _read_on_demand(self, files: TensorFiles) -> None:
         """Put readers in the place of W_enc and W_dec."""
-
-        def reader(read: Callable[[int], Tensor]) -> _OnDemand:
-            # First to the device: a GPU widens to float32 faster, and half as much is copied.
-            return _OnDemand(lambda layer: read(layer).to(self.b_dec.device).to(self.b_dec.dtype), self.n_layers)
-
         del self.W_enc, self.W_dec
-        self.W_enc = reader(lambda layer: files.read("W_enc", layer, check=check_values))  # type: ignore[assignment]
-        self.W_dec = reader(lambda layer: files.read(f"W_dec.{layer}", check=check_values))  # type: ignore[assignment]
+        read_enc = lambda layer: files.read("W_enc", layer, check=check_values)  # noqa: E731
+        read_dec = lambda layer: files.read(f"W_dec.{layer}", check=check_values)  # noqa: E731
+        self.W_enc = _OnDemand(read_enc, self.n_layers)  # type: ignore[assignment]
+        self.W_dec = _OnDemand(read_dec, self.n_layers)  # type: ignore[assignment]
 
 
-class _OnDemand:
+class _OnDemand(nn.Module):
     """A weight's layers, each read when it is asked for. The last one read is kept, and dropped before the next."""
 
+    place: Tensor
+
     def __init__(self, read: Callable[[int], Tensor], layers: int) -> None:
+        super().__init__()
         self.read, self.layers = read, layers
         self.layer, self.kept = -1, torch.empty(0)
+        # Goes where the transcoder goes, and says so. (Readers that asked the transcoder would keep it in memory.)
+        self.register_buffer("place", torch.empty(0), persistent=False)
 
     def __len__(self) -> int:
         return self.layers
@@ -294,7 +296,8 @@ class _OnDemand:
             raise IndexError(layer)
         if layer != self.layer:
             self.kept = torch.empty(0)
-            self.kept, self.layer = self.read(layer), layer
+            # First to the device: a GPU widens to float32 faster, and half as much is copied.
+            self.kept, self.layer = self.read(layer).to(self.place.device).to(self.place.dtype), layer
         return self.kept
 
 
@@ -307,6 +310,8 @@ def check_values(name: str, tensor: Tensor) -> None:
     """Raise ValueError unless the tensor can be one of a transcoder's. Thresholds may be negative."""
     if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{name} is {tensor.dtype}, wanted floating-point numbers of 16 to 64 bits")
+    if not tensor.numel():
+        raise ValueError(f"{name} is empty")
     low, high = tensor.aminmax()  # of a tensor with a nan both are nan
     if not (low.isfinite() and high.isfinite()):
         raise ValueError(f"{name} has a value that is nan or inf")

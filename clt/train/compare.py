@@ -47,8 +47,8 @@ def evaluate_transcoders(config: Config, directories: Sequence[str]) -> dict[str
     found, lm, windows, places = {}, None, [], _places(directories)
     # All are opened first: a wrong name then fails before hours of work.
     opened = {name: CrossLayerTranscoder.from_pretrained(place, lazy=True) for name, place in places.items()}
-    for directory, transcoder in opened.items():
-        transcoder = transcoder.to(device)
+    for directory in places:
+        transcoder = opened.pop(directory).to(device)  # which lets go of the one before, and of the layers that it read
         sites = dataclasses.replace(transcoder.sites, layers=transcoder.sites.layers or _of_run(places[directory]))
         lm = language_model(config, (transcoder.n_layers, transcoder.d_acts), sites, device, lm)
         windows = windows or heldout_windows(config, lm)
@@ -154,9 +154,8 @@ def decoder_mass(transcoder: CrossLayerTranscoder, statistics: Statistics, which
     scale = transcoder.normalization.target_sd / sd  # (L, 1) or (L, D)
     mass = torch.zeros(transcoder.n_layers, dtype=torch.float64, device=device)
     for s in range(transcoder.n_layers):
-        whole = transcoder.W_dec[s]
         for part in which[s].nonzero()[:, 0].split(1024):
-            weight = whole[part]  # (f, T, D)
+            weight = transcoder.W_dec[s][part]  # (f, T, D); the whole is bound to no name, which would outlive it
             squares = (weight * scale[s : s + weight.shape[1]]).square().sum(-1).double()
             shares = squares / squares.sum(1, keepdim=True).clamp_min(1e-300)
             mass[: weight.shape[1]] += shares.sum(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from clt.plan import Machine, shortage
 from clt.train import distributed as dist
 from clt.train.distributed import ALONE, Axis, World
 from clt.train.logger import check_wandb
+from clt.train.optim import autocast_dtype
 from clt.train.source import ServerSource, StoreSource
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ def check_memory(config: Config, world: World) -> None:
         memory = min(free_memory().values()) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     else:
         memory = torch.cuda.get_device_properties(world.device).total_memory
+    if autocast_dtype(config.train.precision, world.device) == torch.float32:  # `auto` may be; the plan counts as bf16
+        config = replace(config, train=replace(config.train, precision="fp32"))
     found, sure = shortage(config, shape, Machine(world.size, memory / 1e9, cpu=cpu))
     if sure:
         raise UserError(f"the run does not fit: {found}")

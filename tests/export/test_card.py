@@ -66,6 +66,10 @@ def test_names_that_are_public(run):
     text = card(config, {}, hub)
     assert (header(text)["base_model"], header(text)["datasets"]) == ("org/model", ["org/text"])
     assert "[org/model](https://huggingface.co/org/model), commit abc123" in text
+    assert 'ReplacementModel.from_pretrained("org/model", "EXPORT")' in text
+    gpt2 = replace(config, lm=replace(config.lm, model="openai-community/gpt2"))
+    text = card(gpt2, {}, replace(hub, model="openai-community/gpt2"), FACTS)
+    assert 'ReplacementModel.from_pretrained("gpt2", "DIRECTORY")' in text, "transformer-lens knows no longer name"
     assert "[org/text](https://huggingface.co/datasets/org/text), split validation" in text
     for known in (index, None):  # a directory here may be called like that too
         assert "org/" not in card(config, {}, known)

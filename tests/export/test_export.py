@@ -146,10 +146,11 @@ def test_transcoders_of_one_layer_for_both_tools(options, make_run, stores, tmp_
 
 @pytest.mark.parametrize(("activation", "by_norm"), [("topk", False), ("batchtopk", True)])
 @torch.no_grad()
-def test_k_becomes_a_threshold_per_feature(activation, by_norm, make_run, stores, tmp_path):
+def test_k_becomes_a_threshold_per_feature(activation, by_norm, make_run, stores, tmp_path, layers_at_once):
     run, (x, _) = make_run(activation=activation, k=4, by_norm=by_norm), heldout(stores)
     facts = export(run, "circuit-tracer", tmp_path / "out", "float32")
     assert (facts["trained_activation"], facts["activation"]) == (activation, "jumprelu")
+    assert layers_at_once == {"W_enc": 1, "W_dec": 1}
     assert f"Trained with {activation} (k = 4)" in facts["notes"][0]
     trained = CrossLayerTranscoder.from_pretrained(run / STEP)
     wanted = to_jumprelu(trained, evenly(DiscBuffer(stores / "train"), 10_000)[:, 0].float())

@@ -218,14 +218,21 @@ def test_a_run_goes_up_and_comes_back(hub, login, run, capsys):
         assert not [name for name, data in files.items() if secret.encode() in data], secret
 
 
-def test_an_export_goes_up_as_it_is(hub, login, tmp_path):
+def test_an_export_goes_up_with_its_name_in_the_card(hub, login, tmp_path):
     export = tmp_path / "export"
     (export / "layer_0").mkdir(parents=True)
-    for name in ("README.md", "config.yaml", "W_enc_0.safetensors", "layer_0/cfg.json", "weights.pt", "notes.txt"):
-        (export / name).write_text("model_kind: cross_layer_transcoder" if name == "config.yaml" else name)
+    texts = {
+        "README.md": 'ReplacementModel.from_pretrained("gpt2", "DIRECTORY")\nload_from_disk("DIRECTORY/layer_0")\n',
+        "config.yaml": "model_kind: cross_layer_transcoder",
+    }
+    for name in (*texts, "W_enc_0.safetensors", "layer_0/cfg.json", "weights.pt", "notes.txt"):
+        (export / name).write_text(texts.get(name, name))
     cli.main(["push", str(export), NAME, "--private"])
-    wanted = ("README.md", "config.yaml", "W_enc_0.safetensors", "layer_0/cfg.json")
-    assert hub.repositories[NAME][-1] == {name: (export / name).read_bytes() for name in wanted}
+    files = hub.repositories[NAME][-1]
+    card = files.pop("README.md").decode()
+    assert card == f'ReplacementModel.from_pretrained("gpt2", "{NAME}")\nload_from_disk("DIRECTORY/layer_0")\n'
+    wanted = ("config.yaml", "W_enc_0.safetensors", "layer_0/cfg.json")
+    assert files == {name: (export / name).read_bytes() for name in wanted}
     assert hub.private == {NAME}
 
 

@@ -325,8 +325,8 @@ def of_config(**settings):
         (changed("threshold_1", lambda t, n: t[n][:2].fill_(-1)), "W_enc_1.safetensors has 2 thresholds below 0"),
         (changed("W_enc_0", lambda t, n: t.update({n: t[n].int()})), "W_enc_0 is torch.int32, wanted floating-point"),
         (of_config(model_kind="sae"), "model_kind 'sae', wanted cross_layer_transcoder or transcoder_set"),
-        (of_config(transcoders=["hf://a/b/c"]), "lists transcoders that lie elsewhere"),
         (of_config(activation="topk", k=3), "has activation 'topk'; wanted relu or jumprelu"),
+        (of_config(activation="relu"), "has activation relu, but the files have thresholds"),
         (of_config(feature_input_hook="ln2.hook_normalized"), "feature_input_hook 'ln2.hook_normalized' and"),
         (of_config(feature_output_hook="hook_resid_post"), "feature_output_hook 'hook_resid_post'"),
         (lambda folder: (folder / "config.yaml").write_text("a: [1"), r"config.yaml is damaged \(.*\); copy or"),
@@ -340,6 +340,36 @@ def test_what_cannot_be_imported_is_told_in_one_message_and_leaves_nothing(spoil
     with pytest.raises(UserError, match=message):
         import_transcoder(str(source), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        (None, "lists None in transcoders; wanted hf://user/name/FILE"),
+        ([], r"lists \[\] in transcoders"),
+        (["hf://a/b/c.safetensors", "layer_1.safetensors"], "lists 'layer_1.safetensors' in transcoders; wanted hf://"),
+        (["hf://a/b/layer_0/params.npz"], "Gemma Scope's .npz files cannot be imported"),
+        (["hf://a/b/../../c.safetensors"], "in transcoders; wanted hf://user/name/FILE"),
+        (["hf://org/absent/c.safetensors"], "no copy of org/absent"),
+    ],
+    ids=str,
+)
+def test_lists_of_files_that_cannot_be_had(listed, message, source, tmp_path, hub):
+    transcoder_set(source, transcoders=listed)
+    with pytest.raises(UserError, match=message):
+        import_transcoder(str(source), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_set_that_names_another_rule_or_holds_more_than_is_read(source, tmp_path):
+    transcoder_set(source, jump=False, activation="jump_relu")
+    with pytest.raises(UserError, match="has activation jumprelu, but the files have no thresholds"):
+        import_transcoder(str(source), tmp_path / "out")
+    transcoder_set(source, jump=False)
+    file = source / "layer_1.safetensors"
+    save_file(load_file(file) | {"log_thresholds": torch.zeros(F)}, file)
+    with pytest.raises(UserError, match=r"layer_1.safetensors has log_thresholds; wanted no more than .*W_enc"):
+        import_transcoder(str(source), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -400,9 +430,20 @@ def test_the_mlps_own_output_goes_to_circuit_tracer_and_back(model, source, tmp_
     assert {key: config[key] for key in hooks} == hooks
 
 
+def test_sparse_coders_of_a_layer_that_was_copied_in_part(source, tmp_path):
+    sparsify(source)
+    (source / "h.2.mlp" / "sae.safetensors").unlink()
+    with pytest.raises(UserError, match=r"h.2.mlp/sae.safetensors cannot be read \(No such file"):
+        import_transcoder(str(source), tmp_path / "out")
+
+
 def test_values_that_differ_by_target_are_refused(source, tmp_path):
     sparsify(source, reach=2, post=0.1)
     with pytest.raises(UserError, match=r"post_encs\.0 is not 0 everywhere, so that a feature has other values"):
+        import_transcoder(str(source), tmp_path / "out")
+    file = source / "h.0.mlp" / "sae.safetensors"
+    save_file(load_file(file) | {"post_encs.0": torch.zeros(0)}, file)
+    with pytest.raises(UserError, match=r"post_encs\.0 is empty"):
         import_transcoder(str(source), tmp_path / "out")
 
 
@@ -446,6 +487,37 @@ def test_a_source_on_the_hub(hub, source, tmp_path):
         with pytest.raises(UserError, match=why):
             import_transcoder(wrong, tmp_path / "other")
     assert not list(tmp_path.glob("other*"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["set", "set of Gemma Scope 2", "Gemma Scope 2"])
+def test_files_that_a_config_lists_on_the_hub(kind, hub, source, tmp_path):
+    """Of two repositories, as circuit-tracer's config.yaml names them; in its own layout or as Google has them."""
+    places = [hub("org/one"), hub("org/two")]
+    function = (gemma_scope if kind == "Gemma Scope 2" else transcoder_set)(source)
+    addresses = []
+    for i, file in enumerate(sorted(source.glob("*.safetensors"))):
+        tensors = load_file(file)
+        if kind == "set of Gemma Scope 2":
+            names = {"W_enc": "w_enc", "W_dec": "w_dec", "activation_function.threshold": "threshold"}
+            tensors = {names.get(name, name): t for name, t in tensors.items()}
+            tensors["w_enc"] = tensors["w_enc"].T.contiguous()
+        folder = places[i % 2] / "wide" / f"{7 - i}"
+        folder.mkdir(parents=True)
+        save_file(tensors, folder / "params.safetensors")
+        addresses.append(
+            f"hf://org/{('one', 'two')[i % 2]}/wide/{7 - i}/params.safetensors{'?revision=main' * (i > 1)}"
+        )
+        file.unlink()
+    settings = {"model_kind": "transcoder_set" if "set" in kind else "cross_layer_transcoder", **HOOKS}
+    settings |= {"feature_input_hook": "mlp.hook_in", "model_name": "org/lm", "transcoders": addresses}
+    (hub("org/config") / "config.yaml").write_text(yaml.safe_dump(settings))
+    import_transcoder("org/config", tmp_path / "out")
+    clt, x = CrossLayerTranscoder.from_pretrained(tmp_path / "out"), torch.randn(20, L, D)
+    features, y = function(x)
+    torch.testing.assert_close(clt.encode(x), features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(clt(x), y, rtol=1e-4, atol=1e-5)
+    assert (clt.sites.input_site, clt.sites.output_site) == ("norm.output", None)
 
 
 def test_the_command(source, tmp_path, capsys):

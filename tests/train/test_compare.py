@@ -83,6 +83,14 @@ def test_the_figures_are_the_evaluators_own_at_the_transcoders_sites(config, sav
     assert sum(numbers["decoder_mass"]) == pytest.approx(100)
 
 
+def test_one_layer_of_one_transcoder_is_in_memory_at_a_time(config, saved, layers_at_once):
+    """Whatever is evaluated: rows, decoder mass, the replaced model. So one fits that is larger than the memory."""
+    several = [saved(name, activation="topk", k=4, by_norm=True, skip=True)[1] for name in ("a", "b")]
+    found = evaluate_transcoders(config("eval.replacement_tokens=64"), several)
+    assert all(numbers["l0_total"] == pytest.approx(12, abs=0.5) for numbers, _ in found.values())
+    assert layers_at_once == {"W_enc": 1, "W_dec": 1}
+
+
 def test_each_transcoder_is_evaluated_at_its_own_layers(config, saved):
     """Whatever the config's; which stand for those that an older one does not say."""
     known, of_config = saved("known", Sites(layers=[0, 2]), n_layers=2)[1], saved("older", n_layers=2)[1]

@@ -129,8 +129,14 @@ def test_what_may_or_may_not_fit_is_a_warning(base, monkeypatch, capsys):
     job = make_job(base, Shape(3, 16))
     for memory, said in ((need(job, 0), ""), (need(job, 0) - 1, "warning: the run may not fit: a rank of 1 x 1")):
         monkeypatch.setattr("clt.train.run.free_memory", lambda memory=memory: {"the machine's memory": memory})
-        check_memory(base, World(0, 1, torch.device("cpu")))
-        assert capsys.readouterr().err.startswith(said)
+        for precision in ("fp32", "auto"):  # which is the same on a CPU without units for bf16
+            base.train.precision = precision
+            monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+            monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+            check_memory(base, World(0, 1, torch.device("cpu")))
+            told = capsys.readouterr().err
+            assert told.startswith(said)
+            assert bool(told) == bool(said)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(UserError, match="the run does not fit"):
         check_memory(base, World(0, 1, torch.device("cpu")))
