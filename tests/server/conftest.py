@@ -110,8 +110,7 @@ def serve(
 ) -> Iterator[Callable[..., Server]]:
     """serve(*overrides, by="clt"|"uvicorn"|"plain uvicorn", **environment): a server of a copy of the stores.
 
-    It ends with the file's tests, as an idle one takes time from all others. `before` are the words of a command that
-    starts it, `options` are further ones of its own.
+    `before` are the words of a command that starts it, `options` are further ones of its own.
     """
     servers = []
 

@@ -1,4 +1,4 @@
-"""What is made before the first row, whose buffer it is, and how a server ends that has none yet."""
+"""What is made before the first row, whose buffer it is, and how a server ends that does not serve yet."""
 
 import dataclasses
 import os
@@ -49,9 +49,6 @@ def test_a_buffer_is_shared_kept_after_a_crash_and_removed_by_the_last(own_confi
     later = open_buffer(other)
     assert later.progress["mark"].tolist() == [0, 0, 210], "it goes on in the text, in a buffer of another size"
     close_buffer(other, later)
-
-
-# The end before the first row; test_app.py and test_faults.py end servers that serve
 
 
 @pytest.mark.parametrize(
