@@ -18,9 +18,9 @@ from clt.model.transcoder import CrossLayerTranscoder
 ROOT = Path(__file__).parent.parent
 
 
-def clt(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+def clt(*arguments: object) -> subprocess.CompletedProcess:
     """The command in a process of its own."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "clt.cli", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
@@ -63,15 +63,17 @@ def test_help_and_config_errors(here):
 
 
 @pytest.mark.skipif(find_spec("starlette") is None, reason="starlette is not installed")
-def test_serve_refuses_mistakes_before_it_creates_anything():
+def test_serve_refuses_mistakes_before_it_creates_anything(here, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        found = refused(clt("serve", "configs/quickstart.yaml", "--config", "test", f"server.port={port}"))
+        found = refused(here("serve", "configs/quickstart.yaml", "--config", "test", f"server.port={port}"))
     assert f"server.host=127.0.0.1 server.port={port}: Address already in use; choose others" in found
-    assert "server.host=0.0.0.0 lets other machines in" in refused(clt("serve", "server.host=0.0.0.0"))
-    assert "CLT_SERVER_ROW in the environment sets nothing; known:" in refused(clt("serve", CLT_SERVER_ROW="5"))
-    assert "server.rows in the environment is 'abc'; wanted int" in refused(clt("serve", CLT_SERVER_ROWS="abc"))
-    result = clt("serve", "--config", "test", "--prot", "server.rows=9", "x")
+    assert "server.host=0.0.0.0 lets other machines in" in refused(here("serve", "server.host=0.0.0.0"))
+    monkeypatch.setenv("CLT_SERVER_ROWS", "abc")
+    assert "server.rows in the environment is 'abc'; wanted int" in refused(here("serve"))
+    monkeypatch.setenv("CLT_SERVER_ROW", "5")
+    assert "CLT_SERVER_ROW in the environment sets nothing; known:" in refused(here("serve"))
+    result = here("serve", "--config", "test", "--prot", "server.rows=9", "x")
     assert (result.returncode, "unrecognized arguments: --prot" in result.stderr) == (2, True), result.stderr
 
 

@@ -23,7 +23,7 @@ from clt.errors import UserError, shown, tell
 from clt.explore.files import Features
 from clt.explore.prompt import Prompts, parse_changes
 from clt.explore.table import SORTS, Query, Table
-from clt.export.circuit_tracer import FEATURES
+from clt.export.records import FEATURES
 from clt.files import parse_object
 from clt.local import Local, check_address, refused
 

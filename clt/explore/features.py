@@ -28,7 +28,7 @@ from clt.explore.direct import direct_logits, final_norm, softcap, token_texts
 from clt.explore.files import ARRAYS, SUMMARY, Features, write_summary
 from clt.explore.firings import Firings
 from clt.explore.records import LOGITS, TOP, Source, write_records
-from clt.export.circuit_tracer import FEATURES
+from clt.export.records import FEATURES
 from clt.lm.documents import Part
 from clt.lm.fingerprint import fingerprints, pinned
 from clt.lm.load import LanguageModel, load_language_model

@@ -24,7 +24,7 @@ from safetensors.numpy import save
 
 from clt.data.index import write_json, write_whole
 from clt.errors import UserError
-from clt.export.circuit_tracer import RECORDS_INDEX, records_file
+from clt.export.records import RECORDS_INDEX, records_file
 from clt.files import read_object, reading
 
 FORMAT_VERSION = 1

@@ -23,8 +23,8 @@ from clt.data.index import INDEX, read_index, write_json
 from clt.errors import UserError, tell
 from clt.explore.files import SUMMARY, Features, cantor
 from clt.explore.prompt import tokenised
-from clt.export.circuit_tracer import FEATURES
 from clt.export.export import export, summary
+from clt.export.records import FEATURES
 from clt.lm.fingerprint import fingerprint
 from clt.lm.load import load_language_model, locate
 from clt.lm.spec import LMConfig

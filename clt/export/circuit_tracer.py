@@ -35,7 +35,6 @@ from clt.model.spec import Sites
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.ranges import NORM_OUTPUT
 
-FEATURES, RECORDS_INDEX = "features", "index.json.gz"
 INPUT_HOOKS = {"hook_resid_mid": None, "mlp.hook_in": NORM_OUTPUT}
 OUTPUT_HOOKS = {"hook_mlp_out": None, "mlp.hook_out": "{layer}.mlp"}
 """The sites at transformer-lens' hooks. Of Gemma the MLP's own output is not what is added to the residual stream."""
@@ -103,11 +102,6 @@ def read_layer(directory: Path, s: int) -> Layer:
     found = {name.removesuffix(f"_{s}"): tensor.float() for name, tensor in encoder.items()}
     threshold, skip = found.get("threshold"), found.get("W_skip")
     return Layer(found["W_enc"], found["b_enc"], threshold, found["W_dec"], found["b_dec"], skip)
-
-
-def records_file(layer: int) -> str:
-    """The name of the file with the records of a layer's features."""
-    return f"layer_{layer}.bin"
 
 
 def read(folder: Path) -> Source:

@@ -18,11 +18,12 @@ from clt.data.index import INDEX, StoreIndex
 from clt.errors import UserError, mismatches, size_text, tell
 from clt.export import circuit_tracer, saelens
 from clt.export.card import card
-from clt.export.circuit_tracer import FEATURES, RECORDS_INDEX, lens_name, records_file
+from clt.export.circuit_tracer import lens_name
 from clt.export.compare import compare
 from clt.export.convert import evenly, to_jumprelu
 from clt.export.directory import new_directory
 from clt.export.fits import PARALLEL, parallel, refusal
+from clt.export.records import FEATURES, RECORDS_INDEX, records_file
 from clt.files import read_object
 from clt.model.spec import BY_K
 from clt.model.transcoder import CrossLayerTranscoder

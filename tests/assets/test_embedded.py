@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+import transformers
 
 from clt.assets.reproduce import EOT, MODEL, TEXT, WINDOW, heldout_windows, read_docs, tidy, window_nats
 
@@ -18,13 +18,13 @@ def test_model_is_small() -> None:
 
 
 def test_loads_with_plain_transformers() -> None:
-    model = AutoModelForCausalLM.from_pretrained(MODEL)
-    assert type(model) is GPT2LMHeadModel
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL)
+    assert type(model) is transformers.GPT2LMHeadModel
     c = model.config
     assert (c.n_layer, c.n_embd, c.n_head, c.n_positions) == (4, 128, 4, WINDOW)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert sum(p.numel() for p in model.parameters()) == CARD["parameters"]
-    tok = AutoTokenizer.from_pretrained(MODEL)
+    tok = transformers.AutoTokenizer.from_pretrained(MODEL)
     assert len(tok) == c.vocab_size
     assert tok.bos_token == tok.eos_token == EOT
     assert tok.bos_token_id == c.bos_token_id == c.eos_token_id == 0
@@ -33,7 +33,7 @@ def test_loads_with_plain_transformers() -> None:
 
 @pytest.mark.parametrize("text", ["", " Two  spaces\n\nand\ttabs ", "naïve “quotes” — 鯨 🐋", "don't , stop ."])
 def test_tokenizer_round_trips(text: str) -> None:
-    tok = AutoTokenizer.from_pretrained(MODEL)
+    tok = transformers.AutoTokenizer.from_pretrained(MODEL)
     assert tok.decode(tok(text).input_ids) == text
 
 
@@ -41,7 +41,9 @@ def test_beats_the_trigram_on_heldout_text() -> None:
     windows = heldout_windows()
     assert int((windows[:, 1:] >= 0).sum()) == CARD["heldout_tokens"]
     # 20 windows spread over the held-out documents; the card's figures are for all of them.
-    loss = window_nats(AutoModelForCausalLM.from_pretrained(MODEL).eval(), windows[15::30][:20]).mean().item()
+    loss = (
+        window_nats(transformers.AutoModelForCausalLM.from_pretrained(MODEL).eval(), windows[15::30][:20]).mean().item()
+    )
     assert CARD["heldout_nats_per_token"] < CARD["trigram_nats_per_token"]
     assert loss < CARD["trigram_nats_per_token"]
     assert loss == pytest.approx(CARD["heldout_nats_per_token"], abs=0.25)

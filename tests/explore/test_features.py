@@ -3,12 +3,14 @@
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
 
 from clt.errors import UserError
 from clt.explore import collect, features, records, shares
@@ -43,7 +45,7 @@ def dense(made, text, tmp_path_factory):
 def test_firings_are_what_model_and_transcoder_compute(made, text, dense):
     """Written out: a plain forward pass with hooks, and the encoder's equation in float64."""
     tokens, _, keep = text
-    model = AutoModelForCausalLM.from_pretrained(made.config.lm.model).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(made.config.lm.model).eval()
     seen = {}
     for s, block in enumerate(model.transformer.h):
         block.ln_2.register_forward_pre_hook(lambda module, args, s=s: seen.__setitem__(s, args[0]))
@@ -228,6 +230,11 @@ def test_interrupted_work_goes_on_and_gives_the_same_files(made, again, bytes_of
     assert layer_0.stat().st_mtime_ns == before
     assert skips == [0, 12, 16]
     assert bytes_of(again / "features") == bytes_of(made.run / "features")
+
+
+def test_the_processes_that_write_records_need_no_torch():
+    code = "import sys, clt.explore.records; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_several_processes_write_the_same_files(made, again, bytes_of, monkeypatch):

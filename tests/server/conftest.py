@@ -23,14 +23,21 @@ from clt.server.client import ActivationClient
 if any(find_spec(package) is None for package in ("starlette", "uvicorn")):
     collect_ignore_glob = ["test_*.py"]  # they are the `serve` extra's
 ROOT = Path(__file__).parents[2]
+BACKGROUND = [
+    "sh",
+    "-c",
+    "trap '' INT; exec \"$@\"",
+    "sh",
+]  # starts a command as a shell's background job: ignoring SIGINT
 
 
 def eventually(holds: Callable[[], object], seconds: float = 60.0) -> None:
-    """Wait until `holds()` is true."""
-    end = time.monotonic() + seconds
+    """Wait until `holds()` is true, looking ever more seldom: what is waited for needs the processor."""
+    end, pause = time.monotonic() + seconds, 0.01
     while not holds():
         assert time.monotonic() < end, "it did not come true in time"
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.1)
 
 
 def pause_generator(client: ActivationClient) -> int:
@@ -97,7 +104,7 @@ class Server:
         self.process.wait(60)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def serve(
     stores: Path, lm_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Server]]:
@@ -126,12 +133,6 @@ def serve(
     yield start
     for server in servers:
         server.stop()
-
-
-@pytest.fixture(scope="session")
-def shared(serve: Callable[..., Server]) -> Server:
-    """`clt serve` with the config's own limits, for tests that leave it as it is."""
-    return serve()
 
 
 @pytest.fixture

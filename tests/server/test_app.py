@@ -17,15 +17,22 @@ import numpy as np
 import pytest
 import torch
 
-from clt.config import load_config
+from clt.config import Config, load_config
 from clt.data.extract import extract_all
 from clt.data.rows import Batch
 from clt.data.store import DiscBuffer
 from clt.server.client import ActivationClient, ServerError
-from tests.server.conftest import Server, eventually, pause_generator
+from clt.server.run import buffer_name
+from tests.server.conftest import BACKGROUND, Server, eventually, pause_generator
 from tests.server.test_buffer import adds_up
 
 TOKEN = "a-token-of-the-tests-0123456789"
+
+
+@pytest.fixture(scope="module")
+def shared(serve) -> Server:
+    """`clt serve` with the config's own limits."""
+    return serve(before=BACKGROUND)
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +228,27 @@ def test_a_stream_goes_on_until_the_client_leaves_or_asks_again(shared: Server) 
     assert "Traceback" not in shared.log.read_text()
 
 
+def test_many_slow_readers_cost_bounded_memory(shared: Server) -> None:
+    """Three blocks a client at most, whatever they ask for; here blocks are small, so the bound is generous."""
+    client = ActivationClient(shared.url)
+    list(client.stream_activations(64, 20))
+
+    def rss() -> int:
+        return int(Path(f"/proc/{shared.process.pid}/status").read_text().split("RssAnon:")[1].split()[0])
+
+    before = rss()
+    with contextlib.ExitStack() as stack:
+        for _ in range(12):
+            stack.enter_context(shared.connect("/activations/stream?batch_size=8192", 4096))
+        eventually(lambda: client.stats()["clients"] == 12)
+        drawn = -1
+        while drawn != (drawn := client.stats()["rows_drawn"]):  # until all that the sockets hold is sent
+            assert len(next(client.stream_activations(64, 1)).row) == 64, "others are served beside them"
+            drawn += 64
+        assert rss() - before < 8 * 1024
+    eventually(lambda: client.stats()["clients"] == 0)
+
+
 def test_slow_readers_are_ended_and_others_are_told_of_them(strict: Server) -> None:
     client = ActivationClient(strict.url, TOKEN)
     with contextlib.ExitStack() as stack:
@@ -325,3 +353,12 @@ def test_the_status_page_in_a_browser(shared: Server, tmp_path: Path) -> None:
     charts = re.findall(r'<polyline points="([0-9., ]+)"', dom)
     assert len(charts) == 2, "rows/s and fill over time"
     assert "rows (2, 3, 16)" in dom
+
+
+def test_ctrl_c_ends_a_server_and_leaves_nothing(shared: Server, own_config: Config) -> None:
+    own_config.data.store = str(shared.store)
+    generator = ActivationClient(shared.url).stats()["generator"]["pid"]
+    shared.stop()
+    assert shared.process.returncode in (0, 130), shared.log.read_text()
+    assert not Path(f"/dev/shm/clt-{buffer_name(own_config)}").exists()
+    eventually(lambda: not Path(f"/proc/{generator}").exists())

@@ -1,4 +1,4 @@
-"""What is made before the first row, whose buffer it is, and how a server ends in any phase."""
+"""What is made before the first row, whose buffer it is, and how a server ends that does not serve yet."""
 
 import dataclasses
 import os
@@ -13,9 +13,8 @@ import pytest
 from clt.config import Config
 from clt.errors import UserError
 from clt.parsing import to_yaml
-from clt.server.client import ActivationClient
-from clt.server.run import buffer_name, close_buffer, open_buffer, tag
-from tests.server.conftest import ROOT, eventually
+from clt.server.run import close_buffer, open_buffer, tag
+from tests.server.conftest import BACKGROUND, ROOT, eventually
 
 MakeConfig = Callable[..., Config]
 
@@ -52,64 +51,30 @@ def test_a_buffer_is_shared_kept_after_a_crash_and_removed_by_the_last(own_confi
     close_buffer(other, later)
 
 
-# The end, in any phase
-
-
-CLT_SERVE = "clt.cli serve {}"
-
-
-def start(config: Config, path: Path, command: str, sigint: signal.Handlers = signal.SIG_IGN) -> subprocess.Popen:
-    """A server of the config; SIGINT as its parent has it: ignored by a background job of a shell."""
-    (path / "c.yaml").write_text(to_yaml(config))
-    code = f"import os, signal, sys; signal.signal(signal.SIGINT, signal.Handlers({int(sigint)}))\n"
-    code += "os.execv(sys.executable, [sys.executable, '-m', *sys.argv[1:]])"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CLT_CONFIG": str(path / "c.yaml")}
-    words = [sys.executable, "-c", code, *command.format(path / "c.yaml").split()]
-    return subprocess.Popen(words, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.parametrize(
-    ("command", "number", "status", "sigint"),
+    ("command", "number", "status", "before"),
     [
-        (CLT_SERVE, signal.SIGTERM, 0, signal.SIG_DFL),
-        (CLT_SERVE, signal.SIGINT, 130, signal.SIG_IGN),
-        ("uvicorn clt.server.app:app --port 0", signal.SIGINT, -signal.SIGINT, signal.SIG_IGN),
-        ("uvicorn clt.server.app:app --port 0 --workers 2", signal.SIGKILL, -signal.SIGKILL, signal.SIG_DFL),
+        ("clt.cli serve {}", signal.SIGTERM, 0, []),
+        ("clt.cli serve {}", signal.SIGINT, 130, BACKGROUND),
+        ("uvicorn clt.server.app:app --port 0", signal.SIGINT, -signal.SIGINT, BACKGROUND),
+        ("uvicorn clt.server.app:app --port 0 --workers 2", signal.SIGKILL, -signal.SIGKILL, []),
     ],
 )
 def test_a_server_that_is_stopped_while_it_prepares_leaves_nobody_at_work(
-    config: MakeConfig, tmp_path: Path, command: str, number: int, status: int, sigint: signal.Handlers
+    config: MakeConfig, tmp_path: Path, command: str, number: int, status: int, before: list[str]
 ) -> None:
-    long = tmp_path / "long.jsonl"  # so that it prepares for a quarter of a minute, and is caught at it
-    long.write_text(Path(config().text.source).read_text() * 100)
+    long, file = tmp_path / "long.jsonl", tmp_path / "c.yaml"
+    long.write_text(Path(config().text.source).read_text() * 100)  # a quarter of a minute's work, to be caught at
     keys = [f"text.source={long}", "text.heldout_documents=6000", "data.heldout_tokens=100000", "lm.batch_windows=1"]
     keys += ["server.port=21114"]  # the system gives no connection a port below 32768, so that it is free
     made = config("server.rows=150", "server.statistics_tokens=100", *keys)
-    process = start(made, tmp_path, command, sigint)
+    file.write_text(to_yaml(made))
+    words = [*before, sys.executable, "-m", *command.format(file).split()]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CLT_CONFIG": str(file)}
+    process = subprocess.Popen(words, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     eventually(lambda: process.poll() is not None or (Path(made.data.store) / "server" / "lock").exists())
     process.send_signal(number)
     told = process.communicate(timeout=60)[1]  # ends when nobody has its stderr any more
     assert process.returncode == status, told
     assert "Traceback" not in told
     assert not (Path(made.data.store) / "heldout" / "index.json").exists(), "it was stopped too late"
-
-
-@pytest.mark.parametrize(("number", "status", "workers"), [(signal.SIGINT, (0, 130), 1), (signal.SIGTERM, (0,), 2)])
-def test_a_server_that_serves_ends_on_either_signal_and_leaves_nothing(
-    own_config: Config, tmp_path: Path, number: int, status: tuple[int, ...], workers: int
-) -> None:
-    """Also while it sends, and with SIGINT inherited as ignored."""
-    own_config.server.workers, own_config.server.port = workers, 21115 + workers
-    process = start(own_config, tmp_path, CLT_SERVE)
-    client = ActivationClient(f"http://127.0.0.1:{own_config.server.port}", patience=60)
-    stream = client.stream_activations(8)
-    next(stream)
-    if workers == 1:
-        stream.close()
-    generator = client.stats()["generator"]["pid"]
-    process.send_signal(number)
-    told = process.communicate(timeout=60)[1]
-    stream.close()
-    assert process.returncode in status, told
-    assert not Path(f"/dev/shm/clt-{buffer_name(own_config)}").exists()
-    eventually(lambda: not Path(f"/proc/{generator}").exists())

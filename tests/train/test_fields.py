@@ -1,21 +1,20 @@
 """Every configuration field changes something that a user can see; a field that is not listed here fails the suite."""
 
 import dataclasses
+import functools
 import json
-import os
 import shutil
 import struct
-import subprocess
-import sys
 from importlib.util import find_spec
 from operator import length_hint
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from clt.config import Config
+from clt.config import Config, LMConfig
 from clt.data.extract import extract
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
@@ -125,13 +124,19 @@ def test_field_changes_the_weights(train, base_weights, key):
     )
 
 
+@pytest.fixture(scope="module")
+def weights_of(train):
+    """weights_of({key: value}): those of a run with these fields, trained once for all tests."""
+    trained = functools.cache(lambda *keys: train(WITHOUT_TEXT, *keys).weights)
+    return lambda values: trained(*(f"{key}={json.dumps(value)}" for key, value in sorted(values.items())))
+
+
 @pytest.mark.parametrize("key", [*K, *AUX])
-def test_field_changes_the_weights_of_some_rules(train, key):
+def test_field_changes_the_weights_of_some_rules(weights_of, key):
     base = BATCHTOPK | {"clt.k": 2, "loss.aux": 0.1, "loss.dead_window": 60, "loss.aux_k": 3}
     base |= {"clt.k_start": 9} if key == "clt.k_ramp" else {}
-    runs = [train(WITHOUT_TEXT, *(f"{k}={json.dumps(v)}" for k, v in values.items()))
-            for values in (base, base | {key: (K | AUX)[key]})]  # fmt: skip
-    assert any(not torch.equal(tensor, runs[0].weights[name]) for name, tensor in runs[1].weights.items())
+    weights, changed = weights_of(base), weights_of(base | {key: (K | AUX)[key]})
+    assert any(not torch.equal(tensor, weights[name]) for name, tensor in changed.items())
 
 
 def test_the_same_config_gives_the_same_weights(train, base_weights):
@@ -164,11 +169,9 @@ def test_lm_model_and_sites(config, lm_path):
     assert [(s.input_path, s.output_path) for s in sites][1] == ("transformer.h.1.ln_1", "transformer.h.1.attn")
 
 
-def test_revision_chooses_among_those_of_the_hub(lm_path, tmp_path):
+def test_revision_chooses_among_those_of_the_hub(lm_path, tmp_path, monkeypatch):
     """The hub's own cache layout, read offline: two revisions of one model that differ in a weight."""
-    from safetensors.torch import save_file
-
-    repository = tmp_path / "hub" / "models--org--tiny"
+    repository = tmp_path / "models--org--tiny"
     (repository / "refs").mkdir(parents=True)
     for number, revision in enumerate(("main", "v2")):
         commit = str(number) * 40
@@ -177,15 +180,12 @@ def test_revision_chooses_among_those_of_the_hub(lm_path, tmp_path):
         weights = load_file(snapshot / "model.safetensors")
         weights["transformer.ln_f.bias"].fill_(number)
         save_file(weights, snapshot / "model.safetensors", metadata={"format": "pt"})
-    code = (
-        "import sys; from clt.config import LMConfig; from clt.lm.load import load_language_model\n"
-        "for revision in (None, 'v2'):\n"
-        "    lm = load_language_model(LMConfig(model='org/tiny', revision=revision))\n"
-        "    print(lm.revision[0], lm.model.transformer.ln_f.bias[0].item())\n"
-    )
-    env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert result.stdout.splitlines() == ["0 0.0", "1 1.0"], result.stderr
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for revision, commit in ((None, "0" * 40), ("v2", "1" * 40)):
+        lm = load_language_model(LMConfig(model="org/tiny", revision=revision))
+        assert lm.revision == commit
+        assert lm.model.transformer.ln_f.bias.eq(int(commit[0])).all()
 
 
 def test_batch_windows_is_the_forward_pass(config, tmp_path):
