@@ -1,9 +1,9 @@
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from itertools import islice
@@ -25,7 +25,6 @@ from clt.errors import UserError
 from clt.lm.capture import capture
 from clt.lm.load import LanguageModel, load_language_model
 from clt.lm.text import windows
-from clt.parsing import to_yaml
 
 MakeConfig = Callable[..., Config]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -144,51 +143,41 @@ def test_an_extraction_resumes_after_any_group_to_the_same_bytes(
     assert digests(Path(config().data.store) / "train") == digests(tmp_path / "whole" / "train")
 
 
-# A fork for every point at which the process is killed: just before the n-th time that a file gets its final name.
-KILLER = """
-import os, signal, sys
-from clt.config import load_config
-from clt.data.extract import extract
-from clt.lm.load import load_language_model
+def extract_until(renames: int, config: Config, lm: LanguageModel) -> None:
+    """Extract, and be killed just before a file gets its final name, when as many others have theirs."""
+    left = renames
 
-lm = load_language_model(load_config(sys.argv[1]).lm)  # once, for all forks
-for store, *renames in (argument.split(",") for argument in sys.argv[2:]):
-    for rename in map(int, renames):
-        if (child := os.fork()) == 0:
-            left = rename
-            def count(event, arguments):
-                global left
-                if event == "os.rename":
-                    left -= 1
-                    if left < 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
-            sys.addaudithook(count)
-            extract(load_config(sys.argv[1], [f"data.store={store}"]), "train", lm, progress=False)
-            os._exit(0)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)  # a child must not inherit it
-"""
+    def count(event: str, arguments: object) -> None:
+        nonlocal left
+        if event == "os.rename":
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    extract(config, "train", lm, progress=False)
 
 
-@pytest.mark.timeout(900)  # a second interpreter and five extractions: minutes where the machine is busy
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_killed_extraction_resumes_to_the_same_bytes(config: MakeConfig, lm: LanguageModel, tmp_path: Path) -> None:
+    """By a fork for every point at which it is killed."""
     extract(config(), "train", lm, progress=False)
     wanted = digests(Path(config().data.store) / "train")
-    (tmp_path / "config.yaml").write_text(to_yaml(config()))
     # A group makes four names: three shards and the state. The last two are the statistics and the index.
-    killed = [[3], [23], [6, 0, 7]]
-    stores = [tmp_path / f"killed{number}" for number in range(len(killed))]
-    arguments = [",".join([str(store), *map(str, points)]) for store, points in zip(stores, killed)]
-    command = [sys.executable, "-c", KILLER, str(tmp_path / "config.yaml"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert [int(code) for code in run.stdout.split()] == [-signal.SIGKILL] * sum(map(len, killed)), run.stderr
-    for store, points in zip(stores, killed):
-        names = {file.name for file in (store / "train").iterdir()}
+    for number, points in enumerate(([3], [23], [6, 0, 7])):
+        made = config(f"data.store={tmp_path / f'killed{number}'}")
+        for point in points:
+            child = multiprocessing.get_context("fork").Process(target=extract_until, args=(point, made, lm))
+            child.start()
+            child.join()
+            assert child.exitcode == -signal.SIGKILL
+        store = Path(made.data.store) / "train"
+        names = {file.name for file in store.iterdir()}
         assert "index.json" not in names
         assert any(name.endswith(".partial") for name in names)
         assert ("state.safetensors" in names) == (sum(points) >= 4)
-        extract(config(f"data.store={store}"), "train", lm, progress=False)
-        assert digests(store / "train") == wanted, points
+        extract(made, "train", lm, progress=False)
+        assert digests(store) == wanted, points
 
 
 def test_an_unfinished_extraction_of_another_config_is_refused(config: MakeConfig, lm: LanguageModel) -> None:
