@@ -84,9 +84,9 @@ def disturb(command: list[str], run: Path, kills: int, seed: int) -> dict[str, A
             while time.monotonic() < until and not (writing and any(checkpoints.glob("*.tmp"))):
                 time.sleep(0.001)
             victims = ranks_of(job)
-            if len(victims) < RANKS:
-                continue
             in_write = any(checkpoints.glob("*.tmp"))
+            if len(victims) < RANKS or (writing and not in_write):  # it was over before they were looked up
+                continue
             os.kill(chance.choice(victims), signal.SIGKILL)
             done, during = done + 1, during + in_write
             while set(victims) & set(ranks_of(job)) and job.poll() is None:

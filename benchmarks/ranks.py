@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["clt.train.run", "torch._dynamo", "transformers.modeling_utils", "matplotlib.figure"])
+FORKS.set_forkserver_preload(["clt.train.run", "torch._dynamo", "transformers.modeling_utils"])
 
 
 def train(*arguments: str, processes: int) -> str:
@@ -31,15 +31,12 @@ def train(*arguments: str, processes: int) -> str:
 
 
 def _train(*arguments: str) -> None:
-    from clt.train import report
-
-    report.write_plots = lambda *_: None  # they take longer than a short job
     sys.argv = ["train_ddp.py", *arguments]
     runpy.run_path("train_ddp.py", run_name="__main__")
 
 
 def run(function: Callable[..., None], *arguments: Any, processes: int) -> str:
-    """The same for a function that can be pickled, called on every rank."""
+    """The same for a function that can be pickled, called on every rank. Plots are left out."""
     from torch._C._distributed_c10d import TCPStore
 
     # The ranks meet in a store of this process, as under torchrun in the agent's: no port is chosen before it is open.
@@ -76,10 +73,13 @@ def run(function: Callable[..., None], *arguments: Any, processes: int) -> str:
 def _rank(function: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str], log: Path) -> None:
     import torch
 
+    from clt.train import report
+
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     os.chdir(ROOT)
     torch.set_num_threads(1)  # the variable was read when torch was imported
+    report.write_plots = lambda *_: None  # they take longer than a short job
     function(*arguments)

@@ -55,7 +55,8 @@ AT_MOST = {"fve_difference": 0.01, "rows_twice": 0, "rows_corrupt": 0, "worker_c
 
 def expected(document: np.ndarray) -> np.ndarray:
     """The bits (n, WIDTH) int16 of the rows with these document numbers: finite float16 that no two rows share."""
-    return ((document[:, None] * 7919 + np.arange(WIDTH)) & 0x3BFF).astype(np.int16)
+    bits = document.astype(np.uint16)[:, None] * np.uint16(7919) + np.arange(WIDTH, dtype=np.uint16)  # modulo 2^16
+    return (bits & np.uint16(0x3BFF)).view(np.int16)
 
 
 def make_store(path: Path, rows: int) -> Config:
@@ -261,6 +262,8 @@ def take_rows(url: str, file: Path, ended: Any) -> None:
                 intact = (rows == expected(batch.document)).all(1)
                 record = np.stack([np.full(len(rows), int(batch.segment, 16) >> 1), batch.row, intact], 1)
                 out.write(record.astype(np.int64).tobytes())
+                if ended.value:
+                    break
 
 
 def faults(server: Server, seconds: float, directory: Path) -> dict[str, float]:

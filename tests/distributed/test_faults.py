@@ -24,7 +24,7 @@ from clt.train.optim import Update
 from clt.train.watch import HUNG, PREEMPTED
 from tests.distributed.test_torchrun import ROOT
 
-STEPS = 500  # many more than a job takes until it is stopped
+STEPS = 200  # many more than a job takes until it is stopped
 
 
 def start(*arguments: str, run_dir: Path) -> subprocess.Popen:

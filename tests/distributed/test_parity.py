@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks import chaos, parity, ranks
+from benchmarks import chaos, job, parity, ranks
 from clt.data.rows import COLUMNS, part_of
 from clt.data.store import DiscBuffer
 from clt.server.wire import frame, frame_bytes
@@ -27,11 +27,18 @@ from clt.train.logger import read_metrics
 from tests.server.test_lies import answer, liar
 
 
+@pytest.fixture(scope="module")
+def small_job(tmp_path_factory) -> list[str]:
+    """The arguments of `benchmarks.job.small_job`, whose store is extracted once."""
+    return job.small_job(tmp_path_factory.mktemp("job"))
+
+
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(small_job, tmp_path, monkeypatch):
     """run(benchmark, *arguments) -> what it wrote; in this process, whose ranks start at once."""
 
     def call(benchmark: ModuleType, *arguments: str) -> Any:
+        monkeypatch.setattr(benchmark, "small_job", lambda _: small_job)
         monkeypatch.setattr(sys, "argv", ["benchmark", "--json", str(tmp_path / "out.json"), *arguments])
         benchmark.main()
         return json.loads((tmp_path / "out.json").read_text())
