@@ -60,7 +60,7 @@ def test_the_notebooks_run(folder, monkeypatch):
     notebooks = [nbformat.read(folder / f"{name}.ipynb", as_version=4) for name in names]
     whole = nbformat.v4.new_notebook()
     for notebook in notebooks:
-        whole.cells += [nbformat.v4.new_code_cell("%reset -f"), *notebook.cells]
+        whole.cells += [nbformat.v4.new_code_cell("%reset -fs"), *notebook.cells]
     for cell in whole.cells:
         cell.pop("outputs", None)
     resources = {"metadata": {"path": str(folder)}}

@@ -63,7 +63,7 @@ class Buffer:
         self.state, self._progress, self.lines = found["state"], found["progress"], self.header["lines"]
         self._blocks, self._memory = np.ndarray(self.blocks, block, memory, first)["body"], memoryview(memory)
         self._columns = self._blocks["columns"].view(_BITS)
-        self._first_row = first + self._blocks.dtype.fields["rows"][1]
+        self._first_row = self._blocks["rows"].ctypes.data - self.header.ctypes.data
         # Of the places in a block; the same for every generator, as they go on with each other's open blocks.
         self._order, self.random = np.random.default_rng(0).permutation(self.block_rows), np.random.default_rng()
         self.line, self._own = np.zeros((), _LINE), _WORKERS  # this process's, once it has joined
