@@ -23,41 +23,46 @@ def command(environment: dict[str, str], *arguments: str) -> subprocess.Complete
     )
 
 
-# Runs are forked from one process that has imported torch, and without plots; one is started as on a GPU.
-REHEARSAL = """
-import sys
-from argparse import Namespace
-from benchmarks import gpu, gpu_runs, ranks
+# The longest, one that trains in processes of its own, and one that has a GPU alone.
+BY_THE_COMMAND = {"tests", "resume", "data"}
+IN_ONE_PROCESS = """
+import importlib, json, sys
+from benchmarks import gpu
 
-start, finish = gpu_runs._start, gpu_runs._finish
-
-def start_or_fork(base, name, job, count):
-    if name == "half_a":
-        return start(base, name, job, count)
-    ranks.train(*job, f"run.dir={base / name}", processes=count)
-
-gpu_runs._start = start_or_fork
-gpu_runs._finish = lambda run: run and finish(run)
-for part in sys.argv[1:]:
-    gpu._run_part(Namespace(part=part, ranks=2 * (part in gpu.RANKS), rehearse=True))
+parts = {name: importlib.import_module(f"benchmarks.{gpu.PARTS[name].module}") for name in sys.argv[1:]}
+print("\\n" + json.dumps({name: getattr(module, name)(True) for name, module in parts.items()}))
 """
 
 
 @pytest.mark.timeout(600)
-def test_every_part_runs_without_the_optional_packages(bare_environment: dict[str, str]) -> None:
-    """In one process, which imports torch once; the command gives each its own."""
-    names = [*gpu.PARTS, *gpu.RANKS]
-    env = bare_environment | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", REHEARSAL, *names], cwd=ROOT, env=env, capture_output=True, text=True)
+def test_every_part_runs_without_the_optional_packages(bare_environment: dict[str, str], tmp_path: Path) -> None:
+    """Three by the command, each in its own process, and the others in one, which imports torch once."""
+    out = tmp_path / "results" / "gpu.json"
+    done = command(bare_environment, "--rehearse", "--only", *BY_THE_COMMAND, "--json", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    parts = dict(zip(names, found, strict=True))
-    failed = {name: part for name, part in parts.items() if not part["ok"]}
-    assert not failed
-    assert {"device", "versions", "commit"} <= parts["hook"]["machine"].keys()
-    assert len(parts["resume"]["digests"]) == 2
-    assert parts["data"]["reader"][0]["stall_share"] >= 0
+    found = json.loads(out.read_text())
+    assert found["parts"].keys() == BY_THE_COMMAND
+    assert {"device", "versions", "commit"} <= found["machine"].keys()
+    assert len(found["parts"]["resume"]["digests"]) == 2
+    assert found["parts"]["data"]["reader"][0]["stall_share"] >= 0
+
+    others = [name for name in gpu.PARTS if name not in BY_THE_COMMAND]
+    run = [sys.executable, "-c", IN_ONE_PROCESS, *others]
+    env = bare_environment | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = json.loads(done.stdout.splitlines()[-1])
+    assert list(parts) == others
+    assert all(part["ok"] for part in parts.values()), parts
     assert parts["steps"]["rows"][0]["over_textbook"] > 0
+
+
+@pytest.mark.timeout(600)
+def test_the_layouts_of_two_ranks(bare_environment: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "gpus.json"
+    done = command(bare_environment, "--ranks", "2", "--rehearse", "--json", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = json.loads(out.read_text())["parts"]
     assert parts["overlap"]["difference"] == 0, "the sum of two numbers has one order"
     assert min(parts["overlap"]["early_ms"], parts["overlap"]["at_end_ms"]) > 0
     ((layout, row),) = parts["layouts"]["layouts"].items()
@@ -66,22 +71,13 @@ def test_every_part_runs_without_the_optional_packages(bare_environment: dict[st
     assert len(row["digests"]) == 2
 
 
-def test_the_command_writes_what_a_part_found(bare_environment: dict[str, str], tmp_path: Path) -> None:
-    out = tmp_path / "results" / "gpu.json"
-    done = command(bare_environment, "--rehearse", "--only", "partial_sums", "--json", str(out))
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(out.read_text())
-    assert found["parts"]["partial_sums"]["ok"]
-    assert {"device", "versions", "commit"} <= found["machine"].keys()
-
-
 def test_without_a_gpu_every_part_says_so_and_the_file_is_written(tmp_path: Path) -> None:
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = command(env, "--ranks", "2", "--only", "hook", "layouts", "--json", str(tmp_path / "gpu.json"))
+    done = command(env, "--only", "hook", "limits", "--json", str(tmp_path / "gpu.json"))
     assert done.returncode == 1
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert [part["ok"] for part in parts.values()] == [False, False]
-    assert all("found 0 GPUs, wanted 2; --rehearse runs toy sizes" in part["error"] for part in parts.values())
+    assert all("found 0 GPUs, wanted 1; --rehearse runs toy sizes" in part["error"] for part in parts.values())
 
 
 def test_a_part_that_takes_too_long_is_ended_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
