@@ -1,4 +1,4 @@
-"""Transcoders of other tools: directories in their layouts, written here, against formulas written out here."""
+"""Transcoders of other tools, against the formulas of their layouts."""
 
 import json
 import shutil
@@ -19,150 +19,18 @@ from clt.lm.load import load_language_model
 from clt.model.spec import CLTConfig
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.parsing import to_yaml
-
-L, D, F = 3, 4, 10
-HOOKS = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
-
-
-def numbers(*shape):
-    return torch.randn(shape) * 0.5
-
-
-def circuit_tracer(folder, *, jump=True, skip=False, dtype=torch.float32, layers=L, width=D, features=F, **settings):
-    """A cross-layer transcoder; returns the function that it is, x (B, L, D) -> features (B, L, F), y (B, L, D)."""
-    torch.manual_seed(0)
-    config = {"model_kind": "cross_layer_transcoder", "model_name": "org/lm", **HOOKS, **settings}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    found = []
-    for i in range(layers):
-        encoder = {f"W_enc_{i}": numbers(features, width).to(dtype), f"b_enc_{i}": numbers(features).to(dtype),
-                   f"b_dec_{i}": numbers(width).to(dtype)}  # fmt: skip
-        encoder |= {f"threshold_{i}": torch.rand(features).to(dtype)} if jump else {}
-        encoder |= {f"W_skip_{i}": numbers(width, width).to(dtype)} if skip else {}
-        decoder = {f"W_dec_{i}": numbers(features, layers - i, width).to(dtype)}
-        save_file(encoder, folder / f"W_enc_{i}.safetensors")
-        save_file(decoder, folder / f"W_dec_{i}.safetensors")
-        found.append({name.removesuffix(f"_{i}"): t.double() for name, t in (encoder | decoder).items()})
-
-    def function(x):
-        a, y = torch.zeros(len(x), layers, features).double(), torch.zeros_like(x).double()
-        for i, w in enumerate(found):
-            pre = x[:, i].double() @ w["W_enc"].T + w["b_enc"]
-            a[:, i] = pre * (pre > w["threshold"]) if jump else pre.clamp_min(0)
-            y[:, i] += w["b_dec"] + (x[:, i].double() @ w["W_skip"] if skip else 0)
-            for t in range(i, layers):
-                y[:, t] += a[:, i] @ w["W_dec"][:, t - i]
-        return a, y
-
-    return function
-
-
-def transcoder_set(folder, *, jump=True, skip=False, **settings):
-    torch.manual_seed(1)
-    config = {"model_kind": "transcoder_set", "model_name": "org/lm", **HOOKS, **settings}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    found = []
-    for i in range(L):
-        tensors = {"W_enc": numbers(F, D), "W_dec": numbers(F, D), "b_enc": numbers(F), "b_dec": numbers(D)}
-        tensors |= {"activation_function.threshold": torch.rand(F)} if jump else {}
-        tensors |= {"W_skip": numbers(D, D)} if skip else {}
-        save_file(tensors, folder / f"layer_{i}.safetensors")
-        found.append(tensors)
-
-    def function(x):
-        a, y = torch.zeros(len(x), L, F), torch.zeros_like(x)
-        for i, w in enumerate(found):
-            pre = x[:, i] @ w["W_enc"].T + w["b_enc"]
-            a[:, i] = pre * (pre > w["activation_function.threshold"]) if jump else pre.clamp_min(0)
-            y[:, i] = a[:, i] @ w["W_dec"] + w["b_dec"] + (x[:, i] @ w["W_skip"].T if skip else 0)
-        return a, y
-
-    return function
-
-
-def gemma_scope(folder):
-    """With thresholds below 0, which its ReLU makes harmless, and numbers where nothing is written to."""
-    torch.manual_seed(2)
-    config = {"model_name": "google/gemma-3", "affine_connection": True}
-    hook = {"hf_hook_point_in": "model.layers.0.pre_feedforward_layernorm.output"}
-    (folder / "config.json").write_text(json.dumps(config | hook))
-    found = []
-    for i in range(L):
-        tensors = {"w_enc": numbers(D, F), "b_enc": numbers(F), "threshold": torch.randn(F), "b_dec": numbers(D)}
-        tensors |= {"w_dec": numbers(F, L, D), "affine_skip_connection": numbers(D, D)}
-        save_file(tensors, folder / f"params_layer_{i}.safetensors")
-        found.append(tensors)
-
-    def function(x):
-        a, y = torch.zeros(len(x), L, F), torch.zeros_like(x)
-        for i, w in enumerate(found):
-            pre = x[:, i] @ w["w_enc"] + w["b_enc"]
-            a[:, i] = torch.relu(pre) * (pre > w["threshold"])
-        for t in range(L):
-            y[:, t] = found[t]["b_dec"] + x[:, t] @ found[t]["affine_skip_connection"]
-            for s in range(t + 1):
-                y[:, t] += a[:, s] @ found[s]["w_dec"][:, t]
-        return a, y
-
-    return function
-
-
-def sparsify(folder, *, reach=1, skip=True, block="h", post=0.0):
-    """TopK with k = 3, of one layer or with `reach` targets."""
-    torch.manual_seed(3)
-    found = []
-    for i in range(L):
-        targets = min(reach, L - i)
-        tensors = {"encoder.weight": numbers(F, D), "encoder.bias": numbers(F)}
-        if reach == 1:
-            tensors |= {"W_dec": numbers(F, D), "b_dec": numbers(D), "W_skip": numbers(D, D)}
-        else:
-            tensors |= {f"W_decs.{j}": numbers(F, D) for j in range(targets)}
-            tensors |= {f"b_decs.{j}": numbers(D) for j in range(targets)}
-            tensors |= {f"post_encs.{j}": torch.full((F,), post) for j in range(targets)}
-            tensors |= {f"W_skips.{j}": numbers(D, D) * (j == 0) for j in range(targets)}
-        tensors = {name: t for name, t in tensors.items() if skip or "W_skip" not in name}
-        (folder / f"{block}.{i}.mlp").mkdir()
-        save_file(tensors, folder / f"{block}.{i}.mlp" / "sae.safetensors")
-        config = {"d_in": D, "k": 3, "activation": "topk", "transcode": True, "skip_connection": skip, "n_targets": 0}
-        (folder / f"{block}.{i}.mlp" / "cfg.json").write_text(json.dumps(config))
-        found.append(tensors)
-
-    def function(x):
-        a, y = torch.zeros(len(x), L, F), torch.zeros_like(x)
-        for i, w in enumerate(found):
-            pre = torch.relu(x[:, i] @ w["encoder.weight"].T + w["encoder.bias"])
-            for row in range(len(x)):
-                for feature in pre[row].argsort(descending=True)[:3]:
-                    a[row, i, feature] = pre[row, feature]
-            for j in range(min(reach, L - i)):
-                suffix = "" if reach == 1 else f"s.{j}"
-                y[:, i + j] += a[:, i] @ w[f"W_dec{suffix}"] + w[f"b_dec{suffix}"]
-                if skip and j == 0:
-                    y[:, i] += x[:, i] @ w[f"W_skip{suffix}"].T
-        return a, y
-
-    return function
-
-
-SOURCES = {
-    "jumprelu": (circuit_tracer, {}, "jumprelu", None),
-    "relu with skip": (circuit_tracer, {"jump": False, "skip": True}, "relu", None),
-    "norm's output": (circuit_tracer, {"feature_input_hook": "mlp.hook_in"}, "jumprelu", "norm.output"),
-    "set": (transcoder_set, {"skip": True}, "jumprelu", None),
-    "set of relu": (transcoder_set, {"jump": False, "activation": "relu"}, "relu", None),
-    "gemma scope": (gemma_scope, {}, "jumprelu", "norm.output"),
-    "sparsify": (sparsify, {}, "topk", "h.{layer}.mlp"),
-    "sparsify, two targets": (sparsify, {"reach": 2}, "topk", "h.{layer}.mlp"),
-    "sparsify, all targets": (sparsify, {"reach": 9, "skip": False, "block": "layers"}, "topk", "layers.{layer}.mlp"),
-}
-
-
-@pytest.fixture
-def source(tmp_path):
-    folder = tmp_path / "source"
-    folder.mkdir()
-    return folder
+from tests.export.layouts import (
+    HOOKS,
+    SOURCES,
+    D,
+    F,
+    L,
+    circuit_tracer,
+    gemma_scope,
+    numbers,
+    sparsify,
+    transcoder_set,
+)
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -288,109 +156,6 @@ def test_a_joint_topk_needs_a_text(source, tmp_path, config):
     assert not list(tmp_path.glob("out*"))
 
 
-def cut(folder):
-    file = folder / "W_dec_1.safetensors"
-    file.write_bytes(file.read_bytes()[:-9])
-
-
-def changed(name, change):
-    def spoil(folder):
-        file = folder / f"{name.rpartition('_')[0].replace('threshold', 'W_enc')}_{name[-1]}.safetensors"
-        tensors = load_file(file)
-        change(tensors, name)
-        save_file(tensors, file)
-
-    return spoil
-
-
-def of_config(**settings):
-    def spoil(folder):
-        tree = yaml.safe_load((folder / "config.yaml").read_text())
-        (folder / "config.yaml").write_text(yaml.safe_dump(tree | settings))
-
-    return spoil
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (cut, r"W_dec_1.safetensors is damaged \(.*\); copy or download it again"),
-        (lambda folder: (folder / "W_enc_1.safetensors").unlink(), r"W_enc_1.safetensors is missing: .* \[0, 2\]"),
-        (lambda folder: (folder / "W_dec_2.safetensors").unlink(), r"W_dec_2.safetensors cannot be read \(No such"),
-        (changed("threshold_2", lambda t, n: t.pop(n)), "W_enc_2.safetensors has no threshold_2, other layers do"),
-        (changed("threshold_0", lambda t, n: t.pop(n)), "W_enc_0.safetensors has no threshold_0, other layers do"),
-        (changed("W_enc_1", lambda t, n: t.update({n: t[n][:-2].clone()})), r"W_enc_1 is \[8, 4\], wanted \[10, 4\]"),
-        (changed("W_dec_0", lambda t, n: t.update({n: t[n][:, :2].clone()})), r"W_dec_0 is \[10, 2, 4\], wanted \["),
-        (changed("W_dec_1", lambda t, n: t[n][0].fill_(torch.nan)), "W_dec_1 has a value that is nan or inf"),
-        (changed("threshold_1", lambda t, n: t[n][:2].fill_(-1)), "W_enc_1.safetensors has 2 thresholds below 0"),
-        (changed("W_enc_0", lambda t, n: t.update({n: t[n].int()})), "W_enc_0 is torch.int32, wanted floating-point"),
-        (of_config(model_kind="sae"), "model_kind 'sae', wanted cross_layer_transcoder or transcoder_set"),
-        (of_config(activation="topk", k=3), "has activation 'topk'; wanted relu or jumprelu"),
-        (of_config(activation="relu"), "has activation relu, but the files have thresholds"),
-        (of_config(feature_input_hook="ln2.hook_normalized"), "feature_input_hook 'ln2.hook_normalized' and"),
-        (of_config(feature_output_hook="hook_resid_post"), "feature_output_hook 'hook_resid_post'"),
-        (lambda folder: (folder / "config.yaml").write_text("a: [1"), r"config.yaml is damaged \(.*\); copy or"),
-        (lambda folder: (folder / "config.yaml").write_text("- 1"), r"found \[1\], wanted keys and values"),
-        (lambda folder: (folder / "config.yaml").unlink(), "holds no transcoder of a known layout"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_imported_is_told_in_one_message_and_leaves_nothing(spoil, message, source, tmp_path):
-    circuit_tracer(source)
-    spoil(source)
-    with pytest.raises(UserError, match=message):
-        import_transcoder(str(source), tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-@pytest.mark.parametrize(
-    ("listed", "message"),
-    [
-        (None, "lists None in transcoders; wanted hf://user/name/FILE"),
-        ([], r"lists \[\] in transcoders"),
-        (["hf://a/b/c.safetensors", "layer_1.safetensors"], "lists 'layer_1.safetensors' in transcoders; wanted hf://"),
-        (["hf://a/b/layer_0/params.npz"], "Gemma Scope's .npz files cannot be imported"),
-        (["hf://a/b/../../c.safetensors"], "in transcoders; wanted hf://user/name/FILE"),
-        (["hf://org/absent/c.safetensors"], "no copy of org/absent"),
-    ],
-    ids=str,
-)
-def test_lists_of_files_that_cannot_be_had(listed, message, source, tmp_path, hub):
-    transcoder_set(source, transcoders=listed)
-    with pytest.raises(UserError, match=message):
-        import_transcoder(str(source), tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_a_set_that_names_another_rule_or_holds_more_than_is_read(source, tmp_path):
-    transcoder_set(source, jump=False, activation="jump_relu")
-    with pytest.raises(UserError, match="has activation jumprelu, but the files have no thresholds"):
-        import_transcoder(str(source), tmp_path / "out")
-    transcoder_set(source, jump=False)
-    file = source / "layer_1.safetensors"
-    save_file(load_file(file) | {"log_thresholds": torch.zeros(F)}, file)
-    with pytest.raises(UserError, match=r"layer_1.safetensors has log_thresholds; wanted no more than .*W_enc"):
-        import_transcoder(str(source), tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"transcode": False}, "cfg.json has transcode False; wanted True"),
-        ({"transcode": None}, "cfg.json has transcode None; wanted True"),
-        ({"embed_skip": True}, "cfg.json has embed_skip True; wanted False"),
-        ({"activation": "groupmax"}, "cfg.json has activation 'groupmax'; wanted 'topk'"),
-        ({"k": 4}, "k or skip_connection differ by layer"),
-        ({"k": None}, "k is None; wanted int"),
-    ],
-)
-def test_sparse_coders_that_are_no_transcoders_of_ours(change, message, source, tmp_path):
-    sparsify(source)
-    file = source / "h.1.mlp" / "cfg.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(UserError, match=message):
-        import_transcoder(str(source), tmp_path / "out")
-
-
 @pytest.mark.parametrize("said", [None, {"model": "google/gemma-2-2b"}, {"model": "/data/lm"}], ids=str)
 @pytest.mark.parametrize("norm", [None, "pre_feedforward_layernorm"])
 def test_sparse_coders_are_of_the_modules_that_were_hooked_whatever_their_model(said, norm, source, tmp_path):
@@ -428,50 +193,6 @@ def test_the_mlps_own_output_goes_to_circuit_tracer_and_back(model, source, tmp_
     export(tmp_path / "ours", "circuit-tracer", tmp_path / "theirs", "float32")
     config = yaml.safe_load((tmp_path / "theirs" / "config.yaml").read_text())
     assert {key: config[key] for key in hooks} == hooks
-
-
-def test_sparse_coders_of_a_layer_that_was_copied_in_part(source, tmp_path):
-    sparsify(source)
-    (source / "h.2.mlp" / "sae.safetensors").unlink()
-    with pytest.raises(UserError, match=r"h.2.mlp/sae.safetensors cannot be read \(No such file"):
-        import_transcoder(str(source), tmp_path / "out")
-
-
-def test_values_that_differ_by_target_are_refused(source, tmp_path):
-    sparsify(source, reach=2, post=0.1)
-    with pytest.raises(UserError, match=r"post_encs\.0 is not 0 everywhere, so that a feature has other values"):
-        import_transcoder(str(source), tmp_path / "out")
-    file = source / "h.0.mlp" / "sae.safetensors"
-    save_file(load_file(file) | {"post_encs.0": torch.zeros(0)}, file)
-    with pytest.raises(UserError, match=r"post_encs\.0 is empty"):
-        import_transcoder(str(source), tmp_path / "out")
-
-
-def test_a_directory_that_exists_and_a_disk_that_is_too_small(source, tmp_path, small_disk):
-    circuit_tracer(source)
-    with pytest.raises(UserError, match=r"source exists already; delete it"):
-        import_transcoder(str(source), source)
-    circuit_tracer(source, width=64, features=512)
-    disk = small_disk(1 << 19)
-    with pytest.raises(UserError, match=r"disk has .* free, the transcoder takes 1\.\d+ MB; free space"):
-        import_transcoder(str(source), disk / "out")
-    assert not list(disk.iterdir())
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """The hub's local cache: hub(repository) -> the folder of its files."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-    def make(name):
-        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs" / "main").write_text("0" * 40)
-        (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
-        return repository / "snapshots" / ("0" * 40)
-
-    return make
 
 
 @torch.no_grad()
