@@ -1,6 +1,7 @@
 """The command itself, on a tiny shape: the figures that others read from its JSON."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,29 +10,18 @@ from typing import Any, cast
 import pytest
 import torch
 
-from benchmarks import data_path, machine, report, step, throughput
+from benchmarks import data_path, report, step, throughput
 from clt.costs import Job
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_command_writes_every_figure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Our step runs in a process of its own, the textbook's in this one."""
-    out, measure = tmp_path / "results" / "out.json", throughput.measure
-
-    def measured(case: throughput.Case, *options: float) -> dict[str, Any]:
-        if case["variant"] == "ours":
-            return measure(case, *options)
-        return step.measure(case, options[0], 3, torch.device("cpu"), options[1])
-
-    monkeypatch.setattr(throughput, "measure", measured)
-    monkeypatch.setattr(machine, "copy_bandwidth", lambda _: 10.0)  # test_gpu.py measures it
-    arguments = ["--quick", "--step-only", "--json", str(out), "--shapes", "3x4x16x64"]
-    arguments += ["--variants", "ours", "textbook", "--precision", "fp32"]
-    monkeypatch.setattr(sys, "argv", ["benchmarks/throughput.py", *arguments])
-    throughput.main()
+def test_the_command_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results" / "out.json"
+    command = [sys.executable, "benchmarks/throughput.py", "--quick", "--step-only", "--json", str(out)]
+    command += ["--shapes", "3x4x16x64", "--variants", "ours", "textbook", "--precision", "fp32"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert {"device", "versions", "commit", "command", "copy_gb_per_s", "step"} <= result.keys()
     assert {"bf16", "fp32"} <= result["matmul_peak_tflops"].keys()
