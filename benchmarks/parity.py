@@ -151,7 +151,7 @@ def measured_bytes(job: list[str], directory: Path, data: int, feature: int) -> 
 
 def print_bytes(directory: str, data: str, feature: str, *job: str) -> None:
     """The same in the network namespace of this process, by the counter of its loopback device."""
-    ranks.FORKS.set_forkserver_preload(["clt.train.run", "torch._dynamo"])  # the store is there
+    ranks.FORKS.set_forkserver_preload(["clt.train.run", "torch._dynamo"])  # no transformers: these ranks find a store
     length = ["train.batch_tokens=512", "train.accumulate=1", "clt.d_features=256", "log.every=1000"]
     counts = []
     for steps in (10, 40):

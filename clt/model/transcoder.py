@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -270,10 +271,9 @@ class CrossLayerTranscoder(nn.Module):
     def _read_on_demand(self, files: TensorFiles) -> None:
         """Put readers in the place of W_enc and W_dec."""
         del self.W_enc, self.W_dec
-        read_enc = lambda layer: files.read("W_enc", layer, check=check_values)  # noqa: E731
-        read_dec = lambda layer: files.read(f"W_dec.{layer}", check=check_values)  # noqa: E731
-        self.W_enc = _OnDemand(read_enc, self.n_layers)  # type: ignore[assignment]
-        self.W_dec = _OnDemand(read_dec, self.n_layers)  # type: ignore[assignment]
+        read, L = partial(files.read, check=check_values), self.n_layers
+        self.W_enc = _OnDemand(lambda layer: read("W_enc", layer), L)  # type: ignore[assignment]
+        self.W_dec = _OnDemand(lambda layer: read(f"W_dec.{layer}"), L)  # type: ignore[assignment]
 
 
 class _OnDemand(nn.Module):

@@ -41,9 +41,8 @@ def test_beats_the_trigram_on_heldout_text() -> None:
     windows = heldout_windows()
     assert int((windows[:, 1:] >= 0).sum()) == CARD["heldout_tokens"]
     # 20 windows spread over the held-out documents; the card's figures are for all of them.
-    loss = (
-        window_nats(transformers.AutoModelForCausalLM.from_pretrained(MODEL).eval(), windows[15::30][:20]).mean().item()
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL).eval()
+    loss = window_nats(model, windows[15::30][:20]).mean().item()
     assert CARD["heldout_nats_per_token"] < CARD["trigram_nats_per_token"]
     assert loss < CARD["trigram_nats_per_token"]
     assert loss == pytest.approx(CARD["heldout_nats_per_token"], abs=0.25)

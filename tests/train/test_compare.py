@@ -84,7 +84,7 @@ def test_the_figures_are_the_evaluators_own_at_the_transcoders_sites(config, sav
 
 
 def test_one_layer_of_one_transcoder_is_in_memory_at_a_time(config, saved, layers_at_once):
-    """Whatever is evaluated: rows, decoder mass, the replaced model. So one fits that is larger than the memory."""
+    """In the passes over rows, decoder mass and the replaced model: a transcoder may be larger than the memory."""
     several = [saved(name, activation="topk", k=4, by_norm=True, skip=True)[1] for name in ("a", "b")]
     found = evaluate_transcoders(config("eval.replacement_tokens=64"), several)
     assert all(numbers["l0_total"] == pytest.approx(12, abs=0.5) for numbers, _ in found.values())
