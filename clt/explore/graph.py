@@ -103,7 +103,7 @@ def _check_python(python: str) -> None:
         raise UserError(f"--python {python}: {error.strerror}; wanted the Python of an environment") from error
     if missing:
         raise UserError(
-            f"{python} has no circuit-tracer. It wants an older transformers than this package does, so give it an "
+            f"{python} has no circuit-tracer. It wants an older transformers than this package does, so give it a "
             f"separate environment: {INSTALL}, then add --python tracer/bin/python"
         )
 
