@@ -259,9 +259,9 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
         "/statistics": Response((path / STATISTICS).read_bytes(), media_type=_BYTES),
     }
     leading = asyncio.create_task(lead(config, buffer))
-    try:  # "ahead": bytes that may wait in a connection; with more than one block, the next is made while one is sent
+    try:
         yield {"server": config.server, "token": token, "buffer": buffer, "heldout": heldout, "kept": kept,
-               "abort": lambda: None, "ahead": 3 * buffer.block_rows * buffer.shape.row_bytes // 2}  # fmt: skip
+               "abort": lambda: None}  # fmt: skip
     finally:
         leading.cancel()
         await asyncio.wait([leading])

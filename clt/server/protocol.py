@@ -24,7 +24,6 @@ class Protocol(HttpToolsProtocol):
         self.timer = self.abort_in(min(_HEAD_SECONDS, self.app_state["server"].idle_seconds))
         if len(self.connections) > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
             transport.abort()
-        transport.set_write_buffer_limits(self.app_state["ahead"])
         tune(transport)
 
     def data_received(self, data: bytes) -> None:

@@ -95,7 +95,7 @@ def _create(config: Config) -> Buffer:
     blocks = max(2, server.rows // block_rows)
     open_blocks = min(blocks - 1, max(1, round(server.open_share * blocks)))
     size = size_text(blocks * block_rows * shape.row_bytes)
-    tell(f"shared buffer: {blocks} blocks of {block_rows} rows {shape}, {size}; a client takes four more at most")
+    tell(f"shared buffer: {blocks} blocks of {block_rows} rows {shape}, {size}; a client takes three more at most")
     return Buffer.create(buffer_name(config), (blocks, block_rows, open_blocks), shape, tag(config), mark)
 
 

@@ -229,7 +229,7 @@ def test_a_stream_goes_on_until_the_client_leaves_or_asks_again(shared: Server) 
 
 
 def test_many_slow_readers_cost_bounded_memory(shared: Server) -> None:
-    """Four blocks a client at most, whatever they ask for; here blocks are small, so the bound is generous."""
+    """Three blocks a client at most, whatever they ask for; here blocks are small, so the bound is generous."""
     client = ActivationClient(shared.url)
     list(client.stream_activations(64, 20))
 
