@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 
-from clt.cli import exit_on_user_error, run_arguments
+from clt.cli import run_arguments, run_rank
 
 ARGUMENTS = run_arguments(__doc__) if __name__ == "__main__" else None
 
@@ -202,4 +202,4 @@ def due(every: int, step: int) -> bool:
 
 
 if ARGUMENTS is not None:
-    sys.exit(exit_on_user_error(main, *ARGUMENTS))
+    run_rank(main, *ARGUMENTS)

@@ -147,7 +147,7 @@ def _resume(base: Path, name: str, job: list[str], ranks: int) -> subprocess.Pop
 
 def _finish(run: subprocess.Popen[str]) -> None:
     errors = run.communicate()[1]
-    assert run.returncode == 0, errors[-2000:]
+    assert run.returncode == 0, errors[-20_000:]  # torchrun's own report comes last
 
 
 def _digest(run: Path) -> str:

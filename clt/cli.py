@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import faulthandler
 import os
 import sys
+import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from clt.arguments import add_config, need_serving, read_config
 from clt.config import Config, environment_overrides
@@ -42,6 +45,26 @@ def exit_on_user_error(work: Callable[..., Any], *arguments: Any) -> Any:
     rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     tell(f"{rank}error: {message}")
     sys.exit(2)
+
+
+def run_rank(work: Callable[..., int], *arguments: Any) -> NoReturn:
+    """Call `work` as `exit_on_user_error` does, and end this process with its status.
+
+    What is registered for the exit runs, but the interpreter does not free its modules: threads of gloo may still hold
+    tensors, and to free one while the interpreter ends would abort the process. Every thread's place is printed when C
+    code aborts before that.
+    """
+    faulthandler.enable()
+    try:
+        status = exit_on_user_error(work, *arguments)
+    except SystemExit as error:
+        status = int(error.code or 0)
+    except Exception:  # noqa: BLE001 - printed, and the status is what the interpreter would give
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def run_arguments(doc: str | None) -> tuple[Config, bool]:

@@ -40,6 +40,21 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(run_dir / "checkpoints" / f"step_{last:08d}" / "model.safetensors")
 
 
+TELLING_HOW_IT_ENDS = """
+import atexit, os
+
+def tell(what, rank=os.environ.get("RANK"), place=os.environ["ENDS"], touch=os.mknod):
+    if rank:
+        touch(f"{place}/rank{rank} {what}")
+
+class Module:
+    __del__ = lambda self, tell=tell: tell("was freed")
+
+module = Module()
+atexit.register(tell, "ran what is registered")
+"""
+
+
 def test_two_ranks_give_the_run_of_one(train, train_overrides, launch_env, tmp_path):
     """By launch.sh. The global batch of 61 tokens does not divide by 2, and the ranks' micro-batches differ by a row.
 
@@ -49,9 +64,12 @@ def test_two_ranks_give_the_run_of_one(train, train_overrides, launch_env, tmp_p
     alone = train(*extra)
     store, run = tmp_path / "new-store", tmp_path / "run"
     command = ["bash", "launch.sh", *train_overrides, *extra, f"data.store={store}", f"run.dir={run}"]
+    (tmp_path / "sitecustomize.py").write_text(TELLING_HOW_IT_ENDS)
     env = os.environ | launch_env | {"NPROC": "2", "NNODES": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    path = {"PYTHONPATH": str(tmp_path), "ENDS": str(tmp_path)}
+    result = subprocess.run(command, cwd=ROOT, env=env | path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    assert {p.name for p in tmp_path.glob("rank*")} == {"rank0 ran what is registered", "rank1 ran what is registered"}
     assert "Warning" not in result.stderr, result.stderr
     assert sorted(p.name for p in store.iterdir()) == ["heldout", "train"]
     files = sorted(p.name for p in (store / "train").iterdir() if p.suffix != ".h5")

@@ -223,6 +223,7 @@ def test_a_feature_shows_its_examples_and_where_it_leads(page, site, made):
     page.keyboard.press("j")
     expect(page.locator("h1")).to_have_text(f"Feature 0.{min(feature + 1, 9)}")
     page.go_back()
+    expect(page.locator("h1")).to_have_text(f"Feature 0.{feature}")  # before, a click would hit the page that is left
     page.locator(".near a").first.click()
     near = record["coactive"][0]
     expect(page.locator("h1")).to_have_text(f"Feature {near['layer']}.{near['feature']}")
