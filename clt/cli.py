@@ -50,10 +50,12 @@ def exit_on_user_error(work: Callable[..., Any], *arguments: Any) -> Any:
 def run_rank(work: Callable[..., int], *arguments: Any) -> NoReturn:
     """Call `work` as `exit_on_user_error` does, and end this process with its status.
 
-    What is registered for the exit runs, but the interpreter does not free its modules: threads of gloo may still hold
-    tensors, and to free one while the interpreter ends would abort the process. Every thread's place is printed when C
-    code aborts before that.
+    One of several ranks runs what is registered for the exit, but does not free its modules: threads of gloo may still
+    hold tensors, and to free one while the interpreter ends aborts the process. If C code aborts before, each thread's
+    place is printed.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(exit_on_user_error(work, *arguments))
     faulthandler.enable()
     try:
         status = exit_on_user_error(work, *arguments)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clt.config import PACKAGE
-from clt.errors import UserError
+from clt.cpu import multiplies_bf16
+from clt.errors import UserError, tell
 from clt.lm.sites import Site, find_sites
 from clt.lm.spec import LMConfig
 
@@ -52,6 +53,8 @@ def load_language_model(config: LMConfig, device: torch.device | str = "cpu") ->
 
     Raises UserError when the model, its tokenizer, a layer or a hook site cannot be found or loaded.
     """
+    if config.dtype == "bfloat16" and torch.device(device).type == "cpu" and not multiplies_bf16():
+        tell("warning: this CPU has no units for bfloat16, so the language model is slow: set lm.dtype=float32")
     source, gguf = locate(config.model)
     model, tokenizer = _load_pretrained(config, source, gguf)
     _fuse_gelu(model)

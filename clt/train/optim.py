@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from clt.cpu import multiplies_bf16
 from clt.errors import UserError
 from clt.model.rowadam import RowAdam
 from clt.model.terms import value_names
@@ -27,16 +28,12 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products; `auto` is bf16 where the hardware multiplies bf16 natively, else float32.
-
-    On a CPU without AMX or AVX512-BF16 a bf16 product runs hundreds of times slower than a float32 one.
-    """
+    """The dtype of matrix products; `auto` is bf16 where the hardware multiplies bf16 natively, else float32."""
     if precision != "auto":
         return DTYPES[precision]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if multiplies_bf16() else torch.float32
 
 
 def make_adam(

@@ -40,6 +40,21 @@ def test_layers_and_dtype_are_those_of_the_config(tiny: Callable[..., LanguageMo
     assert lm.model.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_a_bfloat16_model_on_a_cpu_without_units_for_it_is_told(
+    tiny: Callable[..., LanguageModel],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    native: bool,
+) -> None:
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: native)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    tiny("llama", dtype="bfloat16")
+    assert ("set lm.dtype=float32" in capsys.readouterr().err) is not native
+    tiny("llama")
+    assert "lm.dtype" not in capsys.readouterr().err
+
+
 def test_layers_that_the_model_does_not_have(tiny: Callable[..., LanguageModel]) -> None:
     with pytest.raises(UserError, match=r"lm.layers=\[1, 3\] does not fit .* has 3 layers: wanted numbers up to 2"):
         tiny("gpt2", layers=[1, 3])
