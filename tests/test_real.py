@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from clt.config import load_config
+from clt.cpu import multiplies_bf16
 from clt.lm.capture import capture
 from clt.lm.load import LanguageModel, bos_token, load_language_model
 
@@ -57,6 +58,8 @@ def test_smollm2_end_to_end(smollm2, tmp_path):
         "lm.context=128", "data.train_tokens=6000", "data.heldout_tokens=600", "data.shard_rows=2000",
         "clt.d_features=256", "train.steps=100", "train.batch_tokens=512", "eval.replacement_tokens=256",
     ]  # fmt: skip
+    if not multiplies_bf16():
+        overrides.append("lm.dtype=float32")  # instead of minutes
     command = [sys.executable, "train_ddp.py", "configs/smollm2-135m.yaml", *overrides]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     trained = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
