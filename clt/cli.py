@@ -50,9 +50,9 @@ def exit_on_user_error(work: Callable[..., Any], *arguments: Any) -> Any:
 def run_rank(work: Callable[..., int], *arguments: Any) -> NoReturn:
     """Call `work` as `exit_on_user_error` does, and end this process with its status.
 
-    One of several ranks runs what is registered for the exit, but does not free its modules: threads of gloo may still
-    hold tensors, and to free one while the interpreter ends aborts the process. If C code aborts before, each thread's
-    place is printed.
+    One of several ranks runs what is registered for the exit, but does not free its modules: threads of gloo still run,
+    and one that frees a tensor while the interpreter ends would abort the process. If C code aborts before that, the
+    rank prints where each thread was.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(exit_on_user_error(work, *arguments))

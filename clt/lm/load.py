@@ -54,7 +54,7 @@ def load_language_model(config: LMConfig, device: torch.device | str = "cpu") ->
     Raises UserError when the model, its tokenizer, a layer or a hook site cannot be found or loaded.
     """
     if config.dtype == "bfloat16" and torch.device(device).type == "cpu" and not multiplies_bf16():
-        tell("warning: this CPU has no units for bfloat16, so the language model is slow: set lm.dtype=float32")
+        tell("warning: this CPU has no units for bfloat16, so the language model is slow; set lm.dtype=float32")
     source, gguf = locate(config.model)
     model, tokenizer = _load_pretrained(config, source, gguf)
     _fuse_gelu(model)

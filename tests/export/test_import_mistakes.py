@@ -1,4 +1,4 @@
-"""What cannot be imported is told in one message, and nothing is left."""
+"""A transcoder that cannot be imported gives one message, and leaves nothing behind."""
 
 import json
 

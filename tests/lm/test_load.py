@@ -41,7 +41,7 @@ def test_layers_and_dtype_are_those_of_the_config(tiny: Callable[..., LanguageMo
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_a_bfloat16_model_on_a_cpu_without_units_for_it_is_told(
+def test_a_warning_where_the_cpu_has_no_units_for_a_bfloat16_model(
     tiny: Callable[..., LanguageModel],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
