@@ -120,13 +120,16 @@ class Prompts:
 def tokenised(lm: LanguageModel, text: str, most: int) -> tuple[Tensor, Tensor]:
     """(1, T) ids of a prompt, which start as in training, and (1, T) where MLPs are replaced.
 
+    The token that starts documents comes first, once, whether or not the text begins with it.
     Raises UserError for a prompt without tokens, and with more than `most` in all.
     """
     found = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    bos = bos_token(lm.tokenizer)
-    ids = np.array([*([] if bos is None else [bos]), *found], np.int64)
+    start = [] if (bos := bos_token(lm.tokenizer)) is None else [bos]
+    if start and found[:1] == start:
+        found = found[1:]
+    ids = np.array([*start, *found], np.int64)
     if not found or len(ids) > most:
-        raise UserError(f"the prompt has {len(found)} tokens; wanted 1 to {most - (bos is not None)}")
+        raise UserError(f"the prompt has {len(found)} tokens; wanted 1 to {most - len(start)}")
     check_ids(lm, ids)
     keep = ~np.isin(ids, special_ids(lm.tokenizer))
     keep[0] = False

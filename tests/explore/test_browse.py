@@ -163,6 +163,10 @@ def ask(client, **tree):
     return client.post("/prompt", content=json.dumps(tree))  # in ASCII, as it can hold half a character
 
 
+def test_a_prompt_may_begin_with_the_token_that_starts_documents(client):
+    assert ask(client, text=f"<|endoftext|>{TEXT}").json() == ask(client, text=TEXT).json()
+
+
 def test_a_prompt_is_answered_by_both_models(client, made):
     """A changed feature through nnsight, which shares no hook with what is tested."""
     lm = made.lm
@@ -223,6 +227,7 @@ def test_a_prompt_is_answered_by_both_models(client, made):
         (422, {"text": "a", "changes": [[0, 10, 0]]}, "there is no feature 10 of layer 0"),
         (422, {"text": "a", "changes": [[-1, 0, 0]]}, "there is no feature 0 of layer -1"),
         (422, {"text": ""}, "the prompt has 0 tokens; wanted 1 to 15"),
+        (422, {"text": "<|endoftext|>"}, "the prompt has 0 tokens; wanted 1 to 15"),
         (422, {"text": "ab " * 40}, "tokens; wanted 1 to 15"),
         (413, {"text": "a" * 70_000}, "wanted a shorter prompt"),
     ],
