@@ -75,7 +75,7 @@ class ServerConfig:
     wait_seconds: Annotated[float, POSITIVE] = 30.0
     """Seconds that a request waits for its first rows before it is answered 503."""
     idle_seconds: Annotated[float, POSITIVE] = 60.0
-    """Seconds that a client may take to read what it was sent (2 MB at most) before it is dropped."""
+    """Seconds that a client may take to read what it was sent (3 MB at most) before it is dropped."""
 
 
 @dataclass

@@ -66,6 +66,9 @@ class Buffer:
         self._first_row = self._blocks["rows"].ctypes.data - self.header.ctypes.data
         # Of the places in a block; the same for every generator, as they go on with each other's open blocks.
         self._order, self.random = np.random.default_rng(0).permutation(self.block_rows), np.random.default_rng()
+        # If all were equally likely, all would be full at the same time, again and again.
+        shares = np.linspace(1, 2, self.open_blocks)
+        self._shares = shares / shares.sum()
         self.line, self._own = np.zeros((), _LINE), _WORKERS  # this process's, once it has joined
         self._rest, self._refreshes = empty_part(0, self.shape), int(self.header["refreshes"])  # rest of a block
 
@@ -109,22 +112,20 @@ class Buffer:
         """
         if len(opened := self._opened()) == 0:
             return 0
-        filled = self.progress["filled"][opened]
-        # If all were equally likely, all would be full at the same time, again and again.
-        weights = np.linspace(1, 2, self.open_blocks)
-        most = max(2 * self.open_blocks, self.block_rows // 8)  # each call costs as much as many small rows
-        wanted = self.random.multinomial(min(len(rows), most), weights / weights.sum())
+        filled = (before := self.progress)["filled"][opened]
+        most = max(8 * self.open_blocks, self.block_rows // 8)  # each call costs as much as many small rows
+        wanted = self.random.multinomial(min(len(rows), most), self._shares)
         counts = np.minimum(wanted, self.block_rows - filled)
         n = int(counts.sum())
-        mix, before = self.random.permutation(n), np.cumsum(counts) - counts
+        mix, first = self.random.permutation(n), np.cumsum(counts) - counts
         block = np.repeat(opened, counts)[mix]
-        place = self._order[(np.repeat(filled - before, counts) + np.arange(n))[mix]]
+        place = self._order[(np.repeat(filled - first, counts) + np.arange(n))[mix]]
         part, columns, size = rows[:n], np.empty(n, _COLUMNS), self.shape.row_bytes
         at = self._first_row + block * self._blocks.strides[0] + place * size
         part.copy_into([self._memory[start : start + size] for start in at.tolist()])
         for name in ("token", "position", "document"):
             columns[name] = getattr(part, name)
-        columns["row"] = self.progress["generated"] + np.arange(n)
+        columns["row"] = before["generated"] + np.arange(n)
         self._columns[block, place] = columns.view(_BITS)
         with self._change() as new:
             new["mark"], new["generated"] = (mark[0], mark[1], mark[2] + n), new["generated"] + n

@@ -21,7 +21,7 @@ from clt.local import check_address, is_loopback
 from clt.parsing import to_yaml
 from clt.server.buffer import Buffer
 
-_BLOCK_BYTES, _BLOCKS = 2 << 20, 16  # of a block, about (8 MB are sent a third more slowly), and blocks at least
+_BLOCK_BYTES, _BLOCKS = 3 << 20, 16  # of a block, at most (8 MB are sent a third more slowly), and blocks at least
 _GRACE_SECONDS = 5  # for streams to end after Ctrl-C or SIGTERM
 _PREPARE_SECONDS, _CLOSE_SECONDS = 86_400.0, 10.0  # to wait for another process that starts or ends this server
 
@@ -91,7 +91,8 @@ def close_buffer(config: Config, buffer: Buffer) -> None:
 def _create(config: Config) -> Buffer:
     mark, server = load_place(own_folder(config), feed_hash(config)), config.server
     shape = describe_feed(config, folder(config), sys.stderr.isatty()).shape
-    block_rows = max(1, min(_BLOCK_BYTES // shape.row_bytes, server.rows // _BLOCKS))
+    most = min(_BLOCK_BYTES // shape.row_bytes, server.rows // _BLOCKS)
+    block_rows = 1 << max(1, most).bit_length() - 1  # a batch of a larger power of two is made of whole blocks
     blocks = max(2, server.rows // block_rows)
     open_blocks = min(blocks - 1, max(1, round(server.open_share * blocks)))
     size = size_text(blocks * block_rows * shape.row_bytes)

@@ -28,7 +28,7 @@ ENDLESS = 10**9  # batches, the most of a stream: an answer of known length cost
 _NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _START = struct.Struct("<4sIQQ")
 _COLUMN_BYTES = 24  # of all columns, a row
-_PIECE = 1 << 21  # bytes that are sent at once, and hashed by the client while they are in its cache
+_PIECE = 1 << 21  # bytes that the client hashes while they are in its cache
 
 
 class WireError(Exception):
@@ -56,11 +56,10 @@ def frame_bytes(n: int, shape: Shape, segment: str) -> int:
 
 
 def frame(parts: Sequence[Part], sequence: int, shape: Shape, segment: str) -> list[bytes | memoryview]:
-    """One frame of all these rows, in pieces of at most 2 MB; the activations are not copied."""
+    """One frame of all these rows, in pieces; the activations are not copied."""
     n = sum(len(part["row"]) for part in parts)
     head = header(n, shape, segment) + b"".join(part[name].tobytes() for name in COLUMNS for part in parts)
-    views, digest = [part["rows"].reshape(-1).data for part in parts], xxh3_64(head)
-    pieces = [view[at : at + _PIECE] for view in views for at in range(0, len(view), _PIECE)]
+    pieces, digest = [part["rows"].reshape(-1).data for part in parts], xxh3_64(head)
     for piece in pieces:
         digest.update(piece)
     return [_START.pack(MAGIC, n, sequence, digest.intdigest()) + head, *pieces]

@@ -47,6 +47,7 @@ def test_a_buffer_is_shared_kept_after_a_crash_and_removed_by_the_last(own_confi
     close_buffer(own_config, again)
     assert not again.path.exists()
     later = open_buffer(other)
+    assert later.block_rows == 32, "a power of two, and sixteen blocks at least"
     assert later.progress["mark"].tolist() == [0, 0, 210], "it goes on in the text, in a buffer of another size"
     close_buffer(other, later)
 
