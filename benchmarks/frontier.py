@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ ROOT = Path(__file__).parent.parent
 RATES = {"quickstart": (5e-3, 1e-2, 2e-2), "smollm2-135m": (2e-3, 4e-3, 8e-3)}
 OTHER_RATES = {  # of rules whose best rate is elsewhere
     "quickstart": dict.fromkeys(("topk", "batchtopk", "batchtopk, by norm"), (4e-3, 8e-3, 1.6e-2)),
-    "smollm2-135m": dict.fromkeys(("relu", "jumprelu, one layer"), (4e-3, 8e-3, 1.6e-2)),
+    "smollm2-135m": dict.fromkeys(("relu", "jumprelu, one layer"), (4e-3, 8e-3, 1.6e-2))
+    # 8e-3 was tried, too: it has the same NMSE as 4e-3 at 40 (.3460, .3468) and recovers less (.699, .716).
+    | {"batchtopk, by norm": (2e-3, 4e-3)},
 }
 REFERENCE = 40  # the wanted L0 that learning rates are compared at
 SECOND_SEED = (20, 40)
@@ -55,7 +58,7 @@ RULES: dict[str, Callable[[int, int], list[str]]] = {
     "jumprelu, skip": _steered("clt.skip=true"),
     "jumprelu, one layer": _steered("clt.cross_layer=false"),
 }
-FIXED = "jumprelu, fixed lambda"  # at the lambda that the steered run ended with
+FIXED = "jumprelu, fixed lambda"  # at the lambda that the steered run ended with, and its learning rate
 ORDER = [*RULES, FIXED]
 
 
@@ -94,7 +97,8 @@ class Frontier:
         else:
             overrides = RULES[rule](target, self.layers)
         result = train(self.name, [*self.overrides, *overrides, f"run.seed={seed}", f"optim.lr={rate}"])
-        self.rows.append(key | result | {"commit": self.about["commit"]})
+        of_run = {"commit": self.about["commit"], "device": self.about["device"], "overrides": self.overrides}
+        self.rows.append(key | result | of_run)
         self.path.write_text(json.dumps(self.about | {"runs": self.rows}, indent=1, allow_nan=False) + "\n")
         plot(self.rows, f"{self.name}, {self.layers} layers", self.path.with_suffix(".png"))
         print(json.dumps(self.rows[-1]), flush=True)
@@ -126,8 +130,8 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for rule in [rule for rule in ORDER if any(row["rule"] == rule for row in rows)]:
         tried = [row for row in rows if row["rule"] == rule]
-        best = min(tried, key=lambda row: (row["target"] != REFERENCE, row["seed"], row["nmse"]))
-        of_rule = [row for row in tried if row["lr"] == best["lr"]]
+        ((rate, _),) = Counter(row["lr"] for row in tried).most_common(1)  # the one that all L0s were trained with
+        of_rule = [row for row in tried if row["lr"] == rate]
         groups = [[row for row in of_rule if row["target"] == t] for t in sorted({row["target"] for row in of_rule})]
         for axis, key in zip(axes, ("nmse", "ce_recovered"), strict=True):
             x, y = ([sum(row[k] for row in group) / len(group) for group in groups] for k in ("l0_total", key))
@@ -138,7 +142,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         axis.set_xticks([10, 20, 40, 80], ["10", "20", "40", "80"], minor=False)
         axis.set_xticks([], minor=True)
     axes[0].set_yscale("log")
-    axes[0].legend()
+    axes[1].legend(loc="lower right")
     figure.savefig(path, dpi=110)
 
 

@@ -101,9 +101,10 @@ def prepare(case: dict[str, Any], batch: Tensor) -> Callable[[Tensor], Any]:
     config, dtype = load_config(), autocast_dtype(case["precision"], device)
     config.optim.decoder = case.get("decoder", "torch")
     accumulate_in_float32()
-    rule = case["variant"].removesuffix("_compiled")
+    variant = case["variant"].removesuffix("_compiled")
+    rule = variant.removesuffix("_by_norm")
     k = case.get("k") or {"topk": 10, "batchtopk": 10 * batch.shape[2]}.get(rule)
-    chosen = [f"clt.activation={rule}", f"clt.k={k}", "loss.sparsity=0"] if k else []
+    chosen = [f"clt.activation={rule}", f"clt.k={k}", f"clt.by_norm={rule != variant}", "loss.sparsity=0"] if k else []
     ours = objective(case["F"], batch, f"train.compile={compiled and not textbook}", *chosen)
     ours.capacity = k * len(batch) if k and case.get("sparse") else None
     model: nn.Module = Textbook(ours) if textbook else ours

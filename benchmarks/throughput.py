@@ -21,7 +21,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = ["ours", "ours_compiled", "textbook", "textbook_compiled"]
-RULES = ["topk_compiled", "batchtopk_compiled"]  # ours with k = 10 a layer; the other variants are of JumpReLU
+# Ours with k = 10 a layer; the other variants are of JumpReLU.
+RULES = ["topk_compiled", "batchtopk_compiled", "batchtopk_by_norm_compiled"]
 STEPS = 10  # timed, after the warm-up
 Case = dict[str, Any]
 

@@ -53,7 +53,7 @@ class ServerConfig:
     source: Literal["model", "store"] = "model"
     """Fill the buffer by running the language model over the training text, or from the training store, endlessly."""
     rows: Annotated[int, POSITIVE] = 32_768
-    """About how many rows (tokens) the shared buffer holds; it consists of blocks of 2 MB."""
+    """About how many rows (tokens) the shared buffer holds; it consists of blocks of 1.5 to 3 MB."""
     open_share: Annotated[float, SHARE] = 0.5
     """Share of the buffer over which new rows are scattered; a larger share mixes them better."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -73,9 +73,9 @@ class ServerConfig:
     max_streams: Annotated[int, POSITIVE] = 64
     """Clients that receive rows at the same time, over all workers."""
     wait_seconds: Annotated[float, POSITIVE] = 30.0
-    """Seconds that a request waits for its first rows before it is answered 503."""
+    """Seconds that a request waits for rows before it is answered 503, or a stream before it is ended."""
     idle_seconds: Annotated[float, POSITIVE] = 60.0
-    """Seconds that a client may take to read what it was sent (3 MB at most) before it is dropped."""
+    """Seconds that a client may take to read what it was sent (a block at most) before it is dropped."""
 
 
 @dataclass

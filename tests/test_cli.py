@@ -115,6 +115,7 @@ NO_NNSIGHT = pytest.mark.skipif(find_spec("nnsight") is None, reason="nnsight is
     ("rule", "flag"),
     [
         ("", ()),
+        ("clt.activation=relu clt.cross_layer=false", ()),
         ("clt.activation=topk clt.k=4 clt.skip=true clt.window=2 loss.sparsity=0", ()),
         pytest.param(
             "clt.activation=batchtopk clt.k=9 clt.by_norm=true loss.sparsity=0", ("--nnsight",), marks=NO_NNSIGHT
@@ -137,6 +138,9 @@ def test_eval_repeats_the_summary_from_the_checkpoint(train, stores, here, tmp_p
     for key in ("fve", "nmse", "l0_total", "top1_agreement", "kl", "ce_original", "ce_replaced", "ce_recovered"):
         assert again[key] == pytest.approx(run.summary[key], rel=1e-4, abs=1e-6), key
     assert "fraction of variance explained" in result.stdout
+    k = next((k for name, k in (("=topk", 3 * 4), ("=batchtopk", 9)) if name in rule), None)
+    wanted = k and pytest.approx(run.summary["l0_total"] / k)
+    assert run.summary.get("l0_over_k") == again.get("l0_over_k") == wanted
     loaded = CrossLayerTranscoder.from_pretrained(run.dir / "checkpoints" / "step_00000010")
     rows = DiscBuffer(stores / "heldout")
     features = loaded.encode(rows[0 : len(rows)][:, 0].float())

@@ -96,9 +96,11 @@ def batch_threshold(
 
         return _smallest(count, most, parts[0].bias)
 
-    group = _divisor(len(layers[0].bias), limit=16)
-    # On a GPU a size that depends on the data would have the host wait. Without groups nothing would be left out.
-    if product.is_cuda or group == 1:
+    F = len(layers[0].bias)
+    group = _divisor(F, limit=16)
+    # On a GPU a size that depends on the data would have the host wait. Without groups nothing would be left out, and
+    # to gather more than a quarter of the scores takes longer than to count all of them.
+    if product.is_cuda or group == 1 or 4 * k * group > len(layers) * F * shards:
         return search(layers)
     # At most `most` groups of features have a score above `least`, so the result is at least that. All scores above the
     # result lie in these groups: the others need not be looked at again.

@@ -50,7 +50,7 @@ QUERIES = {
 }
 """Of the paths that give rows, whose clients count among `server.max_streams`: (least, default) of each parameter."""
 _PUBLIC = ("/", "/healthz")  # need no token: they tell nothing but whether the server works
-_TENSOR_BYTES, _JSON_BYTES = 2 << 20, 1 << 17  # of the rows in an answer, or a piece of one, that is made at once
+_TENSOR_BYTES, _JSON_BYTES = 2 << 20, 1 << 17  # of the rows in an answer that is made at once
 _BYTES = "application/octet-stream"
 
 
@@ -69,7 +69,7 @@ async def draw(request: Request, n: int) -> list[Part]:
         if (found := buffer.generator())["state"] == "failed":
             raise Unavailable(f"the generator of activations failed: {found['cause']}", 2)
         if time.monotonic() > end:
-            raise Unavailable(f"the buffer had no rows for {seconds:g} seconds")
+            raise Unavailable(f"the buffer had no rows for {seconds:g} seconds; its generator is {found['state']}")
         await asyncio.sleep(pause)
         pause = min(2 * pause, 0.05)
     return parts
@@ -89,12 +89,12 @@ async def stream(request: Request) -> Response:
     buffer = request.state.buffer
     n, count = parameters(request, batch_size=request.state.server.max_batch, max_batches=ENDLESS)
     sizes, about = frames(n, buffer.block_rows), (buffer.shape, buffer.segment)
-    first = await draw(request, sizes[0])
+    first = [await draw(request, sizes[0])]  # given up once it is sent
 
     async def pieces() -> AsyncIterator[bytes | memoryview]:
         for sequence in range(count * len(sizes)):
             try:
-                rows = await draw(request, sizes[sequence % len(sizes)]) if sequence else first
+                rows = first.pop() if first else await draw(request, sizes[sequence % len(sizes)])
             except Unavailable as error:
                 raise Ended(error.detail) from error
             for piece in frame(rows, sequence, *about):
@@ -119,7 +119,7 @@ async def batch(request: Request, most: int) -> tuple[Part, Tensor]:
 async def tensor(request: Request) -> Response:
     """One batch (n, 2, L, D) as raw little-endian bytes; x-tensor-shape, -dtype and -xxh3 in the headers."""
     buffer = request.state.buffer
-    rows, tensor = await batch(request, max(buffer.block_rows, _TENSOR_BYTES // buffer.shape.row_bytes))
+    rows, tensor = await batch(request, max(1, _TENSOR_BYTES // buffer.shape.row_bytes))
     data = rows["rows"].tobytes()
     headers = {"x-tensor-shape": ",".join(map(str, tensor.shape)), "x-tensor-dtype": buffer.shape.dtype}
     headers |= {"x-tensor-xxh3": xxh3_64_hexdigest(data), "x-clt-segment": buffer.segment}

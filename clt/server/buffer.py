@@ -113,7 +113,7 @@ class Buffer:
         if len(opened := self._opened()) == 0:
             return 0
         filled = (before := self.progress)["filled"][opened]
-        most = max(8 * self.open_blocks, self.block_rows // 8)  # each call costs as much as many small rows
+        most = self.open_blocks * max(2, self.block_rows // 8)  # each call costs as much as many small rows
         wanted = self.random.multinomial(min(len(rows), most), self._shares)
         counts = np.minimum(wanted, self.block_rows - filled)
         n = int(counts.sum())

@@ -28,7 +28,7 @@ from clt.data.rows import COLUMNS, Batch, empty_part, tensor_of
 from clt.data.statistics import Statistics
 from clt.errors import UserError, mismatches, printable
 from clt.files import parse_object
-from clt.ranges import NOT_NEGATIVE
+from clt.ranges import NOT_NEGATIVE, POSITIVE
 from clt.server.wire import ENDLESS, WireError, read_frame
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ LEAST_RATE = 1 << 16  # bytes a second at which an answer must come, once `timeo
 _DELAYS = (0.1, 10.0)  # seconds before the first and before the slowest new try
 _PASSING = (408, 429, 502, 503, 504)  # statuses of a server that may answer later
 _WAKE = 1 << 20  # bytes that are worth waking up for
-_COUNT = Annotated[int, NOT_NEGATIVE]
+_COUNT, _SIZE = Annotated[int, NOT_NEGATIVE], Annotated[int, POSITIVE]
 
 
 class ServerError(UserError):
@@ -88,7 +88,7 @@ class ActivationClient:
 
     def stats(self) -> dict[str, Any]:
         """The server's counters and the generator's state."""
-        return self._get("/stats", lambda data: parse_object(data, {"max_batch": _COUNT}))
+        return self._get("/stats", lambda data: parse_object(data, {"max_batch": _SIZE}))
 
     def index(self) -> StoreIndex:
         """What a row is: model, layers, sites, text, L, D, dtype."""
@@ -167,7 +167,7 @@ class ActivationClient:
         if not re.fullmatch(r"\w{1,16}" if whole else "", segment, re.ASCII):
             raise WireError(f"found the segment {segment!r:.40}, wanted 1 to 16 letters and digits (held out: none)")
         sequence, done = 0, n
-        while done == n and query.get("max_batches") != 0:
+        while done == n > 0 and query.get("max_batches") != 0:
             rows, done = empty_part(n, shape), 0
             answer.expect(n * shape.row_bytes)
             while done < n and (k := read_frame(answer.response.readinto, sequence, shape, segment, rows, done)):

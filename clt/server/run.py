@@ -91,8 +91,7 @@ def close_buffer(config: Config, buffer: Buffer) -> None:
 def _create(config: Config) -> Buffer:
     mark, server = load_place(own_folder(config), feed_hash(config)), config.server
     shape = describe_feed(config, folder(config), sys.stderr.isatty()).shape
-    most = min(_BLOCK_BYTES // shape.row_bytes, server.rows // _BLOCKS)
-    block_rows = 1 << max(1, most).bit_length() - 1  # a batch of a larger power of two is made of whole blocks
+    block_rows = 1 << max(1, min(_BLOCK_BYTES // shape.row_bytes, server.rows // _BLOCKS)).bit_length() - 1
     blocks = max(2, server.rows // block_rows)
     open_blocks = min(blocks - 1, max(1, round(server.open_share * blocks)))
     size = size_text(blocks * block_rows * shape.row_bytes)

@@ -152,13 +152,15 @@ RESUME = ["train.steps=20", "checkpoint.every=10", "checkpoint.keep=9", "log.eve
         "train.precision=fp16",
         "train.accumulate=3 clt.skip=true clt.window=2",
         "train.compile=true",
-        "loss.target_l0=3 loss.pre_activation=0.1 loss.pre_activation_kind=dead loss.dead_window=120",
+        "loss.target_l0=3 loss.pre_activation=0.1 loss.pre_activation_kind=dead loss.dead_window=120 clt.threshold=1.5",
         "clt.activation=batchtopk clt.k=6 clt.k_start=9 loss.sparsity=0 loss.aux=0.1 loss.aux_k=3 "
         "loss.dead_window=120 clt.k_ramp=1 train.accumulate=3",
     ],
 )
 def test_a_resumed_run_is_the_undisturbed_run_to_the_bit(train, tmp_path, options):
     whole = train(*RESUME, *options.split())
+    for term in {"pre_activation", "aux"} & {key.partition("=")[0].removeprefix("loss.") for key in options.split()}:
+        assert any(line.get(f"train_{term}", 0) > 0 for line in whole.metrics), f"no feature was dead for {term}"
     interrupt(whole.dir, tmp_path / "half", 10)
     torch._dynamo.reset()  # as in a new process
     half = train(*RESUME, *options.split(), f"run.dir={tmp_path / 'half'}")

@@ -43,12 +43,13 @@ def test_a_batchtopk_without_norms_keeps_its_features():
     torch.testing.assert_close(to_jumprelu(clt, x).encode(x), clt.encode(x))
 
 
-def test_the_command_converts_a_run_and_prints_its_figures_before_and_after(train, capsys):
-    run = train("clt.activation=batchtopk", "clt.k=6", "loss.sparsity=0.0", "eval.replacement_tokens=64")
+@pytest.mark.parametrize("rule", ["topk", "batchtopk"])
+def test_the_command_converts_a_run_and_prints_its_figures_before_and_after(train, capsys, rule):
+    run = train(f"clt.activation={rule}", "clt.k=6", "loss.sparsity=0.0", "eval.replacement_tokens=64")
     capsys.readouterr()
     main(["convert", str(run.dir), "--to", "jumprelu", "--rows", "100"])
     out = capsys.readouterr().out
-    before, after = out.index("batchtopk:\n"), out.index("\njumprelu:\n")
+    before, after = out.index(f"{rule}:\n"), out.index("\njumprelu:\n")
     for figure in ("fraction of variance explained", "L0, all layers", "share of that gap recovered"):
         assert before < out.index(figure) < after < out.rindex(figure)
     converted = CrossLayerTranscoder.from_pretrained(run.dir / "jumprelu_step_00000010")

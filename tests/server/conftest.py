@@ -23,12 +23,7 @@ from clt.server.client import ActivationClient
 if any(find_spec(package) is None for package in ("starlette", "uvicorn")):
     collect_ignore_glob = ["test_*.py"]  # they are the `serve` extra's
 ROOT = Path(__file__).parents[2]
-BACKGROUND = [
-    "sh",
-    "-c",
-    "trap '' INT; exec \"$@\"",
-    "sh",
-]  # starts a command as a shell's background job: ignoring SIGINT
+BACKGROUND = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]  # begins as a shell's background job does: without SIGINT
 
 
 def eventually(holds: Callable[[], object], seconds: float = 60.0) -> None:

@@ -1,5 +1,6 @@
 """The server as its clients see it: real processes, plain sockets, and the store to compare with."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -9,22 +10,27 @@ import shutil
 import signal
 import socket
 import subprocess
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from starlette.requests import Request
+from xxhash import xxh3_64_hexdigest
 
-from clt.config import Config, load_config
+from clt.config import Config, ServerConfig, load_config
 from clt.data.extract import extract_all
-from clt.data.rows import Batch
+from clt.data.rows import Batch, Part, empty_part
 from clt.data.store import DiscBuffer
+from clt.server import app
 from clt.server.client import ActivationClient, ServerError
 from clt.server.run import buffer_name
 from tests.server.conftest import BACKGROUND, Server, eventually, pause_generator
-from tests.server.test_buffer import adds_up
+from tests.server.test_buffer import SHAPE, adds_up
 
 TOKEN = "a-token-of-the-tests-0123456789"
 
@@ -70,9 +76,6 @@ def identities(batch: Batch) -> list[tuple[int, int, int, bytes]]:
     return [(*place, bits(row)) for *place, row in zip(*columns, batch.activations)]
 
 
-# Rows
-
-
 def test_streamed_rows_are_the_stores_come_once_in_no_order_and_about_equally_often(shared: Server) -> None:
     """Blocks are random samples of the last fills: over some epochs, no row is left out or favoured."""
     batches = list(ActivationClient(shared.url).stream_activations(50, 120))
@@ -84,11 +87,29 @@ def test_streamed_rows_are_the_stores_come_once_in_no_order_and_about_equally_of
     assert all(10 < (np.diff(batch.row) > 0).sum() < 40 for batch in batches), "as of a shuffled list"
 
 
+def test_a_stream_keeps_nothing_that_it_has_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    async def draw(_: Request, n: int) -> list[Part]:
+        drawn.append(weakref.ref((part := empty_part(n, SHAPE))["rows"]))
+        return [part]
+
+    async def read() -> list[int]:
+        state = {"buffer": SimpleNamespace(shape=SHAPE, segment="", block_rows=8), "server": ServerConfig()}
+        scope = {"type": "http", "path": "/activations/stream", "query_string": b"max_batches=9", "state": state}
+        pieces = (await app.stream(Request(scope | {"headers": []}))).body_iterator
+        return [sum(ref() is not None for ref in drawn) async for _ in pieces]
+
+    monkeypatch.setattr(app, "draw", draw)
+    assert set(asyncio.run(read())) == {1}
+
+
 def test_a_tensor_and_json_carry_the_rows_exactly(shared: Server, strict: Server) -> None:
     for server, token, dtype in ((shared, "", "float16"), (strict, TOKEN, "bfloat16")):
         known = {row for *_, row in stored(server.store)}
         status, headers, body = server.ask("/activations/tensor?batch_size=70", authorization=f"Bearer {token}")
         assert (status, headers["x-tensor-shape"], headers["x-tensor-dtype"]) == (200, "70,2,3,16", dtype)
+        assert headers["x-tensor-xxh3"] == xxh3_64_hexdigest(body)
         tensor = torch.frombuffer(bytearray(body), dtype=getattr(torch, dtype)).view(70, 2, 3, 16)
         status, _, body = server.ask("/activations?batch_size=40", authorization=f"Bearer {token}")
         found = json.loads(body)
@@ -124,9 +145,6 @@ def test_plain_uvicorn_serves_what_a_model_gives(serve) -> None:
     assert len({row[:3] for batch in batches for row in identities(batch)} & known) > 100
 
 
-# Refusals
-
-
 @pytest.mark.parametrize(
     ("path", "status", "reason"),
     [
@@ -135,15 +153,12 @@ def test_plain_uvicorn_serves_what_a_model_gives(serve) -> None:
         ("/activations/stream?batch_size=" + "9" * 5000, 400, "wanted one whole number"),
         ("/activations/stream?batch_size=%D9%A3", 400, "wanted one whole number"),
         ("/activations/stream?batch_size=1&batch_size=1", 400, "wanted one whole number"),
-        ("/activations/stream?max_batches=0", 422, "wanted 1 to"),
         ("/activations/stream?batchsize=1", 400, "unknown parameter 'batchsize'; known: batch_size, max_batches"),
-        ("/activations?batch_size=65", 422, "wanted 1 to 64"),
-        ("/heldout?start=151", 422, "wanted 0 to 150"),
-        ("/nowhere", 404, "Not Found"),
-        ("/activations/", 404, "Not Found"),
-        ("/refresh", 405, "Method Not Allowed"),
+        ("/activations/stream?max_batches=0", 422, "wanted 1 to"), ("/activations?batch_size=65", 422, "1 to 64"),
+        ("/heldout?start=151", 422, "wanted 0 to 150"), ("/refresh", 405, "Method Not Allowed"),
+        ("/nowhere", 404, "Not Found"), ("/activations/", 404, "Not Found"),
     ],
-)
+)  # fmt: skip
 def test_mistakes_are_told(shared: Server, path: str, status: int, reason: str) -> None:
     found, headers, body = shared.ask(path)
     assert (found, headers["content-type"]) == (status, "application/json")
@@ -153,17 +168,15 @@ def test_mistakes_are_told(shared: Server, path: str, status: int, reason: str) 
 @pytest.mark.parametrize(
     ("status", "request_", "headers"),
     [
-        (403, "POST /refresh", {"origin": "http://evil.example"}),
-        (403, "POST /refresh", {"origin": "http://localhost:1"}),
-        (403, "GET /stats", {"origin": "http://["}),
+        (403, "POST /refresh", {"origin": "http://evil.example"}), (403, "GET /stats", {"origin": "http://["}),
+        (403, "POST /refresh", {"origin": "http://localhost:1"}), (400, "GET /stats", {"host": "["}),
         (403, "GET /activations/stream", {"sec_fetch_site": "cross-site"}),  # e.g. of an <img>, which has no origin
         (403, "GET /activations/stream", {"sec_fetch_site": "same-site"}),
         (400, "GET /stats", {"host": "evil.example:8000"}),  # a name that stands for this machine's address
-        (400, "GET /stats", {"host": "["}),
         (200, "GET /", {"sec_fetch_site": "cross-site"}),  # a link to the page
         (200, "GET /stats", {"host": "localhost:1", "origin": "http://localhost:1"}),
     ],
-)
+)  # fmt: skip
 def test_pages_of_other_sites_cannot_use_a_browser_on_this_machine(shared: Server, status, request_, headers) -> None:
     method, path = request_.split()
     assert shared.ask(path, method, **headers)[0] == status
@@ -182,9 +195,6 @@ def test_the_token_is_asked_for_and_told_nobody_and_limits_come_from_the_environ
     assert TOKEN not in strict.log.read_text()
     status, _, body = strict.ask("/activations/tensor?batch_size=101", authorization=f"Bearer {TOKEN}")
     assert (status, json.loads(body)["error"]) == (422, "parameter batch_size is 101; wanted 1 to 100")
-
-
-# Slow and odd connections
 
 
 @pytest.mark.parametrize(
@@ -277,9 +287,6 @@ def test_answers_that_nobody_reads_are_ended_however_small(strict: Server) -> No
                 connection.recv(1, socket.MSG_WAITALL | socket.MSG_PEEK)
 
 
-# A generator that makes no rows, or dies
-
-
 def test_an_empty_buffer_is_waited_for_and_then_reported(strict: Server) -> None:
     client = ActivationClient(strict.url, TOKEN, patience=0)
     pid = pause_generator(client)
@@ -308,9 +315,6 @@ def test_waiting_clients_hear_why_the_generator_died_and_streams_go_on_after_it(
         assert int(headers["retry-after"]) > 0
     assert len({row for batch in stream for row in batch.row.tolist()}) == 999 * 8
     assert client.stats()["generator"]["restarts"] >= 1
-
-
-# What lies between a server and those who use it
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")

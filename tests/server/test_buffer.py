@@ -91,7 +91,7 @@ def test_blocks_do_not_fill_at_the_same_time(name: str) -> None:
     """Else there would be none and then all, again and again."""
     buffer = Buffer.create(name, (64, 64, 32), SHAPE)
     while not (buffer.state == FULL).any():
-        buffer.put(known_rows(64), (0, 0, 0))
+        buffer.put(known_rows(4096), (0, 0, 0))
     levels = buffer.progress["filled"][buffer.state == OPEN]
     assert levels.min() < 40
     assert np.ptp(levels) > 20, "of 64; random alone would make it about 10"

@@ -114,7 +114,7 @@ def test_what_breaks_off_is_asked_for_again_from_there_on(monkeypatch):
     "change",
     [
         {"n_layers": -1}, {"n_layers": 10**12}, {"n_layers": True}, {"n_layers": 2}, {"d_acts": 0}, {"dtype": "load"},
-        {"dtype": None}, {"layers": [0, 1, "2"]}, {"input_sites": "abc"}, {"text": {}}, {"format_version": 99},
+        {"d_acts": 1 << 21}, {"layers": [0, 1, "2"]}, {"input_sites": "abc"}, {"text": {}}, {"format_version": 99},
         {"shards": [{"file": "x"}]}, {"rows": "many"}, {"unknown": 1}, {"context": float("nan")},
     ],
 )  # fmt: skip
@@ -126,7 +126,7 @@ def test_an_index_that_makes_no_sense(change):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"null", b"[]", b"{", b"[" * 100_000, b"\xff\xfe", b'{"max_batch": -1}', b'{"max_batch": true}'],
+    "body", [b"", b"null", b"[]", b"{", b"[" * 100_000, b"\xff\xfe", b'{"max_batch": 0}', b'{"max_batch": true}'],
 )  # fmt: skip
 def test_answers_of_another_kind_are_told_at_once(body):
     with liar(patience=600, **dict.fromkeys(("stats", "index", "refresh", "statistics"), answer(body))) as it:
