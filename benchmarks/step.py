@@ -22,7 +22,7 @@ from clt.memory import keep_freed_memory
 from clt.model.loss import Objective
 from clt.model.transcoder import unsharded
 from clt.train.ddp import GradientMemory
-from clt.train.distributed import ALONE, Axis, accumulate_in_float32
+from clt.train.distributed import ONE_RANK, Axis, accumulate_in_float32
 from clt.train.metrics import coefficients
 from clt.train.optim import Update, autocast_dtype, make_adam
 from clt.train.run import build
@@ -78,7 +78,7 @@ def measure(
     }
 
 
-def objective(F: int, batch: Tensor, *overrides: str, feature: Axis = ALONE) -> Objective:
+def objective(F: int, batch: Tensor, *overrides: str, feature: Axis = ONE_RANK) -> Objective:
     """What training builds of a config, with F features a layer, on the device of `batch` (B, 2, L, D).
 
     Activations are normalised by the statistics of the first rows of `batch`; weights are the same each time.

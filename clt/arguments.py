@@ -10,6 +10,7 @@ from pathlib import Path
 from clt.config import DEFAULT_CONFIG, Config, load_config
 from clt.errors import UserError
 from clt.files import steps
+from clt.ranges import PORT
 
 
 def add_config(parser: ArgumentParser) -> None:
@@ -52,5 +53,5 @@ def need_serving(command: str) -> None:
 
 def check_port(port: int) -> None:
     """Raise UserError unless it is the number of a port."""
-    if not 0 < port < 65536:
-        raise UserError(f"--port is {port}; wanted a port number, 1 to 65535")
+    if not PORT.holds(port):
+        raise UserError(f"--port is {port}; wanted {PORT.wanted}")

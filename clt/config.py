@@ -20,7 +20,7 @@ from clt.errors import UserError
 from clt.lm.spec import LMConfig, TextConfig, check_lm
 from clt.model.spec import CLTConfig, LossConfig, check_loss, check_rule
 from clt.parsing import merge_file, merge_text, names
-from clt.ranges import FREE, NAME, PORT, POSITIVE, SEED, SHARE, free
+from clt.ranges import FREE, NAME, PORT, POSITIVE, SEED, SHARE, WORKERS, free
 from clt.train.spec import (
     CheckpointConfig,
     EvalConfig,
@@ -64,8 +64,8 @@ class ServerConfig:
     """Address to listen on; anything but the loopback should have a `token_file`."""
     port: Annotated[int, PORT] = 8000
     """Port to listen on."""
-    workers: Annotated[int, POSITIVE] = 1
-    """Serving processes, 1 to 128 on one buffer."""
+    workers: Annotated[int, WORKERS] = 1
+    """Serving processes on one buffer."""
     token_file: str | None = None
     """File, readable by its owner alone, with the token that clients must send; null takes CLT_SERVER_TOKEN, if set."""
     max_batch: Annotated[int, POSITIVE] = 8192

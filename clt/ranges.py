@@ -23,12 +23,15 @@ class Range(NamedTuple):
     wanted: str
 
 
+MOST_WORKERS = 128
+"""Serving processes of one shared buffer."""
 POSITIVE = Range(lambda value: value > 0, "a positive number")
 NOT_NEGATIVE = Range(lambda value: value >= 0, "zero or a positive number")
 WINDOW = Range(lambda value: value >= 2, "2 or more layers (one is cross_layer=false)")
 SHARE = Range(lambda value: 0 <= value <= 1, "a share between 0 and 1")
 SEED = Range(lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 PORT = Range(lambda value: 0 < value < 65536, "a port number, 1 to 65535")
+WORKERS = Range(lambda value: 0 < value <= MOST_WORKERS, f"1 to {MOST_WORKERS} processes")
 NAME = Range(lambda value: re.fullmatch(r"[\w.-]{1,64}", value) is not None, "letters, digits, dots and dashes")
 DECAY_RATES = Range(lambda value: len(value) == 2 and all(0 <= v < 1 for v in value), "two numbers in [0, 1)")
 ASCENDING = Range(

@@ -17,6 +17,8 @@ import torch
 
 from clt.config import Config, load_config
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start: threads of small models only wait
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long files come first: started last, one would keep the others waiting.

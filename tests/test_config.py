@@ -82,6 +82,7 @@ def test_overrides_win_over_the_file_and_are_typed(tmp_path):
         ("clt.activation=gelu", "clt.activation .* is 'gelu'; wanted one of jumprelu, relu"),
         ("clt.d_features=-1", "clt.d_features .* is -1; wanted a positive number"),
         ("loss.sparsity=-1", "loss.sparsity .* is -1; wanted zero or a positive number"),
+        ("server.workers=129", "server.workers .* is 129; wanted 1 to 128 processes"),
         ("run.seed=-1", r"run.seed .* is -1; wanted a whole number from 0 to 2\^63 - 1"),
         ("data.seed=9223372036854775808", r"data.seed .* wanted a whole number from 0 to 2\^63 - 1"),
         ("optim.decay=2", "optim.decay .* is 2; wanted a share between 0 and 1"),

@@ -69,9 +69,8 @@ def check_files(index: StoreIndex, config: Config) -> None:
         _warn_without_fingerprints(config.data.store)
     elif odd := changes(index.fingerprints, fingerprints(config, index.text["part"])):
         raise UserError(
-            f"the {index.text['part']} store in {config.data.store} was extracted from other files than those that are "
-            f"there now: {odd}; put the files back as they were, or delete this store to extract it again, or set "
-            "data.store to another directory"
+            f"files have changed since the {index.text['part']} store in {config.data.store} was extracted: {odd}; put "
+            "them back as they were, or delete this store to extract it again, or set data.store to another directory"
         )
 
 
@@ -93,7 +92,7 @@ def check_model(index: StoreIndex, lm: LanguageModel) -> None:
     """Raise UserError, naming what differs, unless a store holds activations of this language model."""
     if odd := mismatches(dataclasses.asdict(index), read_from(lm)):
         raise UserError(
-            f"the store was not extracted from the model that {lm.name!r} is now: {odd}; "
+            f"the store was extracted from another version of the model {lm.name!r}: {odd}; "
             "set lm.model or lm.revision to the one it was, or set data.store to another directory and extract again"
         )
 

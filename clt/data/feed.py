@@ -1,4 +1,4 @@
-"""What an activation server lives on: rows without end, held-out rows, and what is to be known of them beforehand."""
+"""The source of an activation server: an endless stream of rows, the held-out rows, their index and statistics."""
 
 from __future__ import annotations
 

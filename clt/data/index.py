@@ -200,11 +200,11 @@ def write_index(path: str | Path, index: StoreIndex) -> None:
 
 
 def write_json(file: Path, tree: Any) -> None:
-    """Write strict JSON atomically, as `write_whole`."""
-    write_whole(file, json.dumps(tree, indent=1, allow_nan=False).encode())
+    """Write strict JSON atomically, as `write_atomically`."""
+    write_atomically(file, json.dumps(tree, indent=1, allow_nan=False).encode())
 
 
-def write_whole(file: Path, data: bytes) -> None:
+def write_atomically(file: Path, data: bytes) -> None:
     """Write a small file atomically: readers see the old file or the new one, even after a power cut."""
     partial = file.with_name(file.name + PARTIAL)
     try:

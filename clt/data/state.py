@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from clt.data.index import INDEX, STATISTICS, ShardEntry, delete_unfinished, write_whole
+from clt.data.index import INDEX, STATISTICS, ShardEntry, delete_unfinished, write_atomically
 from clt.data.statistics import Moments
 from clt.errors import UserError, mismatches
 from clt.files import parse_object, reading
@@ -42,7 +42,7 @@ class ExtractionState:
         """Write the state into the store's directory `path`; `identity` says which extraction it belongs to."""
         fields = {"identity": identity, "shards": self.shards, "windows": self.windows, "skip_rows": self.skip_rows}
         tensors = {"mean": self.moments.mean, "squares": self.moments.squares}
-        write_whole(path / STATE, save(tensors, {"state": json.dumps(fields)}))
+        write_atomically(path / STATE, save(tensors, {"state": json.dumps(fields)}))
 
 
 def load_state(path: Path, identity: dict[str, Any]) -> ExtractionState | None:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from clt.data.index import STATISTICS_TENSORS, check_statistics, read_statistics, write_whole
+from clt.data.index import STATISTICS_TENSORS, check_statistics, read_statistics, write_atomically
 
 _CHUNK = 256  # rows converted to float64 at once: they fit a CPU's cache and fill a GPU
 
@@ -28,7 +28,7 @@ class Statistics:
     def save(self, file: str | Path) -> None:
         """Write the statistics as safetensors."""
         tensors = {name: torch.as_tensor(getattr(self, name)).contiguous() for name in STATISTICS_TENSORS}
-        write_whole(Path(file), save(tensors))
+        write_atomically(Path(file), save(tensors))
 
     @classmethod
     def load(cls, file: str | Path, shape: tuple[int, int] | None = None) -> Statistics:

@@ -27,7 +27,7 @@ from clt.explore.collect import collect
 from clt.explore.direct import direct_logits, final_norm, softcap, token_texts
 from clt.explore.files import ARRAYS, SUMMARY, Features, write_summary
 from clt.explore.firings import Firings
-from clt.explore.records import LOGITS, TOP, Source, write_records
+from clt.explore.records import LOGITS, TOP, RecordInputs, write_records
 from clt.export.records import FEATURES
 from clt.lm.documents import Part
 from clt.lm.fingerprint import fingerprints, pinned
@@ -134,7 +134,7 @@ def _make(
     workers = min(L, len(os.sched_getaffinity(0)))
     texts = token_texts(lm)
     counts = np.stack([of_layer.counts(F) for of_layer in firings.layers])
-    source = Source(firings, counts, texts, transcoder_id, int(firings.keep.sum()))
+    source = RecordInputs(firings, counts, texts, transcoder_id, int(firings.keep.sum()))
     _write_all(directory, source, _direct(lm, transcoder), workers, progress)
     layers = [load_file(_made(directory, s)) for s in range(L)]
     summary = {
@@ -175,7 +175,7 @@ def _direct(lm: LanguageModel, transcoder: CrossLayerTranscoder) -> Iterator[dic
 
 
 def _write_all(
-    directory: Path, source: Source, direct: Iterator[dict[str, np.ndarray]], workers: int, progress: bool
+    directory: Path, source: RecordInputs, direct: Iterator[dict[str, np.ndarray]], workers: int, progress: bool
 ) -> None:
     """`write_records` of the layers that are not made yet, each by a process."""
     L, F = source.counts.shape

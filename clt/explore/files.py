@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from clt.data.index import write_json, write_whole
+from clt.data.index import write_atomically, write_json
 from clt.errors import UserError
 from clt.export.records import RECORDS_INDEX, records_file
 from clt.files import read_object, reading
@@ -87,8 +87,9 @@ def write_summary(
     index = [{"filename": records_file(layer), "offsets": of_layer} for layer, of_layer in enumerate(offsets)]
     for name, tree in ((RECORDS_INDEX, index), (_VOCABULARY, vocabulary)):
         text = json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
-        write_whole(directory / name, gzip.compress(text.encode(), mtime=0))  # without the time: the same bytes
-    write_whole(directory / _ARRAYS, save({name: np.ascontiguousarray(arrays[name], ARRAYS[name]) for name in ARRAYS}))
+        write_atomically(directory / name, gzip.compress(text.encode(), mtime=0))  # without the time: the same bytes
+    contiguous = {name: np.ascontiguousarray(arrays[name], ARRAYS[name]) for name in ARRAYS}
+    write_atomically(directory / _ARRAYS, save(contiguous))
     write_json(directory / SUMMARY, {"format_version": FORMAT_VERSION, **summary})
 
 

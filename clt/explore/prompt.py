@@ -34,7 +34,7 @@ class Prompts:
 
     def __init__(self, config: Config, run: Path, table: Table) -> None:
         self.config, self.run, self.table = config, run, table
-        self._alone = threading.Lock()  # the models are loaded once; the hooks of two passes would mix
+        self._lock = threading.Lock()  # the models are loaded once; the hooks of two passes would mix
 
     @torch.inference_mode()
     def answer(self, text: str, changes: Changes) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class Prompts:
         Raises UserError for a prompt without tokens or with too many, for a feature that is not there, and as
         `load_language_model`.
         """
-        with self._alone:
+        with self._lock:
             lm, transcoder = self._models
             for layer, feature in changes:
                 if not (0 <= layer < transcoder.n_layers and 0 <= feature < transcoder.d_features):
@@ -75,7 +75,7 @@ class Prompts:
         now |= {kind: found for kind, found in fingerprints(self.config, summary["part"]).items() if "text" not in kind}
         if odd := changes(summary["identity"], now):
             raise UserError(
-                f"{self.table.features.directory} was made from other files than those that are there now: {odd}; put "
+                f"files have changed since {self.table.features.directory} was made: {odd}; put "
                 "them back, or delete the directory and make the features again"
             )
         lm = load_language_model(self.config.lm, device)

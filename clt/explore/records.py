@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import numpy as safetensors
 
-from clt.data.index import write_whole
+from clt.data.index import write_atomically
 from clt.explore.files import cantor, pack, write_layer
 from clt.explore.firings import Firings
 
@@ -21,7 +21,7 @@ BEFORE, AFTER = 24, 12  # tokens around that of an example
 SAMPLED, COACTIVE = 128, 8  # tokens of a feature that are looked up for others that fire there; others that are told
 
 
-class Source(NamedTuple):
+class RecordInputs(NamedTuple):
     """What the records of all layers are made from."""
 
     firings: Firings
@@ -31,7 +31,7 @@ class Source(NamedTuple):
     tokens: int  # that count
 
 
-def write_records(directory: Path, made: Path, layer: int, source: Source, direct: dict[str, np.ndarray]) -> None:
+def write_records(directory: Path, made: Path, layer: int, source: RecordInputs, direct: dict[str, np.ndarray]) -> None:
     """Write the records of a layer into `directory`, then its arrays of the summary and "offsets" into the file `made`.
 
     direct: "norms" (F, T) of what each feature writes to each target layer, and the ids and values (F, m) of the tokens
@@ -61,7 +61,7 @@ def write_records(directory: Path, made: Path, layer: int, source: Source, direc
             yield pack(record(source, layer, feature, places, values, order, groups, of_feature))
 
     arrays["offsets"] = np.array(write_layer(directory, layer, packed()))
-    write_whole(made, safetensors.save({k: np.ascontiguousarray(a) for k, a in arrays.items()}))
+    write_atomically(made, safetensors.save({k: np.ascontiguousarray(a) for k, a in arrays.items()}))
 
 
 def falling(values: np.ndarray) -> np.ndarray:
@@ -105,7 +105,7 @@ def choose(order: np.ndarray, documents: np.ndarray) -> list[list[int]]:
 
 
 def record(
-    source: Source,
+    source: RecordInputs,
     layer: int,
     feature: int,
     places: np.ndarray,
@@ -157,7 +157,7 @@ def _rounded(values: list[float]) -> list[float]:
 
 
 def _examples(
-    source: Source, places: np.ndarray, values: np.ndarray, groups: list[list[int]]
+    source: RecordInputs, places: np.ndarray, values: np.ndarray, groups: list[list[int]]
 ) -> list[list[dict[str, Any]]]:
     """The examples of each group: windows of text around the chosen tokens, which stay in the model's own window."""
     firings, T, vocabulary, seen = source.firings, source.firings.context, source.vocabulary, set()
@@ -187,7 +187,7 @@ def _examples(
     return [list(islice(of_all, len(group))) for group in groups]
 
 
-def coactive(source: Source, layer: int, feature: int, places: np.ndarray) -> list[dict[str, Any]]:
+def coactive(source: RecordInputs, layer: int, feature: int, places: np.ndarray) -> list[dict[str, Any]]:
     """The features that fire on the same tokens most, by |both fire| / |one of them fires|, estimated.
 
     Where the feature fires on more than 128 tokens, the share of them on which another one fires is taken from 128

@@ -77,7 +77,7 @@ def _append(parts: list[Path], whole: Path) -> None:
 
 
 def _append_ends(parts: list[Path], whole: Path) -> None:
-    """As `_append`, of where the firings of each token end: those of a share come after those of the ones before it."""
+    """As `_append`, for the `end` files: a share's numbers are raised by the firings of the shares before it."""
     kind, before = np.dtype(OF_LAYER["end"]), 0
     with whole.open("wb") as file:
         for part in parts:

@@ -29,7 +29,7 @@ from clt import hub
 from clt.errors import UserError, shown
 from clt.export import gemma_scope
 from clt.export.compare import Layer
-from clt.export.source import REMEDY, Reader, Source, everywhere, layer_files, sizes, spec_of
+from clt.export.foreign import REMEDY, Foreign, Reader, everywhere, layer_files, sizes, spec_of
 from clt.files import reading
 from clt.model.spec import Sites
 from clt.model.transcoder import CrossLayerTranscoder
@@ -104,7 +104,7 @@ def read_layer(directory: Path, s: int) -> Layer:
     return Layer(found["W_enc"], found["b_enc"], threshold, found["W_dec"], found["b_dec"], skip)
 
 
-def read(folder: Path) -> Source:
+def read(folder: Path) -> Foreign:
     """The transcoder in a directory, or in the files of the hub that its config.yaml lists.
 
     Raises UserError when it is incomplete, or is none that ours can be, and as `hub.fetch`.
@@ -187,7 +187,7 @@ def _hooked(file: Path, settings: dict[str, Any]) -> tuple[str | None, str | Non
     return INPUT_HOOKS[reads], OUTPUT_HOOKS[writes]
 
 
-def _cross_layer(folder: Path, sites: Sites) -> Source:
+def _cross_layer(folder: Path, sites: Sites) -> Foreign:
     files, headers = layer_files(folder, "W_enc_{}.safetensors"), Reader(folder, values=False)
     L, (F, D) = len(files), sizes(headers, files[0], "W_enc_0")
     jump, skip = (everywhere(headers, files, name) for name in ("threshold_{}", "W_skip_{}"))
@@ -205,10 +205,10 @@ def _cross_layer(folder: Path, sites: Sites) -> Source:
             found["W_skip"] = reader(files[i], f"W_skip_{i}", D, D)
         return found
 
-    return Source("circuit-tracer's cross-layer transcoder", folder, L, D, spec_of(F, jump, skip=skip), sites, layer)
+    return Foreign("circuit-tracer's cross-layer transcoder", folder, L, D, spec_of(F, jump, skip=skip), sites, layer)
 
 
-def _one_by_one(folder: Path, sites: Sites, files: list[str] | None = None) -> Source:
+def _one_by_one(folder: Path, sites: Sites, files: list[str] | None = None) -> Foreign:
     """files: of each layer, where they do not lie in the directory."""
     files, headers = files or layer_files(folder, "layer_{}.safetensors"), Reader(folder, values=False)
     F, D = sizes(headers, files[0], "W_enc")
@@ -233,7 +233,7 @@ def _one_by_one(folder: Path, sites: Sites, files: list[str] | None = None) -> S
         return found
 
     spec = spec_of(F, jump, skip=skip, cross_layer=False)
-    return Source("circuit-tracer's transcoder set", folder, len(files), D, spec, sites, layer)
+    return Foreign("circuit-tracer's transcoder set", folder, len(files), D, spec, sites, layer)
 
 
 def _not_negative(reader: Reader, threshold: Tensor, where: str) -> Tensor:

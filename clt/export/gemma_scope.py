@@ -12,13 +12,13 @@ from pathlib import Path
 from torch import Tensor
 
 from clt.errors import UserError, shown
-from clt.export.source import REMEDY, Reader, Source, everywhere, layer_files, sizes, spec_of
+from clt.export.foreign import REMEDY, Foreign, Reader, everywhere, layer_files, sizes, spec_of
 from clt.files import read_object
 from clt.model.spec import Sites
 from clt.ranges import NORM_OUTPUT
 
 
-def read(folder: Path) -> Source:
+def read(folder: Path) -> Foreign:
     """The transcoder in a directory. Raises UserError when it is incomplete, or reads elsewhere."""
     file = folder / "config.json"
     settings = read_object(file, {"model_name": str | None}, REMEDY)
@@ -28,7 +28,7 @@ def read(folder: Path) -> Source:
     return of_files(folder, files, Sites(NORM_OUTPUT, model=settings["model_name"]))
 
 
-def of_files(folder: Path, files: list[str], sites: Sites, *, cross_layer: bool = True) -> Source:
+def of_files(folder: Path, files: list[str], sites: Sites, *, cross_layer: bool = True) -> Foreign:
     """The transcoder in one file a layer; if not `cross_layer`, w_dec (F, D) writes to its own layer alone."""
     L, headers = len(files), Reader(folder, values=False)
     D, F = sizes(headers, files[0], "w_enc")
@@ -47,4 +47,4 @@ def of_files(folder: Path, files: list[str], sites: Sites, *, cross_layer: bool 
             found["W_skip"] = reader(file, "affine_skip_connection", D, D)
         return found
 
-    return Source("Gemma Scope 2", folder, L, D, spec_of(F, True, skip=skip, cross_layer=cross_layer), sites, layer)
+    return Foreign("Gemma Scope 2", folder, L, D, spec_of(F, True, skip=skip, cross_layer=cross_layer), sites, layer)

@@ -17,7 +17,7 @@ from clt.data.index import write_json
 from clt.errors import UserError, size_text
 from clt.export import circuit_tracer, gemma_scope, joint_topk, sparsify
 from clt.export.directory import new_directory
-from clt.export.source import Reader, Source
+from clt.export.foreign import Foreign, Reader
 from clt.lm.forward import forward_text
 from clt.lm.load import LanguageModel
 from clt.model.transcoder import CrossLayerTranscoder
@@ -43,7 +43,7 @@ def import_transcoder(source: str, directory: Path, config: Config | None = None
     leaves nothing.
     """
     with new_directory(directory) as partial:
-        found = open_source(Path(source).expanduser() if Path(source).expanduser().is_dir() else fetch(source))
+        found = open_foreign(Path(source).expanduser() if Path(source).expanduser().is_dir() else fetch(source))
         device, lm = torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
         if found.k is not None:
             if config is None:
@@ -74,7 +74,7 @@ def import_transcoder(source: str, directory: Path, config: Config | None = None
     return remarks
 
 
-def open_source(folder: Path) -> Source:
+def open_foreign(folder: Path) -> Foreign:
     """The transcoder in a directory of any known layout. Raises UserError when there is none, or it cannot be ours."""
     if (folder / "config.yaml").is_file():
         return circuit_tracer.read(folder)
@@ -114,7 +114,7 @@ def fetch(source: str) -> Path:
 class _Writer:
     """The files of a transcoder, made in full at once and filled layer by layer; what is not written is 0."""
 
-    def __init__(self, directory: Path, source: Source, dtype: torch.dtype) -> None:
+    def __init__(self, directory: Path, source: Foreign, dtype: torch.dtype) -> None:
         """dtype: of the matrices. Raises UserError when the disk is too small."""
         with torch.device("meta"):
             model = CrossLayerTranscoder(source.n_layers, source.d_acts, source.spec, sites=source.sites)
@@ -150,7 +150,7 @@ class _Writer:
         (directory / "config.json").write_text(json.dumps(model.config, indent=2, allow_nan=False) + "\n")
 
     def write(self, tensors: dict[str, Tensor], layer: int) -> None:
-        """Write tensors of one layer, named and shaped as in `Source.layer`."""
+        """Write tensors of one layer, named and shaped as in `Foreign.layer`."""
         parts = {}
         for name, tensor in tensors.items():
             key = f"W_dec.{layer}" if name == "W_dec" else name
@@ -168,7 +168,7 @@ class _Writer:
                 tensorfile.write(path, blank | mine)
 
 
-def _matrix_dtype(source: Source) -> torch.dtype:
+def _matrix_dtype(source: Foreign) -> torch.dtype:
     """The source's, if it has one for all matrices, else float32. Compares the shapes of all layers on the way."""
     read = Reader(source.folder, values=False)
     if source.norms is not None:
@@ -181,7 +181,7 @@ def _matrix_dtype(source: Source) -> torch.dtype:
 
 @torch.no_grad()
 def _thresholds(
-    source: Source, transcoder: CrossLayerTranscoder, config: Config, lm: LanguageModel
+    source: Foreign, transcoder: CrossLayerTranscoder, config: Config, lm: LanguageModel
 ) -> tuple[Tensor, int]:
     """Thresholds (L, F) above which `source.k` features a token fire on average, and on how many tokens.
 
@@ -211,7 +211,7 @@ def _thresholds(
     return tau / norms.clamp_min(1e-30), len(x)
 
 
-def _remarks(source: Source, writer: _Writer) -> list[str]:
+def _remarks(source: Foreign, writer: _Writer) -> list[str]:
     spec, sites = source.spec, source.sites
     rule = f"{spec.activation}, k {spec.k}" if spec.k else spec.activation
     dtype = str(writer.dtypes["W_enc"]).removeprefix("torch.")

@@ -13,13 +13,13 @@ from typing import Annotated
 
 from torch import Tensor
 
-from clt.export.source import REMEDY, Reader, Source, layer_files, sizes, spec_of
+from clt.export.foreign import REMEDY, Foreign, Reader, layer_files, sizes, spec_of
 from clt.files import read_object
 from clt.model.spec import Sites
 from clt.ranges import POSITIVE
 
 
-def read(folder: Path) -> Source:
+def read(folder: Path) -> Foreign:
     """The transcoder in a directory. Raises UserError when it is incomplete."""
     settings = read_object(folder / "config.json", {"k": Annotated[int, POSITIVE]}, REMEDY)
     L = len(layer_files(folder, "W_enc_{}.safetensors"))
@@ -34,4 +34,4 @@ def read(folder: Path) -> Source:
     def norms(reader: Reader) -> Tensor:
         return reader("W_dec_norm.safetensors", "W_dec_norm", L, F)
 
-    return Source("joint TopK", folder, L, D, spec_of(F, True), Sites(), layer, settings["k"] * L, norms)
+    return Foreign("joint TopK", folder, L, D, spec_of(F, True), Sites(), layer, settings["k"] * L, norms)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from clt.errors import UserError, shown
-from clt.export.source import REMEDY, Reader, Source, sizes
+from clt.export.foreign import REMEDY, Foreign, Reader, sizes
 from clt.files import read_object
 from clt.model.spec import CLTConfig, Sites
 from clt.ranges import POSITIVE
@@ -26,7 +26,7 @@ from clt.ranges import POSITIVE
 _NORMS = ("ln_2", "post_attention_layernorm", "pre_feedforward_layernorm", "final_layer_norm")
 
 
-def read(folder: Path) -> Source:
+def read(folder: Path) -> Foreign:
     """The transcoder in a directory. Raises UserError when it is incomplete, or computes what ours cannot."""
     names, layers = _hookpoints(folder)
     L, headers = len(layers), Reader(folder, values=False)
@@ -65,7 +65,7 @@ def read(folder: Path) -> Source:
         skip=skip,
         normalization="none",
     )
-    return Source("sparsify", folder, L, D, spec, _sites(folder, names[0], layers), layer)
+    return Foreign("sparsify", folder, L, D, spec, _sites(folder, names[0], layers), layer)
 
 
 def _hookpoints(folder: Path) -> tuple[list[str], list[int]]:

@@ -1,9 +1,10 @@
 """What happens to one layer's pre-activations, element by element, and the gradient of it.
 
-`fire` is the only activation function: training, encoding, evaluation and replacement all call it. To try another one,
-or another penalty, change `fire` or the pair `gate` and `gate_gradients`. Each of the pair reads every element once, so
-that torch.compile makes it a single pass over memory. Pre-activations come as (F, B): a feature's sums over the tokens
-are then sums along memory.
+`fire` is the only activation function: training, encoding, evaluation and replacement all call it. (With
+`train.kernels` sparse or sampled, `_look` in kernels/reference.py and kernels/lists.py list what fires.) To try another
+one, or another penalty, change `fire` or the pair `gate` and `gate_gradients`. Each of the pair reads every element
+once, so that torch.compile makes it a single pass over memory. Pre-activations come as (F, B): a feature's sums over
+the tokens are then sums along memory.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Gradients(NamedTuple):
     norm: Tensor
     features: Tensor
     dots: Tensor | None = None
-    """(F,): what the decoder's rows and their gradient, but for that through their norms, multiply to, if wanted."""
+    """(F,), if wanted: each decoder row's dot product with its gradient, without the part through the row's norm."""
 
 
 def gate(
@@ -101,7 +102,7 @@ def gate_gradients(
     grad_pre_activation: Tensor,
     dots: bool = False,
 ) -> Gradients:
-    """The gradients of `gate`; in place of that of the step, a rectangle of width bw (arXiv 2407.14435):
+    """The gradients of `gate`. A rectangle of width bw stands for the derivative of the step (arXiv 2407.14435):
 
         d/dtheta = -(theta / bw) * 1[|pre - theta| < bw / 2] * g, summed over the batch
         d/dpre   = 1[pre fires] * g   (+ (theta / bw) * 1[|pre - theta| < bw / 2] * g with `straight_through_pre`)

@@ -130,8 +130,8 @@ class Write(torch.autograd.Function):
     """Fires the features of layer s, then computes y~[:, s]: every layer that writes to s has fired by now.
 
     product (F, B) of Encode; b_enc (F,); theta broadcasts against (F, B); W_dec (F, T, D) is step.decoders[s]. With
-    `row_sums` (2, F), the gradient to W_dec lacks that through its rows' norms: that is the rows times the gradient to
-    row_sums[0]. The gradient to row_sums[1] is the products of the rows with what W_dec gets. Features (B, L * F) and
+    `row_sums` (2, F), the gradient to W_dec leaves out the part through the rows' norms, row * grad(row_sums[0]), and
+    grad(row_sums[1]) is the dot product of each row with the gradient that W_dec does get. Features (B, L * F) and
     y~ (B, L, D) are filled in place, from the first layer to the last; y~ is of the products' dtype, or of float32
     where the partial y~ of several shards are still to be added up. Returns y~, the sums over features and tokens of
     the penalty () and of the pre-activation loss (), and for how many tokens each feature fires (F,).

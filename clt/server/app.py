@@ -99,7 +99,7 @@ async def stream(request: Request) -> Response:
                 raise Ended(error.detail) from error
             for piece in frame(rows, sequence, *about):
                 yield piece
-            await asyncio.sleep(0)  # sending alone gives way to nobody, not even to the client's departure
+            await asyncio.sleep(0)  # sending alone may never yield to the event loop, which tells of a disconnect
 
     # Of a known length, the pieces are passed on as they are; in chunks each would be copied.
     size = count * sum(frame_bytes(size, *about) for size in sizes)
@@ -175,7 +175,7 @@ async def kept(request: Request) -> Response:
 
 
 def parameters(request: Request, **most: int) -> list[int]:
-    """The query's whole numbers, in the order of `most`, the largest of each; HTTPException for what is no such."""
+    """The query's integers, in the order of `most`, which gives each one's maximum. Raises HTTPException for others."""
     known, given = QUERIES[request.url.path], request.query_params
     values = {name: min(default, most[name]) for name, (_, default) in known.items()}
     for name, text in given.items():

@@ -25,18 +25,18 @@ from clt.data.lock import ByteLocks
 from clt.data.rows import COLUMNS, Part, cut, empty_part
 from clt.errors import UserError
 from clt.memory import allocate, open_own, page_aligned
+from clt.ranges import MOST_WORKERS
 
 FREE, OPEN, FULL = range(3)
 GENERATOR, LEADER, _LINES = ((1 << 40) + i for i in range(3))  # locks; serving process i holds _LINES + i
-FOLDER = Path("/dev/shm")
-_MAGIC, _WORKERS = "cltblk03", 128
+FOLDER, _MAGIC = Path("/dev/shm"), "cltblk03"
 _COLUMNS = np.dtype(list(COLUMNS.items()))  # of a row, together: to write to four places takes the generator longer
 _BITS = np.dtype((np.void, _COLUMNS.itemsize))  # the same as one value: numpy copies a structure field by field
 _LINE = np.dtype([(name, "i8") for name in ("clients", "held", "drawn", "dropped")])  # of a serving process
 _HEADER = np.dtype([
     ("magic", "S8"), ("tag", "S128"), ("segment", "S16"), ("dtype", "S16"), ("sizes", "i8", 5),
     ("state", "S16"), ("cause", "S1024"), ("pid", "i8"), ("restarts", "i8"), ("refreshes", "i8"), ("changes", "i8"),
-    ("history", "f8", (300, 3)), ("lines", _LINE, _WORKERS),
+    ("history", "f8", (300, 3)), ("lines", _LINE, MOST_WORKERS),
 ])  # fmt: skip
 
 
@@ -69,7 +69,7 @@ class Buffer:
         # If all were equally likely, all would be full at the same time, again and again.
         shares = np.linspace(1, 2, self.open_blocks)
         self._shares = shares / shares.sum()
-        self.line, self._own = np.zeros((), _LINE), _WORKERS  # this process's, once it has joined
+        self.line, self._own = np.zeros((), _LINE), MOST_WORKERS  # this process's, once it has joined
         self._rest, self._refreshes = empty_part(0, self.shape), int(self.header["refreshes"])  # rest of a block
 
     @classmethod
@@ -107,8 +107,8 @@ class Buffer:
     def put(self, rows: Any, mark: tuple[int, int, int]) -> int:
         """Put the first of the rows (a slice-able with columns and `copy_into`), each into an open block at random.
 
-        Returns how many; 0 where the buffer is full. `mark`, with that many added to its last number, is recorded
-        as they begin to count.
+        Returns how many, 0 when the buffer is full. They count once `mark` is recorded, with their number added to its
+        last entry.
         """
         if len(opened := self._opened()) == 0:
             return 0
@@ -218,21 +218,21 @@ class Buffer:
 
     def join(self) -> None:
         """Take a line among the serving processes. Raises UserError when there is none."""
-        for number in range(_WORKERS):
+        for number in range(MOST_WORKERS):
             if self.locks.hold(_LINES + number):
                 self._own, self.line = number, self.lines[number]  # the counts of a dead one go on
                 self.line["clients"] = self.line["held"] = 0
                 return
-        raise UserError(f"the shared buffer serves {_WORKERS} processes already: lower server.workers")
+        raise UserError(f"the shared buffer serves {MOST_WORKERS} processes already: lower server.workers")
 
     def leave(self) -> None:
         """Give the line back, where it has one."""
         self.locks.drop(_LINES + self._own)
-        self._own = _WORKERS
+        self._own = MOST_WORKERS
 
     def living(self) -> np.ndarray:
         """The lines of the serving processes that live, as they are now."""
-        return self.lines[[i for i in range(_WORKERS) if i == self._own or self.locks.taken(_LINES + i)]]
+        return self.lines[[i for i in range(MOST_WORKERS) if i == self._own or self.locks.taken(_LINES + i)]]
 
     def stats(self) -> dict[str, Any]:
         """What is worth knowing. rows_generated = valid + open + in_flight + rows_drawn + rows_dropped + rows_lost."""

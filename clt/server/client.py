@@ -183,7 +183,7 @@ class ActivationClient:
 
 
 class _Answer(socket.SocketIO):
-    """A connection's socket, as http.client wants it, and then its answer: read at a least rate and within bounds."""
+    """A connection's socket for http.client, and then its answer: read at a least rate, and of a largest size."""
 
     response: http.client.HTTPResponse
 
@@ -215,7 +215,7 @@ class _Answer(socket.SocketIO):
     def close(self) -> None:
         """Nothing: http.client closes it while the answer is still read."""
 
-    def whole(self, most: int = 1 << 20) -> bytes:
+    def read_all(self, most: int = 1 << 20) -> bytes:
         """All of it. Raises WireError when that is more than `most` bytes, or less than was announced."""
         self.expect(most)
         data = self.response.read(most + 1)
@@ -225,7 +225,7 @@ class _Answer(socket.SocketIO):
 
     def parsed(self, parse: Callable[[bytes], T], most: int = 1 << 20) -> T:
         """What `parse` makes of all of it. Raises ServerError where that raises ValueError."""
-        data = self.whole(most)
+        data = self.read_all(most)
         try:
             return parse(data)
         except (ValueError, RecursionError) as error:
@@ -234,7 +234,7 @@ class _Answer(socket.SocketIO):
 
     def reason(self) -> str:
         """What it says for itself, of a refusal."""
-        text = self.whole().decode("utf-8", "replace") or self.response.reason
+        text = self.read_all().decode("utf-8", "replace") or self.response.reason
         with contextlib.suppress(ValueError, RecursionError):
             text = parse_object(text, {"error": str})["error"]
         return f"answered {self.response.status}: {text!s:.1000}"

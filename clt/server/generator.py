@@ -76,7 +76,7 @@ def note(config: Config, buffer: Buffer) -> None:
 
 
 async def lead(config: Config, buffer: Buffer) -> None:
-    """Once no other serving process does: keep a generator running. Ends with its task, whatever fails."""
+    """Wait until no other serving process leads, then keep a generator running. Only cancelling the task ends it."""
     while True:
         try:
             await _lead(config, buffer)

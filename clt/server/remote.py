@@ -22,7 +22,7 @@ from clt.files import read_token
 from clt.server.client import ActivationClient
 
 _PATIENCE = 600.0  # seconds that a run waits for a server that is away
-_OWN = ("format_version", "n_layers", "d_acts", "dtype", "rows", "shards")  # what write_store says itself
+_NOT_COPIED = ("format_version", "n_layers", "d_acts", "dtype", "rows", "shards")  # what write_store says itself
 _BATCH_BYTES = 8 << 20  # small enough to be received while the last one is copied
 
 
@@ -83,7 +83,7 @@ def fetch_heldout(config: Config) -> None:
     The training rows' statistics go to `<data.store>/train`. Raises UserError for a copy of other rows.
     """
     store, path = open_server(config), Path(config.data.store) / "heldout"
-    fields = {key: value for key, value in dataclasses.asdict(store.index).items() if key not in _OWN}
+    fields = {key: value for key, value in dataclasses.asdict(store.index).items() if key not in _NOT_COPIED}
     fields["text"]["part"] = "heldout"
     path.mkdir(parents=True, exist_ok=True)
     with locked(path, wait=math.inf):  # many runs may start at once on one file system
@@ -100,7 +100,7 @@ def fetch_heldout(config: Config) -> None:
                     rows[name][done:end] = getattr(batch, name)
                 done = end
             columns = {name: rows[name][:done] for name in COLUMN_DTYPES}
-            write_store(path, activations[:done], columns=columns, **fields)
+            write_store(path, activations[:done], config.data.shard_rows, columns, **fields)
         if not (train := path.with_name("train") / STATISTICS).exists():  # `clt eval` wants them later
             train.parent.mkdir(exist_ok=True)
             store.statistics.save(train)

@@ -13,7 +13,7 @@ import uvicorn
 
 from clt.config import SERVER_VARIABLES, Config, digest
 from clt.data.feed import describe_feed, feed_hash, load_place, save_place
-from clt.data.index import write_whole
+from clt.data.index import write_atomically
 from clt.data.lock import locked
 from clt.errors import UserError, size_text, tell
 from clt.files import read_token
@@ -118,7 +118,7 @@ def serve(config: Config, **options: Any) -> None:
     buffer = open_buffer(config, join=False)
     try:
         file = own_folder(config) / f"serve-{port}.yaml"  # stays, for new workers
-        write_whole(file, to_yaml(config).encode())
+        write_atomically(file, to_yaml(config).encode())
         os.environ["CLT_CONFIG"] = str(file)
         for name in SERVER_VARIABLES:  # they are in the config already, below the command line's
             os.environ.pop(name, None)

@@ -78,20 +78,20 @@ def read_frame(fill: Callable[[memoryview], int], sequence: int, shape: Shape, s
     if got < len(start) or (magic, number) != (MAGIC, sequence) or not 0 < n <= room:
         raise WireError(f"found {bytes(start[:got])!r} where frame {sequence} of 1 to {room} rows was due")
     text = bytearray(len(header(n, shape, segment)))
-    _whole(fill, memoryview(text))
+    _fill(fill, memoryview(text))
     if text != header(n, shape, segment):
         raise WireError(f"frame {sequence} is not of {n} rows {shape} as the index says: {bytes(text)!r:.300}")
     digest = xxh3_64(text)
     for column in cut(out, at, at + n).values():  # in the order of the wire
         view = column.reshape(-1).view("u1").data
         for first in range(0, len(view), _PIECE):
-            _whole(fill, piece := view[first : first + _PIECE])
+            _fill(fill, piece := view[first : first + _PIECE])
             digest.update(piece)
     if digest.intdigest() != checksum:
         raise WireError(f"frame {sequence} is damaged: its checksum does not match")
     return n
 
 
-def _whole(fill: Callable[[memoryview], int], view: memoryview) -> None:
+def _fill(fill: Callable[[memoryview], int], view: memoryview) -> None:
     if (got := fill(view)) < len(view):
         raise WireError(f"the stream was cut off within a frame: found {got} bytes, wanted {len(view)}")

@@ -37,7 +37,7 @@ def settle_buckets(
         with autocast:
             losses = model(batch, coefficients, dead=dead)
         losses.total.backward()
-        model.zero_grad()
+        model.zero_grad()  # to None: DDP makes its buckets anew now, and gives the gradients memory in them
 
 
 def summed(model: nn.Module, last: bool) -> AbstractContextManager[object]:

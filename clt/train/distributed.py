@@ -58,7 +58,7 @@ class Axis(NamedTuple):
         return tensor
 
 
-ALONE = Axis()
+ONE_RANK = Axis()
 """An axis of one rank."""
 
 
@@ -68,10 +68,10 @@ class World(NamedTuple):
     rank: int
     size: int
     device: torch.device
-    data: Axis = ALONE
-    feature: Axis = ALONE
-    everyone: Axis = ALONE
-    control: Axis = ALONE
+    data: Axis = ONE_RANK
+    feature: Axis = ONE_RANK
+    everyone: Axis = ONE_RANK
+    control: Axis = ONE_RANK
     """All ranks over gloo: small CPU tensors, in any order with respect to the collectives of `everyone`."""
 
 

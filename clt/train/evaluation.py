@@ -24,7 +24,7 @@ from clt.lm.fingerprint import pinned
 from clt.lm.load import LanguageModel, load_language_model
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import checkpoint
-from clt.train.distributed import ALONE, Axis, World, accumulate_in_float32
+from clt.train.distributed import ONE_RANK, Axis, World, accumulate_in_float32
 from clt.train.optim import autocast_dtype
 from clt.train.replacement import Replace, evaluate_replacement, heldout_windows
 from clt.train.run import open_store
@@ -139,7 +139,7 @@ def evaluate_activations(
     buffer: Rows,
     *,
     autocast: torch.dtype = torch.float32,
-    data: Axis = ALONE,
+    data: Axis = ONE_RANK,
     progress: Callable[[], None] = lambda: None,
     batch: int = 1024,
 ) -> dict[str, Tensor]:

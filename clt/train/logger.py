@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from clt.config import Config
-from clt.data.index import write_whole
+from clt.data.index import write_atomically
 from clt.errors import UserError, tell
 from clt.files import parse_object, reading
 
@@ -102,7 +102,7 @@ def _open_at_step(path: Path, start: int) -> Any:
     """Open for appending after the lines of steps up to `start`."""
     kept = [text + b"\n" for text, line in _lines(path) if line["step"] <= start]
     if path.exists():
-        write_whole(path, b"".join(kept))
+        write_atomically(path, b"".join(kept))
     return path.open("a")
 
 

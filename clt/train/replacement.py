@@ -17,7 +17,7 @@ from clt.lm.load import LanguageModel
 from clt.lm.replacement import ablated_logits, replaced_logits
 from clt.lm.text import Window, windows
 from clt.model.transcoder import CrossLayerTranscoder
-from clt.train.distributed import ALONE, Axis
+from clt.train.distributed import ONE_RANK, Axis
 
 Replace = Callable[[LanguageModel, CrossLayerTranscoder, Tensor, Tensor], Tensor]
 """Logits (N, T, V) with every chosen MLP replaced: of a language model, a transcoder, token ids and `keep` (N, T)."""
@@ -48,7 +48,7 @@ def evaluate_replacement(
     windows: Sequence[Window],
     *,
     run: Replace | None = None,
-    data: Axis = ALONE,
+    data: Axis = ONE_RANK,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """The language model with every chosen MLP replaced at once by the transcoder, attention live, on held-out text.

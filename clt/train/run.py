@@ -15,7 +15,7 @@ import torch
 from clt.config import Config, config_hash, identity, load_config
 from clt.data.check import changes, check_store
 from clt.data.extract import extract_all
-from clt.data.index import INDEX, StoreIndex, content_hash, read_index, write_whole
+from clt.data.index import INDEX, StoreIndex, content_hash, read_index, write_atomically
 from clt.data.lock import locked
 from clt.data.statistics import Statistics
 from clt.data.store import DiscBuffer
@@ -28,7 +28,7 @@ from clt.model.transcoder import CrossLayerTranscoder
 from clt.parsing import to_yaml
 from clt.plan import Machine, shortage
 from clt.train import distributed as dist
-from clt.train.distributed import ALONE, Axis, World
+from clt.train.distributed import ONE_RANK, Axis, World
 from clt.train.logger import check_wandb
 from clt.train.optim import autocast_dtype
 from clt.train.source import ServerSource, StoreSource
@@ -120,7 +120,7 @@ def open_store(config: Config, part: Part) -> DiscBuffer:
     return store
 
 
-def build(config: Config, index: StoreIndex, statistics: Statistics, feature: Axis = ALONE) -> Objective:
+def build(config: Config, index: StoreIndex, statistics: Statistics, feature: Axis = ONE_RANK) -> Objective:
     """The transcoder, or this rank's shard of it, in its objective: weights by `run.seed`, sizes from the store."""
     if config.clt.d_features % feature.size:
         raise UserError(
@@ -182,7 +182,7 @@ def sole_use(config: Config, world: World) -> Iterator[None]:
 
 def claim_run_dir(config: Config) -> None:
     """Write the resolved config.yaml into `run.dir`, the mark that `check_run_dir` reads."""
-    write_whole(Path(config.run.dir) / "config.yaml", to_yaml(config).encode())
+    write_atomically(Path(config.run.dir) / "config.yaml", to_yaml(config).encode())
 
 
 def run_identity(config: Config, index: StoreIndex, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where the rows of a run come from: a store, or an activation server. The loop sees the same three members of both."""
+"""Where the rows of a run come from: a store, or an activation server."""
 
 from __future__ import annotations
 

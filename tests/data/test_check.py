@@ -68,16 +68,16 @@ def test_a_finished_store_of_other_files_is_refused(own: MakeConfig, tmp_path: P
     extract_all(own(), progress=False)
     CHANGES[kind](tmp_path)
     with pytest.raises(
-        UserError, match=rf"the train store in .* from other files .* now: {kind}: found '.* bytes.*', wanted '"
+        UserError, match=rf"the train store in .* was extracted: {kind}: found '.* bytes.*', wanted '"
     ) as caught:
         extract(own(), "train", progress=False)
-    assert "put the files back as they were, or delete this store" in str(caught.value)
+    assert "put them back as they were, or delete this store" in str(caught.value)
     assert str(caught.value).count("found") == 1
     if kind == "train text":
         extract(own(), "heldout", progress=False)
         edit(tmp_path / "heldout.jsonl")
         kind = "heldout text"
-    with pytest.raises(UserError, match=f"the heldout store in .* now: {kind}: found"):
+    with pytest.raises(UserError, match=f"the heldout store in .* was extracted: {kind}: found"):
         extract(own(), "heldout", progress=False)
 
 
@@ -118,7 +118,7 @@ def test_a_text_that_is_edited_while_it_is_read(
         edit(tmp_path / "text.jsonl")
 
     monkeypatch.setattr(extraction, "_write_rows", meddling)
-    with pytest.raises(UserError, match="from other files than those that are there now: train text: found"):
+    with pytest.raises(UserError, match="was extracted: train text: found"):
         extract(own(), "train", progress=False)
     assert not (Path(own().data.store) / "train" / "index.json").exists()
 
@@ -165,7 +165,7 @@ def test_heldout_text_is_checked_before_it_is_evaluated_again(
     with pytest.raises(SystemExit) as ended:
         cli.main(["eval", str(run.dir)])
     assert ended.value.code == 2
-    assert "files than those that are there now: heldout text: found" in capfd.readouterr().err
+    assert "was extracted: heldout text: found" in capfd.readouterr().err
 
 
 def test_a_revision_may_be_named_by_the_commit_that_was_read(own: MakeConfig) -> None:

@@ -280,7 +280,7 @@ def test_features_of_other_models_are_not_mixed_with_those_that_are_there(made, 
     (run / "features" / "summary.json").write_text(json.dumps(summary))
     answer = ask(TestClient(make_app(made.config, run), URL), text=TEXT)
     assert answer.status_code == 422
-    assert re.search(f"made from other files .* now: {kind}: found 'of another one'", answer.json()["error"])
+    assert re.search(f"was made: {kind}: found 'of another one'", answer.json()["error"])
 
 
 def test_a_damaged_record_is_told(made, tmp_path):

@@ -23,7 +23,7 @@ from clt.train.distributed import World
 from clt.train.optim import Update
 from clt.train.writer import Checkpoints
 
-ALONE = World(0, 1, torch.device("cpu"))
+ONE_RANK = World(0, 1, torch.device("cpu"))
 IDENTITY = {"config_hash": "abc", "data_hash": "def"}
 
 
@@ -52,7 +52,7 @@ def counters(fill=None, features=8):
 
 def save(directory, transcoder, optimizer, step=3, keep=2, keep_every=0):
     """One whole checkpoint; returns its path."""
-    with Checkpoints(directory, keep, keep_every, ALONE) as checkpoints:
+    with Checkpoints(directory, keep, keep_every, ONE_RANK) as checkpoints:
         parts = checkpoint.parts(transcoder, optimizer, counters())
         checkpoints.begin(parts, transcoder.config, {"step": step, "busy_seconds": 1.5, "wandb_id": None, **IDENTITY})
         checkpoints.finish()
@@ -154,7 +154,7 @@ def test_a_checkpoint_is_a_pretrained_transcoder(tmp_path):
 def test_the_weights_may_change_while_they_are_written(tmp_path):
     transcoder, optimizer, step = trained()
     before = {key: value.clone() for key, value in transcoder.state_dict().items()}
-    with Checkpoints(tmp_path, 2, 0, ALONE) as checkpoints:
+    with Checkpoints(tmp_path, 2, 0, ONE_RANK) as checkpoints:
         checkpoints.begin(checkpoint.parts(transcoder, optimizer, counters()), transcoder.config, {"step": 3})
         step(9)
         assert checkpoint.steps(tmp_path) == [], "without a name until it is whole"

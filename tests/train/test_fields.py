@@ -95,10 +95,11 @@ ELSEWHERE = {
     "text.split": "tests/lm/test_documents.py",
     **{f"data.{name}": "tests/server/test_remote.py" for name in ("source", "url", "token_file")},
     **{f"server.{name}": "tests/server/test_run.py" for name in "name rows open_share".split()},
+    "server.workers": "tests/server/test_faults.py",
     **{f"server.{name}": "tests/data/test_feed.py" for name in ("source", "device", "statistics_tokens")},
     **{
         f"server.{name}": "tests/server/test_app.py"
-        for name in ("host port workers token_file max_batch max_streams wait_seconds idle_seconds").split()
+        for name in "host port token_file max_batch max_streams wait_seconds idle_seconds".split()
     },
 }
 

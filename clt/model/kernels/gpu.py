@@ -14,8 +14,8 @@ from torch import Tensor
 
 from clt.model.kernels import AdamSteps, ByToken, DecoderRows, Lists, PairGradients, RowGradient, sampling
 from clt.model.kernels.adam import adam_rows as adam_kernel
+from clt.model.kernels.gather import add_pieces, add_rows
 from clt.model.kernels.lists import count_pairs, fill_pairs, gate_pairs
-from clt.model.kernels.rows import add_pieces, add_rows
 
 PIECE = 256  # pairs that one program adds up
 COLUMNS = 1024  # of a row, that one program adds up

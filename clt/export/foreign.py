@@ -58,7 +58,7 @@ class Reader:
 
 
 @dataclass
-class Source:
+class Foreign:
     """A transcoder in another layout."""
 
     layout: str
