@@ -39,8 +39,8 @@ class ServerStore:
         self.client, self.path = client, client.url
         self.index, self.statistics = dataclasses.replace(client.index(), rows=rows), client.statistics()
         self.consumed: dict[str, int] = {}  # rows read, by the buffer of the server (its `segment`)
-        most = min(client.stats()["max_batch"], max(1, _BATCH_BYTES // self.index.shape.row_bytes))
-        self.batch_rows = 1 << most.bit_length() - 1  # whole blocks of the server
+        most = 1 << max(1, _BATCH_BYTES // self.index.shape.row_bytes).bit_length() - 1  # whole blocks of the server
+        self.batch_rows = min(client.stats()["max_batch"], most)
         self._batches = client.stream_activations(self.batch_rows, index=self.index)
         self._rest = empty_part(0, self.index.shape)["rows"]
 
