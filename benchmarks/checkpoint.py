@@ -55,8 +55,8 @@ def cost(
         machine.wait(device)
         began = time.perf_counter()
         if kind != "none":
-            parts = checkpoint.parts(transcoder, optimizer, {})
-            checkpoints.begin(parts, transcoder.config, {"step": number})
+            slices = checkpoint.slices(transcoder, optimizer, {})
+            checkpoints.begin(slices, transcoder.config, {"step": number})
             begin_seconds.append(time.perf_counter() - began)
         if kind == "waited for":
             checkpoints.finish()

@@ -107,10 +107,10 @@ def plan(parser: ArgumentParser, argv: Sequence[str]) -> None:
             raise UserError(f"--{name} is {value}; wanted a positive number")
     if (arguments.layers is None) != (arguments.width is None):
         raise UserError("--layers and --width go together: give both, or neither")
-    from clt.lm.shape import Shape, read_shape
+    from clt.lm.shape import ModelShape, read_shape
     from clt.plan import Machine, plan
 
-    shape = Shape(len(config.lm.layers or range(arguments.layers)), arguments.width) if arguments.layers else None
+    shape = ModelShape(len(config.lm.layers or range(arguments.layers)), arguments.width) if arguments.layers else None
     machine = Machine(**{name: getattr(arguments, name) for name in names})
     text, refusal = plan(config, shape or read_shape(config.lm), machine)
     print(printable(text))

@@ -20,7 +20,7 @@ from clt.costs import (
 )
 from clt.data.shards import row_bytes
 from clt.errors import UserError, size_text
-from clt.lm.shape import Shape
+from clt.lm.shape import ModelShape
 from clt.model.spec import check_rule
 
 DEAD = 0.1  # of the features, with AuxK, whose memory and FLOPs grow with them
@@ -45,7 +45,7 @@ class Machine:
         return work / (self.tflops * 1e12 * self.share * (FLOAT32 if dtype == "float32" else 1))
 
 
-def plan(config: Config, shape: Shape, machine: Machine) -> tuple[str, str | None]:
+def plan(config: Config, shape: ModelShape, machine: Machine) -> tuple[str, str | None]:
     """The plan as text, and why the run is refused: its own layout does not fit, and what would. None: it fits.
 
     Raises UserError for features or GPUs that do not divide into `parallel.feature_shards`.
@@ -67,7 +67,7 @@ def plan(config: Config, shape: Shape, machine: Machine) -> tuple[str, str | Non
     return text, _refusal(own, fitting, machine, lm_bytes)
 
 
-def shortage(config: Config, shape: Shape, machine: Machine) -> tuple[str | None, bool]:
+def shortage(config: Config, shape: ModelShape, machine: Machine) -> tuple[str | None, bool]:
     """Why a run on `machine.gpus` ranks needs more memory than there is, and whether that is sure. None: it fits.
 
     Sure is what lives from step to step, and beside it either the encoder's products, which the backward pass waits
@@ -81,14 +81,14 @@ def shortage(config: Config, shape: Shape, machine: Machine) -> tuple[str | None
     return _refusal(own, smallest(job, machine, lm_bytes), machine, lm_bytes), sure
 
 
-def _jobs(config: Config, shape: Shape, machine: Machine) -> tuple[Job, Job, int]:
+def _jobs(config: Config, shape: ModelShape, machine: Machine) -> tuple[Job, Job, int]:
     """A config's step on one rank and in its own layout, and the bytes of the language model in an evaluation."""
     job, shards = make_job(config, shape), config.parallel.feature_shards
     lm_bytes = (shape.parameters or 0) * _BYTES[config.lm.dtype] if config.eval.replacement_tokens else 0
     return job, replace(job, data=max((machine.gpus or shards) // shards, 1), feature=shards), lm_bytes
 
 
-def make_job(config: Config, shape: Shape) -> Job:
+def make_job(config: Config, shape: ModelShape) -> Job:
     """The step of a config on one rank. `train.precision: auto` counts as bf16."""
     clt, loss = config.clt, config.loss
     return Job(
@@ -135,7 +135,7 @@ def smallest(job: Job, machine: Machine, lm_bytes: int) -> Job | None:
     return next((j for j in layouts(job, machine.gpus) if need(j, lm_bytes) <= machine.memory * 1e9), None)
 
 
-def _facts(config: Config, shape: Shape, job: Job, machine: Machine) -> list[str]:
+def _facts(config: Config, shape: ModelShape, job: Job, machine: Machine) -> list[str]:
     """A line for each thing that does not depend on the layout."""
     data, rows = config.data, config.data.heldout_tokens
     rows += data.train_tokens if data.source == "store" else 0

@@ -13,12 +13,12 @@ from clt.data.store import DiscBuffer
 from clt.errors import UserError
 from clt.lm.capture import capture
 from clt.lm.load import load_language_model
-from clt.lm.shape import Shape, read_shape
+from clt.lm.shape import ModelShape, read_shape
 from clt.plan import Machine, layouts, make_job, need, plan, time_text
 from clt.train.distributed import Axis
 from clt.train.run import build
 
-GEMMA = Shape(26, 2304)
+GEMMA = ModelShape(26, 2304)
 RULES = [
     [],
     ["clt.skip=true", "clt.window=2"],
@@ -34,7 +34,7 @@ def test_a_job_is_what_the_run_builds(overrides, shards, stores):
     config = load_config(None, ["clt.d_features=32", "train.compile=false", *overrides])
     store = DiscBuffer(stores / "train")
     built = build(config, store.index, store.statistics, Axis(0, shards)).transcoder
-    job = replace(make_job(config, Shape(store.index.n_layers, store.index.d_acts)), feature=shards)
+    job = replace(make_job(config, ModelShape(store.index.n_layers, store.index.d_acts)), feature=shards)
     trained = sum(p.numel() for p in built.parameters() if p.requires_grad)
     assert sum(p.numel() for p in built.parameters()) == costs.parameters(job)
     assert trained == costs.trained_parameters(job)
@@ -100,7 +100,7 @@ def test_the_smallest_layout_is_the_first_that_fits():
 
 
 def test_the_language_model_counts_where_it_is_evaluated():
-    big = Shape(12, 768, 30_000_000_000, 1)
+    big = ModelShape(12, 768, 30_000_000_000, 1)
     _, refusal = plan(load_config(None, []), big, Machine())
     assert refusal is not None
     assert "eval.replacement_tokens=0" in refusal

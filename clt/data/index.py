@@ -27,7 +27,7 @@ PARTIAL = ".partial"  # suffix of an unfinished file
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
-class Shape(NamedTuple):
+class RowShape(NamedTuple):
     """Of rows: L, D, dtype."""
 
     n_layers: int
@@ -91,9 +91,9 @@ class StoreIndex:
         return None if self.layers == list(range(self.lm_layers or self.n_layers)) else self.layers
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> RowShape:
         """The shape of its rows."""
-        return Shape(self.n_layers, self.d_acts, self.dtype)
+        return RowShape(self.n_layers, self.d_acts, self.dtype)
 
 
 def content_hash(index: StoreIndex) -> str:

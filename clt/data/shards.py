@@ -20,7 +20,7 @@ import h5py  # noqa: TID251
 import numpy as np
 from h5py import h5d, h5l, h5o, h5p, h5s, h5t  # noqa: TID251  # pyright: ignore[reportAttributeAccessIssue] - compiled, without stubs
 
-from clt.data.index import Shape, new_file
+from clt.data.index import RowShape, new_file
 from clt.errors import UserError, mismatches
 
 TENSOR_DTYPES = {"float16": np.dtype("f2"), "bfloat16": np.dtype("u2"), "float32": np.dtype("f4")}
@@ -32,7 +32,7 @@ _CHUNK = 1 << 19  # bytes hashed at once: they are still in the cache
 def row_bytes(n_layers: int, d_acts: int, dtype: str) -> dict[str, int]:
     """Bytes of one row of each dataset."""
     columns = {name: column.itemsize for name, column in COLUMN_DTYPES.items()}
-    return {"tensor": Shape(n_layers, d_acts, dtype).row_bytes, **columns}
+    return {"tensor": RowShape(n_layers, d_acts, dtype).row_bytes, **columns}
 
 
 def create_shard(path: Path, rows: int, n_layers: int, d_acts: int, dtype: str) -> dict[str, int]:

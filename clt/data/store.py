@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clt.data.index import STATISTICS, read_index
-from clt.data.rows import Part, part_of
+from clt.data.raw_rows import RawRows, raw_rows
 from clt.data.shards import COLUMN_DTYPES, dataset_offsets, read_at, row_bytes
 from clt.data.statistics import Statistics
 from clt.errors import UserError
@@ -69,10 +69,10 @@ class DiscBuffer(Dataset[Tensor]):
         """Read rows (n,) in any order, each into its own of n views (as many bytes as a row has)."""
         self._read_ranges("tensor", rows, lambda start, end: views[start:end])
 
-    def part(self, rows: np.ndarray) -> Part:
+    def read_raw(self, rows: np.ndarray) -> RawRows:
         """Rows (n,) in any order, with their columns; `row` is their number."""
         columns = {name: self._column(name, rows) for name in COLUMN_DTYPES}
-        return part_of(self.read(rows), {**columns, "row": rows})
+        return raw_rows(self.read(rows), {**columns, "row": rows})
 
     def _column(self, name: str, rows: Any) -> np.ndarray:
         numbers = self._row_numbers(rows)

@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 from clt import hub
 from clt.errors import UserError, shown
 from clt.export import gemma_scope
-from clt.export.compare import Layer
+from clt.export.compare import ForeignLayer
 from clt.export.foreign import REMEDY, Foreign, Reader, everywhere, layer_files, sizes, spec_of
 from clt.files import reading
 from clt.model.spec import Sites
@@ -89,19 +89,19 @@ def _files_of_layer(transcoder: CrossLayerTranscoder, s: int) -> Iterator[tuple[
     yield f"W_dec_{s}.safetensors", {f"W_dec_{s}": pad(W_dec, (0, 0, 0, beyond))}
 
 
-def read_layer(directory: Path, s: int) -> Layer:
+def read_layer(directory: Path, s: int) -> ForeignLayer:
     """One layer as circuit-tracer's formulas take it, in float32."""
     path = directory / f"layer_{s}.safetensors"
     if path.is_file():
         found = {name: tensor.float() for name, tensor in load_file(path).items()}
         skip = found["W_skip"].T if "W_skip" in found else None
         threshold = found.get("activation_function.threshold")
-        return Layer(found["W_enc"], found["b_enc"], threshold, found["W_dec"][:, None], found["b_dec"], skip)
+        return ForeignLayer(found["W_enc"], found["b_enc"], threshold, found["W_dec"][:, None], found["b_dec"], skip)
     encoder = load_file(directory / f"W_enc_{s}.safetensors")
     encoder |= load_file(directory / f"W_dec_{s}.safetensors")
     found = {name.removesuffix(f"_{s}"): tensor.float() for name, tensor in encoder.items()}
     threshold, skip = found.get("threshold"), found.get("W_skip")
-    return Layer(found["W_enc"], found["b_enc"], threshold, found["W_dec"], found["b_dec"], skip)
+    return ForeignLayer(found["W_enc"], found["b_enc"], threshold, found["W_dec"], found["b_dec"], skip)
 
 
 def read(folder: Path) -> Foreign:

@@ -13,7 +13,7 @@ from clt.files import or_null
 from clt.model.transcoder import CrossLayerTranscoder
 
 
-class Layer(NamedTuple):
+class ForeignLayer(NamedTuple):
     """One layer of an exported transcoder: pre = x @ W_enc.T + b_enc, x and outputs in the units of the model."""
 
     W_enc: Tensor  # (F, D)
@@ -35,7 +35,7 @@ class Layer(NamedTuple):
 
 @torch.no_grad()
 def compare(
-    transcoder: CrossLayerTranscoder, read: Callable[[int], Layer], x: Tensor, y: Tensor
+    transcoder: CrossLayerTranscoder, read: Callable[[int], ForeignLayer], x: Tensor, y: Tensor
 ) -> dict[str, float | None]:
     """The transcoder and the exported layers that `read` gives, on inputs x and targets y, both (B, L, D).
 

@@ -197,7 +197,7 @@ def _check_room(transcoder: CrossLayerTranscoder, records: list[Path], directory
 
 def _write(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
     """One safetensors file: matrices in `dtype`, vectors as they are. Raises UserError where dtype is too narrow."""
-    parts = {}
+    slices = {}
     for name, tensor in tensors.items():
         stored = tensor.to(dtype if tensor.dim() > 1 else tensor.dtype).contiguous()
         if not stored.isfinite().all():
@@ -205,10 +205,10 @@ def _write(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
                 f"{name} has values up to {tensor.abs().max():g}, beyond the range of --dtype {str(dtype)[6:]}; "
                 "wanted bfloat16 or float32"
             )
-        parts[name] = tensorfile.Part(stored, tuple(stored.shape))
+        slices[name] = tensorfile.TensorSlice(stored, tuple(stored.shape))
     path.parent.mkdir(exist_ok=True)
-    tensorfile.create(path, parts)
-    tensorfile.write(path, parts)
+    tensorfile.create(path, slices)
+    tensorfile.write(path, slices)
 
 
 def _configs(trained: Trained, transcoder: CrossLayerTranscoder, to: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What `clt import` reads: a transcoder of another layout, layer by layer, by a function that each layout's module has.
+"""What `clt import` reads: a transcoder of another format, layer by layer, by a function that each format's module has.
 
 F features per layer, D residual width, L layers. Names, shapes and settings are checked before values are read.
 """
@@ -43,7 +43,7 @@ class Reader:
 
         path, found = self.folder / file, self.shapes(file).get(name)
         if found is None:
-            raise UserError(f"{path} has no tensor {name!r}: it is incomplete or of another layout; {REMEDY}")
+            raise UserError(f"{path} has no tensor {name!r}: it is incomplete or of another format; {REMEDY}")
         if found != list(shape):
             raise UserError(
                 f"{path}: {name} is {found}, wanted {list(shape)} by the sizes of layer 0; all layers must have the "
@@ -59,9 +59,9 @@ class Reader:
 
 @dataclass
 class Foreign:
-    """A transcoder in another layout."""
+    """A transcoder in another format."""
 
-    layout: str
+    format: str
     folder: Path
     n_layers: int
     d_acts: int

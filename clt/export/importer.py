@@ -1,4 +1,4 @@
-"""`clt import`: a transcoder in another layout as `config.json` and safetensors of ours, copied one layer at a time."""
+"""`clt import`: a transcoder in another format as `config.json` and safetensors of ours, copied one layer at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from clt.model.transcoder import CrossLayerTranscoder
 from clt.ranges import NORM_OUTPUT
 from clt.train import tensorfile
 from clt.train.compare import language_model
-from clt.train.tensorfile import Part
+from clt.train.tensorfile import TensorSlice
 
 SHARD_BYTES = 5_000_000_000  # of a safetensors file; a larger tensor has a file of its own
 _WANTED = ("config.json", "config.yaml", "W_*.safetensors", "layer_*.safetensors", "params_layer_*.safetensors",
@@ -75,7 +75,7 @@ def import_transcoder(source: str, directory: Path, config: Config | None = None
 
 
 def open_foreign(folder: Path) -> Foreign:
-    """The transcoder in a directory of any known layout. Raises UserError when there is none, or it cannot be ours."""
+    """The transcoder in a directory of any known format. Raises UserError when there is none, or it cannot be ours."""
     if (folder / "config.yaml").is_file():
         return circuit_tracer.read(folder)
     if (folder / "W_dec_norm.safetensors").is_file():
@@ -86,14 +86,14 @@ def open_foreign(folder: Path) -> Foreign:
         return sparsify.read(folder)
     names = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise UserError(
-        f"{folder} holds no transcoder of a known layout (found {names}); wanted one of circuit-tracer (config.yaml), "
+        f"{folder} holds no transcoder of a known format (found {names}); wanted one of circuit-tracer (config.yaml), "
         "Gemma Scope 2 (params_layer_0.safetensors), sparsify (h.0.mlp/sae.safetensors) or a joint TopK "
         "(W_dec_norm.safetensors): give the directory that has these files"
     )
 
 
 def fetch(source: str) -> Path:
-    """The local copy of `user/name[/folder][@revision]`: only files of known layouts, none of which can run code.
+    """The local copy of `user/name[/folder][@revision]`: only files of known formats, none of which can run code.
 
     Raises UserError as `hub.fetch`.
     """
@@ -136,22 +136,24 @@ class _Writer:
         names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
         names = names if len(groups) > 1 else ["model.safetensors"]
         self.files = {
-            directory / name: {key: Part(tensor, tuple(tensor.shape), writes=False) for key, tensor in group.items()}
+            directory / name: {
+                key: TensorSlice(tensor, tuple(tensor.shape), writes=False) for key, tensor in group.items()
+            }
             for name, group in zip(names, groups)
         }
-        for path, parts in self.files.items():
-            tensorfile.create(path, parts)
+        for path, slices in self.files.items():
+            tensorfile.create(path, slices)
         if len(groups) > 1:
             index = {key: name for name, group in zip(names, groups) for key in group}
             tree = {"metadata": {"total_size": self.size}, "weight_map": index}
             write_json(directory / "model.safetensors.index.json", tree)
         scales = {name: torch.ones(tensors[name].shape) for name in tensors if name.endswith("_sd")}
-        self._put({name: Part(tensor, tuple(tensor.shape)) for name, tensor in scales.items()})
+        self._put({name: TensorSlice(tensor, tuple(tensor.shape)) for name, tensor in scales.items()})
         (directory / "config.json").write_text(json.dumps(model.config, indent=2, allow_nan=False) + "\n")
 
     def write(self, tensors: dict[str, Tensor], layer: int) -> None:
         """Write tensors of one layer, named and shaped as in `Foreign.layer`."""
-        parts = {}
+        slices = {}
         for name, tensor in tensors.items():
             key = f"W_dec.{layer}" if name == "W_dec" else name
             dim = _SIDE.get(name)
@@ -159,12 +161,12 @@ class _Writer:
                 tensor = tensor.unsqueeze(0)
             whole = next(blank[key].shape for blank in self.files.values() if key in blank)
             stored = tensor.to(self.dtypes[key]).contiguous()
-            parts[key] = Part(stored, whole, dim, layer if dim is not None else 0)
-        self._put(parts)
+            slices[key] = TensorSlice(stored, whole, dim, layer if dim is not None else 0)
+        self._put(slices)
 
-    def _put(self, parts: dict[str, Part]) -> None:
+    def _put(self, slices: dict[str, TensorSlice]) -> None:
         for path, blank in self.files.items():
-            if mine := {name: part for name, part in parts.items() if name in blank}:
+            if mine := {name: cut for name, cut in slices.items() if name in blank}:
                 tensorfile.write(path, blank | mine)
 
 
@@ -218,7 +220,7 @@ def _remarks(source: Foreign, writer: _Writer) -> list[str]:
     size = f"{source.n_layers} layers, width {source.d_acts}, {spec.d_features:,} features a layer"
     places = {None: "the residual stream before the MLP's norm", NORM_OUTPUT: "the norm's output"}
     reads = places.get(sites.input_site, f"the input of {sites.input_site}")
-    lines = [f"{source.layout}{f' of {sites.model}' if sites.model else ''}: {size}, {rule}{', skip' * spec.skip}"]
+    lines = [f"{source.format}{f' of {sites.model}' if sites.model else ''}: {size}, {rule}{', skip' * spec.skip}"]
     lines.append(f"It reads {reads}; matrices are in {dtype}, {size_text(writer.size)} in all")
     lines.append(
         "The source has no statistics of its training data: inputs and outputs are in the language model's units, "

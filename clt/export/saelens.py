@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clt.export.compare import Layer
+from clt.export.compare import ForeignLayer
 from clt.model.transcoder import CrossLayerTranscoder
 
 WEIGHTS = "sae_weights.safetensors"
@@ -61,8 +61,8 @@ def files(transcoder: CrossLayerTranscoder) -> Iterator[tuple[str, dict[str, Ten
         yield f"layer_{s}/{WEIGHTS}", layer
 
 
-def read_layer(directory: Path, s: int) -> Layer:
+def read_layer(directory: Path, s: int) -> ForeignLayer:
     """One layer as SAELens' formulas take it, in float32."""
     found = {name: tensor.float() for name, tensor in load_file(directory / f"layer_{s}" / WEIGHTS).items()}
     threshold, skip = found.get("threshold"), found["W_skip"].T if "W_skip" in found else None
-    return Layer(found["W_enc"].T, found["b_enc"], threshold, found["W_dec"][:, None], found["b_dec"], skip)
+    return ForeignLayer(found["W_enc"].T, found["b_enc"], threshold, found["W_dec"][:, None], found["b_dec"], skip)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-class Shape(NamedTuple):
+class ModelShape(NamedTuple):
     """The layers that are explained and the residual width; and of a model whose config is at hand, its size."""
 
     n_layers: int
@@ -49,7 +49,7 @@ def read_settings(config: LMConfig, *, ask_hub: bool = False, otherwise: str = "
     return settings
 
 
-def read_shape(config: LMConfig, *, ask_hub: bool = False) -> Shape:
+def read_shape(config: LMConfig, *, ask_hub: bool = False) -> ModelShape:
     """The shape of `lm.model`, from its config alone.
 
     FLOPs are 2 a weight of the layers that run, and 4 * width for each token of the context that attention reads.
@@ -69,4 +69,4 @@ def read_shape(config: LMConfig, *, ask_hub: bool = False) -> Shape:
     total = sum(parameter.numel() for parameter in model.parameters())
     ran = layers[-1] + 1
     body = (total - sum(unused.values())) * ran // text.num_hidden_layers
-    return Shape(len(layers), text.hidden_size, total, 2 * body + 4 * ran * config.context * text.hidden_size)
+    return ModelShape(len(layers), text.hidden_size, total, 2 * body + 4 * ran * config.context * text.hidden_size)

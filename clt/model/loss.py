@@ -14,8 +14,8 @@ from clt.model.rowadam import RowAdam
 from clt.model.sparse import SparseEncode, SparseWrite, count, draw, needed, select
 from clt.model.spec import LossConfig
 from clt.model.step import Encode, Skip, Step, Write, make_kernels, reads_transposed
-from clt.model.terms import TERMS, Batch, Coefficients
-from clt.model.topk import Layer, batch_threshold, token_thresholds
+from clt.model.terms import TERMS, Coefficients, TermInputs
+from clt.model.topk import ScoreInputs, batch_threshold, token_thresholds
 from clt.model.transcoder import CrossLayerTranscoder, unsharded
 
 
@@ -39,7 +39,7 @@ class Written(NamedTuple):
 
     y: Tensor  # y~ (B, L, D), without the bias and the skip
     sum_shards: Callable[[Tensor], Tensor]  # what is left to do to y~ for its sum over shards
-    products: tuple[Tensor, ...]  # as in Batch; none of the sparse step
+    products: tuple[Tensor, ...]  # as in TermInputs; none of the sparse step
     sums: list[list[Tensor]]  # by layer, as `Write` returns them
     threshold: Tensor  # as in Losses
     found: Tensor | None  # (L, 2): pairs that fire, and others that are near their threshold
@@ -128,7 +128,7 @@ class Objective(nn.Module):
             remainder = self.kernels.remainder(y.detach(), clt.b_dec.detach(), target) if self.loss.aux else None
             penalties, lows, active = (torch.stack(of_layers) for of_layers in zip(*sums))
             mse = mse_per_layer.mean()
-            batch = Batch(clt, self.loss, B, products, penalties, lows, remainder, unit, dead)  # type: ignore[arg-type]
+            batch = TermInputs(clt, self.loss, B, products, penalties, lows, remainder, unit, dead)  # type: ignore[arg-type]
             total, values = mse, {"mse": mse.detach()}
             for name, term in TERMS.items():
                 value = term(batch)
@@ -202,7 +202,7 @@ class Objective(nn.Module):
         assert k is not None
         with torch.no_grad():
             by_norm: Sequence[Tensor | None] = norms if clt.spec.by_norm else [None] * clt.n_layers
-            layers = [Layer(*of_layer) for of_layer in zip(products, clt.b_enc.unbind(), by_norm)]
+            layers = [ScoreInputs(*of_layer) for of_layer in zip(products, clt.b_enc.unbind(), by_norm)]
             if clt.spec.activation == "topk":
                 most = max(clt.spec.k or 0, clt.spec.k_start or 0)
                 gather, kernels = clt.gather_shards, self.kernels

@@ -14,7 +14,7 @@ from clt.model.topk import per_token
 from clt.model.transcoder import CrossLayerTranscoder
 
 
-class Batch(NamedTuple):
+class TermInputs(NamedTuple):
     """What a term may use. On a feature shard, it covers this shard's features only."""
 
     transcoder: CrossLayerTranscoder
@@ -28,29 +28,29 @@ class Batch(NamedTuple):
     dead: Tensor | None  # (L, F) bool
 
 
-def sparsity(batch: Batch) -> Tensor:
+def sparsity(inputs: TermInputs) -> Tensor:
     """sum_{l,f} tanh(c * ||W_dec,(l,f)|| * a), the norm that of the whole write vector (Anthropic, 2025)."""
-    return batch.sparsity.sum() / batch.tokens
+    return inputs.sparsity.sum() / inputs.tokens
 
 
-def pre_activation(batch: Batch) -> Tensor:
+def pre_activation(inputs: TermInputs) -> Tensor:
     """sum_{l,f} ||W_dec,(l,f)|| * relu(theta - pre) (Anthropic, January 2025), or of relu(-pre) for `negative`."""
-    return batch.pre_activation.sum() / batch.tokens
+    return inputs.pre_activation.sum() / inputs.tokens
 
 
-def aux(batch: Batch) -> Tensor:
+def aux(inputs: TermInputs) -> Tensor:
     """AuxK: mean square of what dead features leave of the remainder, times the mean over layers of min(1, dead / k).
 
     In each layer the k largest dead pre-activations of a token fire, by no threshold but 0, and write without b_dec.
     Gradients flow to them alone. The host waits for the numbers of dead features. On a feature shard: its equal part of
     the value, with the gradient of the whole. (arXiv 2406.04093)
     """
-    clt, remainder, k = batch.transcoder, batch.remainder, batch.loss.aux_k
-    if not batch.loss.aux or batch.dead is None or remainder is None:
-        return batch.sparsity.new_zeros(())
+    clt, remainder, k = inputs.transcoder, inputs.remainder, inputs.loss.aux_k
+    if not inputs.loss.aux or inputs.dead is None or remainder is None:
+        return inputs.sparsity.new_zeros(())
     y, share = torch.zeros_like(remainder), remainder.new_zeros(())
-    for s, (product, weight) in enumerate(zip(batch.products, clt.W_dec)):
-        index = batch.dead[s].nonzero().squeeze(1)
+    for s, (product, weight) in enumerate(zip(inputs.products, clt.W_dec)):
+        index = inputs.dead[s].nonzero().squeeze(1)
         pre = product[index] + clt.b_enc[s, index].unsqueeze(1)  # (dead, B)
         # All shards take part, with k + 1 rows each: zeros never fire.
         rows = torch.cat([pre.detach(), pre.new_zeros(k + 1, pre.shape[1])])
@@ -62,12 +62,12 @@ def aux(batch: Batch) -> Tensor:
     if clt.shards > 1:  # every shard has the same error, and its own part of y: the value is split, the gradient is not
         own = y * clt.shards
         y = clt.sum_shards(y.detach().clone()) + own - own.detach()
-    if batch.unit is not None:
-        y = y * batch.unit
+    if inputs.unit is not None:
+        y = y * inputs.unit
     return share * (remainder - y).square().mean() / clt.shards
 
 
-TERMS: dict[str, Callable[[Batch], Tensor]] = {"sparsity": sparsity, "pre_activation": pre_activation, "aux": aux}
+TERMS: dict[str, Callable[[TermInputs], Tensor]] = {"sparsity": sparsity, "pre_activation": pre_activation, "aux": aux}
 """The terms beside the squared error, each a mean over tokens (); LossConfig has the coefficient under the same name.
 
 To add one, write the function here and the field there: the loss, the metrics, the check for numbers that are not

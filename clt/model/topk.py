@@ -19,7 +19,7 @@ from torch import Tensor
 _POINTS = 3
 
 
-class Layer(NamedTuple):
+class ScoreInputs(NamedTuple):
     """What one layer's scores are computed from: product + bias, times norm."""
 
     product: Tensor  # (F, B)
@@ -27,24 +27,24 @@ class Layer(NamedTuple):
     norm: Tensor | None  # (F,): ||W_dec|| with `by_norm`
 
 
-def scores(layer: Layer) -> Tensor:
+def scores(layer: ScoreInputs) -> Tensor:
     """(F, B), in at least float32."""
     z = layer.product + layer.bias.unsqueeze(1)
     return z if layer.norm is None else z * layer.norm.unsqueeze(1)
 
 
-def scores_and_maxima(layer: Layer, group: int) -> tuple[Tensor, Tensor]:
+def scores_and_maxima(layer: ScoreInputs, group: int) -> tuple[Tensor, Tensor]:
     """The scores (F, B), and the largest of every `group` features (F / group, B)."""
     z = scores(layer)
     return z, z.unflatten(0, (-1, group)).amax(1)
 
 
-def maxima(layer: Layer, group: int) -> Tensor:
+def maxima(layer: ScoreInputs, group: int) -> Tensor:
     """The largest score of every `group` features, (F / group, B)."""
     return scores(layer).unflatten(0, (-1, group)).amax(1)
 
 
-def count_above(layer: Layer, points: Tensor) -> Tensor:
+def count_above(layer: ScoreInputs, points: Tensor) -> Tensor:
     """How many scores are above each of the points (n,), as float64 (n,)."""
     z = scores(layer)
     # Compares as floats, because CPU kernels on bools are not vectorised; a row's count is exact in float32.
@@ -63,7 +63,7 @@ def per_token(scores: Tensor, k: int, gather: Callable[[Tensor], Tensor]) -> Ten
 
 
 def token_thresholds(
-    layer: Layer, k: int, most: int, gather: Callable[[Tensor], Tensor], kernels: SimpleNamespace
+    layer: ScoreInputs, k: int, most: int, gather: Callable[[Tensor], Tensor], kernels: SimpleNamespace
 ) -> Tensor:
     """`per_token` of one layer's scores: (1, B). most: the largest k of the run, which the size of groups goes by.
 
@@ -79,7 +79,7 @@ def token_thresholds(
 
 
 def batch_threshold(
-    layers: Sequence[Layer], k: float, everyone: Callable[[Tensor], Tensor], shards: int, kernels: SimpleNamespace
+    layers: Sequence[ScoreInputs], k: float, everyone: Callable[[Tensor], Tensor], shards: int, kernels: SimpleNamespace
 ) -> Tensor:
     """The smallest t >= 0 () above which there are at most k scores for each token of all ranks.
 
@@ -90,7 +90,7 @@ def batch_threshold(
     tokens = everyone(tokens) / shards
     most = (k * tokens).round()
 
-    def search(parts: Sequence[Layer]) -> Tensor:
+    def search(parts: Sequence[ScoreInputs]) -> Tensor:
         def count(points: Tensor) -> Tensor:
             return everyone(torch.stack([kernels.count_above(part, points) for part in parts]).sum(0))
 
@@ -110,7 +110,7 @@ def batch_threshold(
     return torch.maximum(least, search([_plain(torch.cat(candidates))]))
 
 
-def _members(layer: Layer, chosen: Tensor, group: int) -> Tensor:
+def _members(layer: ScoreInputs, chosen: Tensor, group: int) -> Tensor:
     """The scores of the chosen groups of features, chosen (F / group, B): (chosen ones, group)."""
     of_feature, of_token = chosen.nonzero(as_tuple=True)
     product = layer.product.unflatten(0, (-1, group))[of_feature, :, of_token]
@@ -118,8 +118,8 @@ def _members(layer: Layer, chosen: Tensor, group: int) -> Tensor:
     return z if layer.norm is None else z * layer.norm.view(-1, group)[of_feature]
 
 
-def _plain(scores: Tensor) -> Layer:
-    return Layer(scores, scores.new_zeros(len(scores)), None)
+def _plain(scores: Tensor) -> ScoreInputs:
+    return ScoreInputs(scores, scores.new_zeros(len(scores)), None)
 
 
 def _smallest(count: Callable[[Tensor], Tensor], most: Tensor, like: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from xxhash import xxh3_64_hexdigest
 
 from clt.config import environment_config
 from clt.data.index import STATISTICS, read_index
-from clt.data.rows import COLUMNS, Part, tensor_of
+from clt.data.raw_rows import COLUMNS, RawRows, tensor_of
 from clt.data.store import DiscBuffer
 from clt.files import read_token
 from clt.local import Local, refused
@@ -61,7 +61,7 @@ class Unavailable(HTTPException):
         super().__init__(503, reason, {"retry-after": str(retry_after)})
 
 
-async def draw(request: Request, n: int) -> list[Part]:
+async def draw(request: Request, n: int) -> list[RawRows]:
     """n rows, at most a block. Raises Unavailable, with the generator's cause, when none come in `wait_seconds`."""
     buffer, seconds, pause = request.state.buffer, request.state.server.wait_seconds, 0.002
     end = time.monotonic() + seconds
@@ -107,7 +107,7 @@ async def stream(request: Request) -> Response:
     return StreamingResponse(pieces(), 200, headers, _BYTES)
 
 
-async def batch(request: Request, most: int) -> tuple[Part, Tensor]:
+async def batch(request: Request, most: int) -> tuple[RawRows, Tensor]:
     """The rows, and their activations (n, 2, L, D), of an answer that is made before it is sent."""
     buffer = request.state.buffer
     (n,) = parameters(request, batch_size=min(request.state.server.max_batch, most))
@@ -146,7 +146,7 @@ async def heldout(request: Request) -> Response:
 
     def pieces() -> Iterator[bytes | memoryview]:  # starlette asks for each in a thread, as the disk is read
         for sequence, rows in enumerate(parts):
-            yield from frame([store.part(rows)], sequence, shape, "")
+            yield from frame([store.read_raw(rows)], sequence, shape, "")
 
     size = sum(frame_bytes(len(rows), shape, "") for rows in parts)
     return StreamingResponse(pieces(), 200, {"content-length": str(size)}, _BYTES)

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from clt.data.index import ITEM_BYTES, Shape
+from clt.data.index import ITEM_BYTES, RowShape
 from clt.data.lock import ByteLocks
-from clt.data.rows import COLUMNS, Part, cut, empty_part
+from clt.data.raw_rows import COLUMNS, RawRows, cut, empty_rows
 from clt.errors import UserError
 from clt.memory import allocate, open_own, page_aligned
 from clt.ranges import MOST_WORKERS
@@ -55,7 +55,7 @@ class Buffer:
         self.header = np.ndarray((), _HEADER, memory)
         texts = (self.header[name].item().decode("latin-1") for name in ("magic", "tag", "segment", "dtype"))
         (magic, self.tag, self.segment, dtype), sizes = texts, self.header["sizes"].tolist()
-        self.blocks, self.block_rows, self.open_blocks, self.shape = *sizes[:3], Shape(sizes[3], sizes[4], dtype)
+        self.blocks, self.block_rows, self.open_blocks, self.shape = *sizes[:3], RowShape(sizes[3], sizes[4], dtype)
         if magic != _MAGIC or dtype not in ITEM_BYTES or size != (plan := _layout(sizes[0], sizes[1], self.shape))[-1]:
             raise UserError(f"{self.path} is not a shuffle buffer of this version: remove it, or set server.name")
         tables, block, first, _ = plan
@@ -70,11 +70,11 @@ class Buffer:
         shares = np.linspace(1, 2, self.open_blocks)
         self._shares = shares / shares.sum()
         self.line, self._own = np.zeros((), _LINE), MOST_WORKERS  # this process's, once it has joined
-        self._rest, self._refreshes = empty_part(0, self.shape), int(self.header["refreshes"])  # rest of a block
+        self._rest, self._refreshes = empty_rows(0, self.shape), int(self.header["refreshes"])  # rest of a block
 
     @classmethod
     def create(
-        cls, name: str, sizes: tuple[int, int, int], shape: Shape, tag: str = "", mark: tuple[int, ...] = (0, 0, 0)
+        cls, name: str, sizes: tuple[int, int, int], shape: RowShape, tag: str = "", mark: tuple[int, ...] = (0, 0, 0)
     ) -> Buffer:
         """An empty buffer of (blocks, rows of a block, open blocks), in place of any other. Raises as `allocate`."""
         assert 0 < sizes[2] <= sizes[0] < 1 << 31, sizes
@@ -160,7 +160,7 @@ class Buffer:
         """Record what the generator does (starting, running, failed) and, when it failed, why."""
         self.header["cause"], self.header["pid"], self.header["state"] = cause.encode()[:1024], pid, state.encode()
 
-    def draw(self, n: int) -> list[Part] | None:
+    def draw(self, n: int) -> list[RawRows] | None:
         """n rows, at most a block, that nobody else gets; None while there are none."""
         if self._refreshes != self.header["refreshes"]:
             self._count("dropped", len(self._rest["row"]))
@@ -180,7 +180,7 @@ class Buffer:
         self.line["held"] -= n
         self.line[what] += n
 
-    def _copy(self, block: int) -> Part:
+    def _copy(self, block: int) -> RawRows:
         source = self._blocks[block : block + 1]
         copy = page_aligned(source.nbytes)  # as a block is
         np.copyto(copy, source.view("u1"))
@@ -258,7 +258,7 @@ class Buffer:
         return {**texts, "pid": int(self.header["pid"]), "restarts": int(self.header["restarts"])}
 
 
-def _layout(blocks: int, block_rows: int, shape: Shape) -> tuple[np.dtype, np.dtype, int, int]:
+def _layout(blocks: int, block_rows: int, shape: RowShape) -> tuple[np.dtype, np.dtype, int, int]:
     """The dtypes of the header and of a block, both padded to whole pages; the first block's offset; its size."""
     numbers = [(name, "i8") for name in ("generated", "dropped", "refreshed")]
     progress = [("mark", "i8", 3), *numbers, ("filled", "i8", blocks)]

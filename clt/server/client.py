@@ -24,7 +24,7 @@ from urllib.parse import urlencode
 import numpy as np
 
 from clt.data.index import StoreIndex
-from clt.data.rows import COLUMNS, Batch, empty_part, tensor_of
+from clt.data.raw_rows import COLUMNS, Batch, empty_rows, tensor_of
 from clt.data.statistics import Statistics
 from clt.errors import UserError, mismatches, printable
 from clt.files import parse_object
@@ -168,7 +168,7 @@ class ActivationClient:
             raise WireError(f"found the segment {segment!r:.40}, wanted 1 to 16 letters and digits (held out: none)")
         sequence, done = 0, n
         while done == n > 0 and query.get("max_batches") != 0:
-            rows, done = empty_part(n, shape), 0
+            rows, done = empty_rows(n, shape), 0
             answer.expect(n * shape.row_bytes)
             while done < n and (k := read_frame(answer.response.readinto, sequence, shape, segment, rows, done)):
                 done, sequence = done + k, sequence + 1

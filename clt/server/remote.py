@@ -14,7 +14,7 @@ from clt.config import Config
 from clt.data.check import check_files, check_store, differences
 from clt.data.index import INDEX, STATISTICS, read_index
 from clt.data.lock import locked
-from clt.data.rows import empty_part, tensor_of
+from clt.data.raw_rows import empty_rows, tensor_of
 from clt.data.shards import COLUMN_DTYPES
 from clt.data.writer import write_store
 from clt.errors import UserError
@@ -42,7 +42,7 @@ class ServerStore:
         most = 1 << max(1, _BATCH_BYTES // self.index.shape.row_bytes).bit_length() - 1  # whole blocks of the server
         self.batch_rows = min(client.stats()["max_batch"], most)
         self._batches = client.stream_activations(self.batch_rows, index=self.index)
-        self._rest = empty_part(0, self.index.shape)["rows"]
+        self._rest = empty_rows(0, self.index.shape)["rows"]
 
     def __len__(self) -> int:
         return self.index.rows
@@ -89,7 +89,7 @@ def fetch_heldout(config: Config) -> None:
     with locked(path, wait=math.inf):  # many runs may start at once on one file system
         if not (path / INDEX).exists():
             n, done = config.data.heldout_tokens, 0
-            rows = empty_part(n, store.index.shape)  # in memory once: they may be most of what there is
+            rows = empty_rows(n, store.index.shape)  # in memory once: they may be most of what there is
             activations = tensor_of(rows, store.index.shape)
             for batch in store.client.heldout(min(64, store.batch_rows)):
                 if (end := done + len(batch.row)) > n:

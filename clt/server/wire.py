@@ -20,15 +20,15 @@ from collections.abc import Callable, Sequence
 
 from xxhash import xxh3_64
 
-from clt.data.index import Shape
-from clt.data.rows import COLUMNS, Part, cut
+from clt.data.index import RowShape
+from clt.data.raw_rows import COLUMN_BYTES, COLUMNS, RawRows, cut
 
 MAGIC = b"CLT4"
 ENDLESS = 10**9  # batches, the most of a stream: an answer of known length costs the server a copy less
 _NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _START = struct.Struct("<4sIQQ")
-_COLUMN_BYTES = 24  # of all columns, a row
 _PIECE = 1 << 21  # bytes that the client hashes while they are in its cache
+Fill = Callable[[memoryview], int]
 
 
 class WireError(Exception):
@@ -36,7 +36,7 @@ class WireError(Exception):
 
 
 @functools.lru_cache(maxsize=64)
-def header(n: int, shape: Shape, segment: str) -> bytes:
+def header(n: int, shape: RowShape, segment: str) -> bytes:
     """The safetensors header of n rows."""
     at, tensors = 0, {}
     for name, kind in COLUMNS.items():
@@ -50,12 +50,12 @@ def header(n: int, shape: Shape, segment: str) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def frame_bytes(n: int, shape: Shape, segment: str) -> int:
+def frame_bytes(n: int, shape: RowShape, segment: str) -> int:
     """Bytes of a frame of n rows."""
-    return _START.size + len(header(n, shape, segment)) + n * (_COLUMN_BYTES + shape.row_bytes)
+    return _START.size + len(header(n, shape, segment)) + n * (COLUMN_BYTES + shape.row_bytes)
 
 
-def frame(parts: Sequence[Part], sequence: int, shape: Shape, segment: str) -> list[bytes | memoryview]:
+def frame(parts: Sequence[RawRows], sequence: int, shape: RowShape, segment: str) -> list[bytes | memoryview]:
     """One frame of all these rows, in pieces; the activations are not copied."""
     n = sum(len(part["row"]) for part in parts)
     head = header(n, shape, segment) + b"".join(part[name].tobytes() for name in COLUMNS for part in parts)
@@ -65,7 +65,7 @@ def frame(parts: Sequence[Part], sequence: int, shape: Shape, segment: str) -> l
     return [_START.pack(MAGIC, n, sequence, digest.intdigest()) + head, *pieces]
 
 
-def read_frame(fill: Callable[[memoryview], int], sequence: int, shape: Shape, segment: str, out: Part, at: int) -> int:
+def read_frame(fill: Fill, sequence: int, shape: RowShape, segment: str, out: RawRows, at: int) -> int:
     """Read frame number `sequence` of a stream into `out`, from row `at` on; returns its rows, 0 if the stream is over.
 
     `fill` fills a view and returns how many bytes it did: fewer at the end alone. Raises WireError for anything but an
@@ -92,6 +92,6 @@ def read_frame(fill: Callable[[memoryview], int], sequence: int, shape: Shape, s
     return n
 
 
-def _fill(fill: Callable[[memoryview], int], view: memoryview) -> None:
+def _fill(fill: Fill, view: memoryview) -> None:
     if (got := fill(view)) < len(view):
         raise WireError(f"the stream was cut off within a frame: found {got} bytes, wanted {len(view)}")

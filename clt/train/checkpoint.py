@@ -25,7 +25,7 @@ from clt.files import read_object, reading, steps  # noqa: F401 - of those that 
 from clt.model.transcoder import CrossLayerTranscoder, feature_dim
 from clt.ranges import NOT_NEGATIVE
 from clt.train import tensorfile
-from clt.train.tensorfile import Part
+from clt.train.tensorfile import TensorSlice
 
 FORMAT_VERSION = 2
 MODEL, TRAINING = "model.safetensors", "optimizer.safetensors"
@@ -37,16 +37,16 @@ STATE_FIELDS = {
     "checksums": dict[str, str] | None,  # by file name; older checkpoints have none
 }
 
-Parts = dict[str, dict[str, Part]]
+Slices = dict[str, dict[str, TensorSlice]]
 """What this process has of each file."""
 
 
-def parts(
+def slices(
     transcoder: CrossLayerTranscoder,
     optimizer: torch.optim.Optimizer,
     tensors: dict[str, Tensor],
     replica: tuple[int, int] = (0, 1),
-) -> Parts:
+) -> Slices:
     """The tensors of a checkpoint as views of this process's tensors; replica i of n writes the i-th nth of its shard.
 
     tensors: training state beside the optimizer's; "last_fired" (L, F) is sharded like the features.
@@ -56,20 +56,20 @@ def parts(
     a, b = F * i // n, F * (i + 1) // n
     whole = transcoder.config["d_features"]
 
-    def part(tensor: Tensor, dim: int | None) -> Part:
+    def cut(tensor: Tensor, dim: int | None) -> TensorSlice:
         if dim is None:
-            return Part(tensor, tuple(tensor.shape), writes=first == 0 and i == 0)
+            return TensorSlice(tensor, tuple(tensor.shape), writes=first == 0 and i == 0)
         shape = tuple(whole if d == dim else size for d, size in enumerate(tensor.shape))
-        return Part(tensor.narrow(dim, a, b - a), shape, dim, first + a)
+        return TensorSlice(tensor.narrow(dim, a, b - a), shape, dim, first + a)
 
-    model = {name: part(tensor, feature_dim(name)) for name, tensor in transcoder.state_dict().items()}
+    model = {name: cut(tensor, feature_dim(name)) for name, tensor in transcoder.state_dict().items()}
     training = {
-        f"{name}.{key}": part(value, feature_dim(name) if value.dim() else None)
+        f"{name}.{key}": cut(value, feature_dim(name) if value.dim() else None)
         for name, parameter in transcoder.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
     for name, tensor in (rng_states() | tensors).items():
-        training[name] = part(tensor, 1 if name == "last_fired" else None)
+        training[name] = cut(tensor, 1 if name == "last_fired" else None)
     return {MODEL: model, TRAINING: training}
 
 
@@ -153,7 +153,7 @@ def restore(
         moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
     rng = rng_states()
-    for name, file in parts(transcoder, optimizer, tensors | rng).items():
+    for name, file in slices(transcoder, optimizer, tensors | rng).items():
         tensorfile.read(checkpoint / name, file)
     torch.set_rng_state(rng["rng.cpu"])
     if torch.cuda.is_available():

@@ -47,4 +47,4 @@ def _compare(arguments: Namespace, directories: list[str]) -> None:
 
     out = Path(arguments.out or "evaluation")
     compare.check_new(out)
-    compare.conclude(compare.evaluate_transcoders(read_config(arguments.config), directories), out)
+    compare.report_comparison(compare.evaluate_transcoders(read_config(arguments.config), directories), out)

@@ -185,12 +185,12 @@ def plot(evaluations: dict[str, Evaluation], file: Path) -> None:
 
 
 def check_new(directory: Path) -> None:
-    """Raise UserError when `conclude` would write over another evaluation in `directory`."""
+    """Raise UserError when `report_comparison` would write over another evaluation in `directory`."""
     if found := [name for name in ("evaluation.json", "comparison.png") if (directory / name).exists()]:
         raise UserError(f"{directory} has {found[0]} of another evaluation; delete it, or name a directory with --out")
 
 
-def conclude(evaluations: dict[str, Evaluation], directory: Path) -> None:
+def report_comparison(evaluations: dict[str, Evaluation], directory: Path) -> None:
     """Write evaluation.json and comparison.png into `directory`, and print the table."""
     from clt.data.index import write_json
     from clt.train.report import remarks, table

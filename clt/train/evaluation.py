@@ -52,7 +52,7 @@ class Evaluation(NamedTuple):
         return cls(numbers | more, tensors)
 
 
-class Rows(Protocol):
+class HeldoutActivations(Protocol):
     """Held-out activations: slices of rows are (n, 2, L, D), inputs and targets."""
 
     def __len__(self) -> int: ...
@@ -136,7 +136,7 @@ class SavedRun:
 @torch.no_grad()
 def evaluate_activations(
     transcoder: CrossLayerTranscoder,
-    buffer: Rows,
+    buffer: HeldoutActivations,
     *,
     autocast: torch.dtype = torch.float32,
     data: Axis = ONE_RANK,

@@ -20,7 +20,7 @@ from clt.data.lock import locked
 from clt.data.statistics import Statistics
 from clt.data.store import DiscBuffer
 from clt.errors import UserError, mismatches, tell
-from clt.lm.shape import Shape, read_shape
+from clt.lm.shape import ModelShape, read_shape
 from clt.memory import free_memory
 from clt.model.loss import Objective
 from clt.model.spec import Sites, check_loss, check_rule
@@ -55,7 +55,7 @@ def check_memory(config: Config, world: World) -> None:
     heldout = Path(config.data.store) / "heldout"
     if (heldout / INDEX).is_file():
         index = read_index(heldout)
-        shape = Shape(index.n_layers, index.d_acts)
+        shape = ModelShape(index.n_layers, index.d_acts)
     elif config.data.source == "store":
         shape = read_shape(config.lm, ask_hub=True)
     else:

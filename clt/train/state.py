@@ -80,10 +80,10 @@ class TrainState:
         tensors = self._tensors() | {"last_fired": data.max(self.last_fired.clone())}
         # Brought up to date, decoder rows stay as they are until the next update, which waits for the copy. The forward
         # pass before it does not wait, and would change a row that is behind.
-        parts = checkpoint.parts(self.up_to_date(), self.optimizer, tensors, (data.rank, data.size))
+        slices = checkpoint.slices(self.up_to_date(), self.optimizer, tensors, (data.rank, data.size))
         counters = {"step": self.step, "busy_seconds": self.busy_seconds, "wandb_id": self.wandb_id}
         more = {"world_size": self.world.size, **identity, **source.position()}
-        checkpoints.begin(parts, self.transcoder.config, counters | more)
+        checkpoints.begin(slices, self.transcoder.config, counters | more)
         speed.skip(self.step)
 
     def resume(self, directory: Path, identity: dict[str, Any]) -> dict[str, Any]:

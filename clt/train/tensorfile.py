@@ -27,7 +27,7 @@ NAMES = {
 }
 
 
-class Part(NamedTuple):
+class TensorSlice(NamedTuple):
     """What this process has of a tensor: all of it (`dim` None), or a slice along dimension `dim` from `start` on."""
 
     tensor: Tensor
@@ -39,12 +39,12 @@ class Part(NamedTuple):
     """Whether this process writes the slice."""
 
 
-def offsets(parts: dict[str, Part]) -> tuple[bytes, dict[str, int], int]:
+def offsets(slices: dict[str, TensorSlice]) -> tuple[bytes, dict[str, int], int]:
     """The header of the file, the place of each tensor in it, and its size in bytes."""
     entries, places, at = {}, {}, 0
-    for name, part in parts.items():
-        end = at + math.prod(part.shape) * part.tensor.element_size()
-        entries[name] = {"dtype": NAMES[part.tensor.dtype], "shape": part.shape, "data_offsets": [at, end]}
+    for name, cut in slices.items():
+        end = at + math.prod(cut.shape) * cut.tensor.element_size()
+        entries[name] = {"dtype": NAMES[cut.tensor.dtype], "shape": cut.shape, "data_offsets": [at, end]}
         places[name], at = at, end
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
@@ -52,20 +52,20 @@ def offsets(parts: dict[str, Part]) -> tuple[bytes, dict[str, int], int]:
     return header, {name: place + len(header) for name, place in places.items()}, at + len(header)
 
 
-def create(path: Path, parts: dict[str, Part]) -> None:
+def create(path: Path, slices: dict[str, TensorSlice]) -> None:
     """Write the header and allocate all of the file's space. Raises OSError on a full disk."""
-    header, _, size = offsets(parts)
+    header, _, size = offsets(slices)
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)
         file.write(header)
 
 
-def snapshot(parts: dict[str, Part]) -> dict[str, Part]:
-    """Copy what this process writes to the CPU; other parts keep their tensors.
+def snapshot(slices: dict[str, TensorSlice]) -> dict[str, TensorSlice]:
+    """Copy what this process writes to the CPU; other slices keep their tensors.
 
     GPU tensors are copied asynchronously in the current stream.
     """
-    return {name: part._replace(tensor=_copy(part.tensor)) if part.writes else part for name, part in parts.items()}
+    return {name: cut._replace(tensor=_copy(cut.tensor)) if cut.writes else cut for name, cut in slices.items()}
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -74,24 +74,24 @@ def _copy(tensor: Tensor) -> Tensor:
     return host.copy_(tensor.detach(), non_blocking=True)
 
 
-def write(path: Path, parts: dict[str, Part]) -> None:
-    """Write this process's parts (contiguous, on the CPU) into a file that `create` made, and sync it."""
-    _, places, _ = offsets(parts)
+def write(path: Path, slices: dict[str, TensorSlice]) -> None:
+    """Write this process's slices (contiguous, on the CPU) into a file that `create` made, and sync it."""
+    _, places, _ = offsets(slices)
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        for name, part in parts.items():
-            if part.writes and part.tensor.numel():
-                _write_part(descriptor, part, places[name])
+        for name, cut in slices.items():
+            if cut.writes and cut.tensor.numel():
+                _write_slice(descriptor, cut, places[name])
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _write_part(descriptor: int, part: Part, at: int) -> None:
-    dim, itemsize = part.dim or 0, part.tensor.element_size()
-    runs = part.tensor.reshape(math.prod(part.shape[:dim]), -1)  # each is contiguous in the file
-    stride = math.prod(part.shape[dim:]) * itemsize
-    first = at + part.start * math.prod(part.shape[dim + 1 :]) * itemsize
+def _write_slice(descriptor: int, cut: TensorSlice, at: int) -> None:
+    dim, itemsize = cut.dim or 0, cut.tensor.element_size()
+    runs = cut.tensor.reshape(math.prod(cut.shape[:dim]), -1)  # each is contiguous in the file
+    stride = math.prod(cut.shape[dim:]) * itemsize
+    first = at + cut.start * math.prod(cut.shape[dim + 1 :]) * itemsize
     for i, run in enumerate(runs.view(torch.uint8).numpy()):
         piece, place = run.data, first + i * stride
         while piece:
@@ -99,21 +99,21 @@ def _write_part(descriptor: int, part: Part, at: int) -> None:
             piece, place = piece[written:], place + written
 
 
-def read(path: Path, parts: dict[str, Part]) -> None:
-    """Fill each part's tensor from the file.
+def read(path: Path, slices: dict[str, TensorSlice]) -> None:
+    """Fill each slice's tensor from the file.
 
     Raises UserError when the file is damaged, lacks one of the tensors or has it in another shape.
     """
     with reading(path, "delete its checkpoint to go on from the one before"), safe_open(path, "pt") as file:
-        missing = sorted(parts.keys() - file.keys())
+        missing = sorted(slices.keys() - file.keys())
         if missing:
             raise ValueError(f"it has no {', '.join(missing)}: it is of another run or another version")
-        for name, part in parts.items():
+        for name, cut in slices.items():
             stored = file.get_slice(name)
-            if tuple(stored.get_shape()) != tuple(part.shape):
-                raise ValueError(f"{name} is {stored.get_shape()}, wanted {list(part.shape)}")
-            if part.dim is None:
-                part.tensor.copy_(file.get_tensor(name))
+            if tuple(stored.get_shape()) != tuple(cut.shape):
+                raise ValueError(f"{name} is {stored.get_shape()}, wanted {list(cut.shape)}")
+            if cut.dim is None:
+                cut.tensor.copy_(file.get_tensor(name))
             else:
-                end = part.start + part.tensor.shape[part.dim]
-                part.tensor.copy_(stored[(slice(None),) * part.dim + (slice(part.start, end),)])
+                end = cut.start + cut.tensor.shape[cut.dim]
+                cut.tensor.copy_(stored[(slice(None),) * cut.dim + (slice(cut.start, end),)])

@@ -19,7 +19,7 @@ from clt.errors import UserError, size_text
 from clt.files import steps
 from clt.train import distributed as dist
 from clt.train import tensorfile
-from clt.train.checkpoint import FORMAT_VERSION, MODEL, TRAINING, Parts, versions
+from clt.train.checkpoint import FORMAT_VERSION, MODEL, TRAINING, Slices, versions
 from clt.train.distributed import World
 
 
@@ -39,23 +39,23 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         self.stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self.copied: torch.Event | None = None
 
-    def begin(self, parts: Parts, config: dict[str, Any], state: dict[str, Any]) -> None:
+    def begin(self, slices: Slices, config: dict[str, Any], state: dict[str, Any]) -> None:
         """Start to write a checkpoint of `state["step"]`. On a GPU, call `wait_for_copy` before the tensors change.
 
-        parts: what `parts` returned; config: the transcoder's; state: goes into state.json. Raises UserError, and keeps
-        the earlier checkpoints, when it cannot be written.
+        slices: what `checkpoint.slices` returned; config: the transcoder's; state: goes into state.json. Raises
+        UserError, and keeps the earlier checkpoints, when it cannot be written.
         """
         self.finish()
         self.final = self.directory / f"step_{state['step']:08d}"
         self.partial = self.final.with_suffix(".tmp")
-        dist.on_rank_zero(self.world, self._create, parts, config, state)
+        dist.on_rank_zero(self.world, self._create, slices, config, state)
         if self.stream is not None:  # the next step's forward and backward pass run during the copy
             self.stream.wait_stream(torch.cuda.current_stream(self.world.device))
         with torch.cuda.stream(self.stream):  # no-op for None
-            copies = {name: tensorfile.snapshot(file) for name, file in parts.items()}
+            copies = {name: tensorfile.snapshot(file) for name, file in slices.items()}
         self.copied = self.stream.record_event() if self.stream is not None else None
-        # The thread holds `parts`: until a temporary tensor is copied, its memory must not be used for another.
-        self.writing = self.writer.submit(self._write, parts, copies, self.copied)
+        # The thread holds `slices`: until a temporary tensor is copied, its memory must not be used for another.
+        self.writing = self.writer.submit(self._write, slices, copies, self.copied)
 
     def wait_for_copy(self) -> None:
         """Have the GPU's current stream, not the CPU, wait until the last checkpoint's tensors are copied."""
@@ -63,20 +63,22 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             torch.cuda.current_stream(self.world.device).wait_event(self.copied)
             self.copied = None
 
-    def _create(self, parts: Parts, config: dict[str, Any], state: dict[str, Any]) -> None:
+    def _create(self, slices: Slices, config: dict[str, Any], state: dict[str, Any]) -> None:
         with self._errors_named():
             self.directory.mkdir(parents=True, exist_ok=True)
             self._delete_partial()
-            wanted = sum(math.prod(p.shape) * p.tensor.element_size() for file in parts.values() for p in file.values())
+            wanted = sum(
+                math.prod(s.shape) * s.tensor.element_size() for file in slices.values() for s in file.values()
+            )
             if (free := shutil.disk_usage(self.directory).free) < wanted * 1.01:
                 raise OSError(errno.ENOSPC, f"found {size_text(free)} free, wanted {size_text(wanted)}")
             self.partial.mkdir()
-            for name, file in parts.items():
+            for name, file in slices.items():
                 tensorfile.create(self.partial / name, file)
             self.state = {**state, "format_version": FORMAT_VERSION, **versions()}
             write_json(self.partial / "config.json", config)
 
-    def _write(self, parts: Parts, copies: Parts, copied: torch.Event | None) -> None:
+    def _write(self, slices: Slices, copies: Slices, copied: torch.Event | None) -> None:
         if copied is not None:
             torch.cuda.set_device(self.world.device)  # a thread starts on GPU 0
             copied.synchronize()

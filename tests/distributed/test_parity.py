@@ -20,7 +20,7 @@ import pytest
 from safetensors.torch import load_file
 
 from benchmarks import chaos, job, parity, ranks
-from clt.data.rows import COLUMNS, part_of
+from clt.data.raw_rows import COLUMNS, raw_rows
 from clt.data.store import DiscBuffer
 from clt.server.wire import frame, frame_bytes
 from clt.train.logger import read_metrics
@@ -109,7 +109,7 @@ def replay(stores: Path, directory: Path, streams: int) -> Iterator[list[str]]:
         connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\nx-clt-segment: replay\r\n\r\n" % size)
         for sequence in itertools.count():
             rows = np.arange(n) + sequence % (len(store) // 60) * 60 + own * n
-            part = part_of(store.read(rows), dict.fromkeys(COLUMNS, rows))
+            part = raw_rows(store.read(rows), dict.fromkeys(COLUMNS, rows))
             connection.sendall(b"".join(frame([part], sequence, shape, "replay")))
 
     shutil.copytree(stores / "heldout", directory / "heldout")

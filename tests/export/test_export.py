@@ -13,7 +13,7 @@ from clt.cli import main
 from clt.config import load_config
 from clt.data.store import DiscBuffer
 from clt.errors import UserError
-from clt.export.compare import Layer, compare
+from clt.export.compare import ForeignLayer, compare
 from clt.export.convert import evenly, to_jumprelu
 from clt.export.export import export
 from clt.model.spec import CLTConfig
@@ -187,7 +187,7 @@ def test_a_comparison_finds_what_differs(make_run, stores):
         layer = clt.fold_layer(s)
         layer["threshold"].clamp_min_(0)
         names = ("b_enc", "threshold", "W_dec", "b_dec")
-        return Layer(layer["W_enc"].T, *(layer[name] for name in names), None)._replace(**changes)
+        return ForeignLayer(layer["W_enc"].T, *(layer[name] for name in names), None)._replace(**changes)
 
     same = compare(clt, read, x, y)
     assert (same["rows"], same["fired_otherwise"]) == (len(x), 0)

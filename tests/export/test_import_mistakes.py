@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from clt.errors import UserError
 from clt.export.importer import import_transcoder
-from tests.export.layouts import F, circuit_tracer, sparsify, transcoder_set
+from tests.export.formats import F, circuit_tracer, sparsify, transcoder_set
 
 
 def cut(folder):
@@ -55,7 +55,7 @@ def of_config(**settings):
         (of_config(feature_output_hook="hook_resid_post"), "feature_output_hook 'hook_resid_post'"),
         (lambda folder: (folder / "config.yaml").write_text("a: [1"), r"config.yaml is damaged \(.*\); copy or"),
         (lambda folder: (folder / "config.yaml").write_text("- 1"), r"found \[1\], wanted keys and values"),
-        (lambda folder: (folder / "config.yaml").unlink(), "holds no transcoder of a known layout"),
+        (lambda folder: (folder / "config.yaml").unlink(), "holds no transcoder of a known format"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_imported_is_told_in_one_message_and_leaves_nothing(spoil, message, source, tmp_path):

@@ -1,4 +1,4 @@
-"""Transcoders of other tools, against the formulas of their layouts."""
+"""Transcoders of other tools, against the formulas of their formats."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from clt.lm.load import load_language_model
 from clt.model.spec import CLTConfig
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.parsing import to_yaml
-from tests.export.layouts import (
+from tests.export.formats import (
     HOOKS,
     SOURCES,
     D,
@@ -213,7 +213,7 @@ def test_a_source_on_the_hub(hub, source, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["set", "set of Gemma Scope 2", "Gemma Scope 2"])
 def test_files_that_a_config_lists_on_the_hub(kind, hub, source, tmp_path):
-    """Of two repositories, as circuit-tracer's config.yaml names them; in its own layout or as Google has them."""
+    """Of two repositories, as circuit-tracer's config.yaml names them; in its own format or as Google has them."""
     places = [hub("org/one"), hub("org/two")]
     function = (gemma_scope if kind == "Gemma Scope 2" else transcoder_set)(source)
     addresses = []

@@ -8,7 +8,7 @@ from clt.errors import UserError
 from clt.model.loss import Objective
 from clt.model.spec import CLTConfig, LossConfig, check_rule
 from clt.model.step import make_kernels
-from clt.model.topk import Layer, batch_threshold, scores, token_thresholds
+from clt.model.topk import ScoreInputs, batch_threshold, scores, token_thresholds
 from clt.model.transcoder import CrossLayerTranscoder
 from tests.model.naive import B, D, F, L, batch, make, naive_normalized, naive_reconstruction
 
@@ -25,7 +25,9 @@ def layers(dtype, by_norm, features=96, tokens=37):
     def draw(*shape):
         return torch.randn(shape, dtype=dtype, generator=generator)
 
-    return [Layer(draw(features, tokens), draw(features), draw(features).abs() if by_norm else None) for _ in range(L)]
+    return [
+        ScoreInputs(draw(features, tokens), draw(features), draw(features).abs() if by_norm else None) for _ in range(L)
+    ]
 
 
 @pytest.mark.parametrize("by_norm", [False, True])
@@ -43,7 +45,7 @@ def test_thresholds_are_the_scores_that_just_do_not_fire(dtype, k, by_norm):
 
 
 def test_ties_with_the_threshold_do_not_fire_and_few_scores_have_threshold_zero():
-    tied = Layer(torch.tensor([[3.0, 1.0], [2.0, -1.0], [2.0, -2.0], [1.0, -3.0]]), torch.zeros(4), None)
+    tied = ScoreInputs(torch.tensor([[3.0, 1.0], [2.0, -1.0], [2.0, -2.0], [1.0, -3.0]]), torch.zeros(4), None)
     assert token_thresholds(tied, 2, 2, whole, KERNELS).tolist() == [[2.0, 0.0]]
     assert batch_threshold([tied], 1.0, whole, 1, KERNELS) == 2.0  # the two largest are 3 and one of two 2s
     assert batch_threshold([tied], 3.0, whole, 1, KERNELS) == 0.0  # five are positive
@@ -53,7 +55,7 @@ def test_ties_with_the_threshold_do_not_fire_and_few_scores_have_threshold_zero(
 def test_two_shards_find_the_threshold_of_the_whole(k):
     """Of 50 that may fire, a shard with 48 features gives all of its scores."""
     (layer,) = layers(torch.float64, by_norm=True)[:1]
-    halves = [Layer(*(tensor[part] for tensor in layer)) for part in (slice(0, 48), slice(48, 96))]
+    halves = [ScoreInputs(*(tensor[part] for tensor in layer)) for part in (slice(0, 48), slice(48, 96))]
     tops: list[torch.Tensor] = []
 
     def gather(rows):

@@ -24,7 +24,7 @@ from xxhash import xxh3_64_hexdigest
 
 from clt.config import Config, ServerConfig, load_config
 from clt.data.extract import extract_all
-from clt.data.rows import Batch, Part, empty_part
+from clt.data.raw_rows import Batch, RawRows, empty_rows
 from clt.data.store import DiscBuffer
 from clt.server import app
 from clt.server.client import ActivationClient, ServerError
@@ -90,8 +90,8 @@ def test_streamed_rows_are_the_stores_come_once_in_no_order_and_about_equally_of
 def test_a_stream_keeps_nothing_that_it_has_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
 
-    async def draw(_: Request, n: int) -> list[Part]:
-        drawn.append(weakref.ref((part := empty_part(n, SHAPE))["rows"]))
+    async def draw(_: Request, n: int) -> list[RawRows]:
+        drawn.append(weakref.ref((part := empty_rows(n, SHAPE))["rows"]))
         return [part]
 
     async def read() -> list[int]:

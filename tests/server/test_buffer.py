@@ -12,14 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clt.data.index import Shape
-from clt.data.rows import Part, tensor_of
+from clt.data.index import RowShape
+from clt.data.raw_rows import RawRows, tensor_of
 from clt.errors import UserError
 from clt.lm.forward import Rows
 from clt.server.buffer import FULL, OPEN, Buffer
 
 BLOCKS, BLOCK_ROWS, OPEN_BLOCKS = 8, 8, 3
-SHAPE = Shape(2, 3, "float16")
+SHAPE = RowShape(2, 3, "float16")
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def fill(buffer: Buffer, first: int = 0, rows: int = 10**9) -> int:
     return first
 
 
-def check(parts: list[Part]) -> list[int]:
+def check(parts: list[RawRows]) -> list[int]:
     """Each value of a row is its document's number; returns the rows."""
     for part in parts:
         assert (tensor_of(part, SHAPE).flatten(1).numpy() == (part["document"] % 1024)[:, None]).all()

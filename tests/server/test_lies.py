@@ -16,15 +16,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from clt.data.index import Shape
-from clt.data.rows import COLUMNS, part_of
+from clt.data.index import RowShape
+from clt.data.raw_rows import COLUMNS, raw_rows
 from clt.errors import UserError
 from clt.server import client as module
 from clt.server.client import ActivationClient, ServerError
 from clt.server.remote import ServerStore
 from clt.server.wire import frame
 
-SHAPE = Shape(3, 4, "float16")
+SHAPE = RowShape(3, 4, "float16")
 INDEX = {"format_version": 1, "model": "m", "revision": None, "tokenizer_hash": "t", "layers": [0, 1, 2],
          "input_sites": ["a"] * 3, "output_sites": ["b"] * 3, "text": {"part": "train"}, "seed": 0, "context": 8,
          "n_layers": 3, "d_acts": 4, "dtype": "float16", "rows": 0, "shards": [], "lm_layers": 3, "lm_dtype": "float32",
@@ -32,9 +32,9 @@ INDEX = {"format_version": 1, "model": "m", "revision": None, "tokenizer_hash": 
 Send = Callable[[socket.socket], None]
 
 
-def rows(n: int, shape: Shape = SHAPE, sequence: int = 0, segment: str = "abc", first: int = 0) -> bytes:
+def rows(n: int, shape: RowShape = SHAPE, sequence: int = 0, segment: str = "abc", first: int = 0) -> bytes:
     tensor = torch.zeros(n, 2, shape.n_layers, shape.d_acts, dtype=getattr(torch, shape.dtype))
-    body = part_of(tensor, {name: np.arange(first, first + n) for name in COLUMNS})
+    body = raw_rows(tensor, {name: np.arange(first, first + n) for name in COLUMNS})
     return b"".join(frame([body], sequence, shape, segment))
 
 
@@ -161,9 +161,9 @@ def test_rows_of_a_server_that_was_started_again_with_another_config_are_refused
 
 good = rows(2)
 LIES = {
-    "another shape": answer(rows(2, Shape(3, 5, "float16"))),
-    "another shape of the same size": answer(rows(2, Shape(4, 3, "float16"))),
-    "another dtype": answer(rows(2, Shape(3, 4, "bfloat16"))),
+    "another shape": answer(rows(2, RowShape(3, 5, "float16"))),
+    "another shape of the same size": answer(rows(2, RowShape(4, 3, "float16"))),
+    "another dtype": answer(rows(2, RowShape(3, 4, "bfloat16"))),
     "more rows than asked for": answer(rows(3)),
     "no rows": answer(good[:4] + struct.pack("<I", 0) + good[8:]),
     "4 billion rows": answer(good[:4] + struct.pack("<I", 2**32 - 1) + good[8:]),

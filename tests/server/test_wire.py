@@ -10,38 +10,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from clt.data.index import Shape
-from clt.data.rows import COLUMNS, Part, cut, empty_part, part_of, tensor_of
+from clt.data.index import RowShape
+from clt.data.raw_rows import COLUMNS, RawRows, cut, empty_rows, raw_rows, tensor_of
 from clt.server import wire
 from clt.server.wire import WireError
 
-SMALL = Shape(1, 3, "float16")
+SMALL = RowShape(1, 3, "float16")
 HEAD = 24  # bytes before the safetensors payload
 
 
-def make(n: int, shape: Shape = SMALL, sequence: int = 0, parts: int = 1) -> tuple[Part, bytearray]:
+def make(n: int, shape: RowShape = SMALL, sequence: int = 0, parts: int = 1) -> tuple[RawRows, bytearray]:
     """Random bits (infinities and NaNs included) and their frame, as of so many slices."""
     random = np.random.default_rng(n)
     data = torch.from_numpy(np.frombuffer(random.bytes(n * shape.row_bytes), np.uint8).copy())
     rows = data.view(getattr(torch, shape.dtype)).view(n, 2, shape.n_layers, shape.d_acts)
-    part = part_of(rows, {name: random.integers(0, 2**31, n).astype(kind) for name, kind in COLUMNS.items()})
+    part = raw_rows(rows, {name: random.integers(0, 2**31, n).astype(kind) for name, kind in COLUMNS.items()})
     cuts = np.linspace(0, n, parts + 1).astype(int).tolist()
     whole = bytearray(b"".join(wire.frame([cut(part, a, b) for a, b in pairwise(cuts)], sequence, shape, "5e9")))
     assert len(whole) == wire.frame_bytes(n, shape, "5e9")
     return part, whole
 
 
-def read(data: bytes, shape: Shape = SMALL, most: int = 9, sequence: int = 0, segment: str = "5e9") -> tuple[int, Part]:
+def read(data: bytes, shape: RowShape = SMALL, most: int = 9, sequence: int = 0) -> tuple[int, RawRows]:
     """The frame's number of rows, and them behind one other row."""
-    out = empty_part(1 + most, shape)
-    return wire.read_frame(io.BytesIO(data).readinto, sequence, shape, segment, out, 1), out
+    out = empty_rows(1 + most, shape)
+    return wire.read_frame(io.BytesIO(data).readinto, sequence, shape, "5e9", out, 1), out
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @given(n=st.integers(1, 9), n_layers=st.integers(1, 3), d=st.integers(1, 7), parts=st.integers(1, 3))
 @settings(max_examples=25, deadline=None)
 def test_what_is_sent_arrives_and_is_plain_safetensors(dtype, n, n_layers, d, parts):
-    shape = Shape(n_layers, d, dtype)
+    shape = RowShape(n_layers, d, dtype)
     sent, data = make(n, shape, 7, parts)
     got, out = read(data, shape, sequence=7)
     assert got == n

@@ -53,8 +53,8 @@ def counters(fill=None, features=8):
 def save(directory, transcoder, optimizer, step=3, keep=2, keep_every=0):
     """One whole checkpoint; returns its path."""
     with Checkpoints(directory, keep, keep_every, ONE_RANK) as checkpoints:
-        parts = checkpoint.parts(transcoder, optimizer, counters())
-        checkpoints.begin(parts, transcoder.config, {"step": step, "busy_seconds": 1.5, "wandb_id": None, **IDENTITY})
+        slices = checkpoint.slices(transcoder, optimizer, counters())
+        checkpoints.begin(slices, transcoder.config, {"step": step, "busy_seconds": 1.5, "wandb_id": None, **IDENTITY})
         checkpoints.finish()
     return directory / f"step_{step:08d}"
 
@@ -123,7 +123,7 @@ def test_every_layout_writes_and_reads_the_same_files(tmp_path, shards, replicas
     cut = list(shards_of(transcoder, optimizer, shards))
     torch.set_rng_state(rng)
     ranks = [
-        checkpoint.parts(shard, moved, tensors, (i, replicas))
+        checkpoint.slices(shard, moved, tensors, (i, replicas))
         for (shard, moved, tensors), i in itertools.product(cut, range(replicas))
     ]
     for name in (checkpoint.MODEL, checkpoint.TRAINING):
@@ -155,7 +155,7 @@ def test_the_weights_may_change_while_they_are_written(tmp_path):
     transcoder, optimizer, step = trained()
     before = {key: value.clone() for key, value in transcoder.state_dict().items()}
     with Checkpoints(tmp_path, 2, 0, ONE_RANK) as checkpoints:
-        checkpoints.begin(checkpoint.parts(transcoder, optimizer, counters()), transcoder.config, {"step": 3})
+        checkpoints.begin(checkpoint.slices(transcoder, optimizer, counters()), transcoder.config, {"step": 3})
         step(9)
         assert checkpoint.steps(tmp_path) == [], "without a name until it is whole"
         checkpoints.finish()
@@ -196,10 +196,10 @@ def test_a_gpu_copies_in_a_stream_of_its_own_that_the_next_update_waits_for(tmp_
     with Checkpoints(tmp_path, 2, 0, World(0, 1, device)) as checkpoints:
         checkpoints.wait_for_copy()
         assert calls == [], "there is no copy yet"
-        parts = checkpoint.parts(transcoder, optimizer, counters())
-        temporary = weakref.ref(parts[checkpoint.TRAINING]["last_fired"].tensor)
-        checkpoints.begin(parts, transcoder.config, {"step": 3})
-        del parts
+        slices = checkpoint.slices(transcoder, optimizer, counters())
+        temporary = weakref.ref(slices[checkpoint.TRAINING]["last_fired"].tensor)
+        checkpoints.begin(slices, transcoder.config, {"step": 3})
+        del slices
         wanted = ["copy waits for training", "begin stream", "snapshot", "snapshot", "end stream", "event"]
         assert [call for call in calls if call != "cuda:5"] == wanted, "training goes on, and nothing is written"
         assert temporary() is not None, "its memory must not be used again before it is copied"
@@ -252,7 +252,7 @@ def test_whatever_keeps_a_checkpoint_from_the_disk_is_raised(tmp_path, monkeypat
     transcoder, optimizer, _ = trained()
     save(tmp_path, transcoder, optimizer, 3)
 
-    def write(path, parts):
+    def write(path, slices):
         raise MemoryError("no memory for a buffer")
 
     monkeypatch.setattr(tensorfile, "write", write)

@@ -52,7 +52,7 @@ def test_a_checkpoint_is_of_the_weights_before_the_next_update(tmp_path):
         busy = torch.ones(8192, 8192, device=device)
         for _ in range(20):
             busy = busy @ busy
-        checkpoints.begin(checkpoint.parts(transcoder, optimizer, {}), transcoder.config, {"step": 1})
+        checkpoints.begin(checkpoint.slices(transcoder, optimizer, {}), transcoder.config, {"step": 1})
         checkpoints.wait_for_copy()
         with torch.no_grad():
             for weight in transcoder.parameters():

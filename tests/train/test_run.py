@@ -13,7 +13,7 @@ from clt.data.check import check_model
 from clt.data.index import read_index
 from clt.errors import UserError
 from clt.lm.load import load_language_model
-from clt.lm.shape import Shape
+from clt.lm.shape import ModelShape
 from clt.plan import make_job, need
 from clt.train.distributed import World
 from clt.train.evaluation import heldout_windows
@@ -126,7 +126,7 @@ def test_more_than_the_layers_have_is_refused_before_the_extraction(train_overri
 
 
 def test_what_may_or_may_not_fit_is_a_warning(base, monkeypatch, capsys):
-    job = make_job(base, Shape(3, 16))
+    job = make_job(base, ModelShape(3, 16))
     for memory, said in ((need(job, 0), ""), (need(job, 0) - 1, "warning: the run may not fit: a rank of 1 x 1")):
         monkeypatch.setattr("clt.train.run.free_memory", lambda memory=memory: {"the machine's memory": memory})
         for precision in ("fp32", "auto"):  # which is the same on a CPU without units for bf16

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from clt.errors import UserError
 from clt.train import tensorfile
-from clt.train.tensorfile import Part
+from clt.train.tensorfile import TensorSlice
 
 TENSORS = {
     "cube": torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0)),
@@ -25,14 +25,14 @@ TENSORS = {
 
 
 def wholes(tensors, writes=True):
-    return {name: Part(tensor, tuple(tensor.shape), writes=writes) for name, tensor in tensors.items()}
+    return {name: TensorSlice(tensor, tuple(tensor.shape), writes=writes) for name, tensor in tensors.items()}
 
 
 def cut(dim, bounds):
     """The parts of as many processes as there are pieces of `cube` along a dimension; the first has all the rest."""
     for start, end in itertools.pairwise(bounds):
         piece = TENSORS["cube"].narrow(dim, start, end - start).contiguous()
-        yield wholes(TENSORS, writes=start == 0) | {"cube": Part(piece, (4, 6, 5), dim, start)}
+        yield wholes(TENSORS, writes=start == 0) | {"cube": TensorSlice(piece, (4, 6, 5), dim, start)}
 
 
 def empty_like(parts):
@@ -78,7 +78,7 @@ def test_a_part_of_another_process_is_left_alone(tmp_path):
     only_first = load_file(path)["cube"]
     assert torch.equal(only_first[:, :2], TENSORS["cube"][:, :2])
     assert not only_first[:, 2:].any()
-    tensorfile.write(path, second | {"scalar": Part(torch.tensor(-1.0), (), writes=False)})
+    tensorfile.write(path, second | {"scalar": TensorSlice(torch.tensor(-1.0), (), writes=False)})
     assert torch.equal(load_file(path)["cube"], TENSORS["cube"])
     assert load_file(path)["scalar"] == 2.5
 
@@ -130,7 +130,7 @@ def test_places_are_those_of_the_header(tmp_path):
 
 def test_a_snapshot_does_not_follow_the_tensors():
     weights, others = torch.nn.Parameter(torch.ones(3)), torch.ones(5, 2)
-    parts = {"weights": Part(weights, (3,)), "others": Part(others, (10, 2), 0, 5, writes=False)}
+    parts = {"weights": TensorSlice(weights, (3,)), "others": TensorSlice(others, (10, 2), 0, 5, writes=False)}
     copies = tensorfile.snapshot(parts)
     weights.data.fill_(7)
     assert copies["weights"].tensor.tolist() == [1, 1, 1]
@@ -177,7 +177,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match=r"b is \[2, 3\], wanted \[3, 2\]"):
         tensorfile.read(path, wholes({"b": torch.zeros(3, 2)}))
     with pytest.raises(UserError, match=r"is \[2, 3\], wanted \[2, 4\]"):
-        tensorfile.read(path, {"b": Part(torch.zeros(2, 2), (2, 4), 1, 2)})
+        tensorfile.read(path, {"b": TensorSlice(torch.zeros(2, 2), (2, 4), 1, 2)})
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(UserError, match="is damaged"):
         tensorfile.read(path, wholes({"b": torch.zeros(2, 3)}))

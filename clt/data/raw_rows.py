@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clt.data.index import Shape
+from clt.data.index import RowShape
 
 COLUMNS = {"document": "<i8", "row": "<i8", "token": "<i4", "position": "<i4"}
-Part = dict[str, np.ndarray]
+COLUMN_BYTES = sum(np.dtype(kind).itemsize for kind in COLUMNS.values())  # of a row
+RawRows = dict[str, np.ndarray]
 """Rows: the COLUMNS (n,), then `rows` (n, row_bytes) uint8, contiguous."""
 
 
@@ -31,23 +32,23 @@ class Batch(NamedTuple):
     segment: str
 
 
-def empty_part(n: int, shape: Shape) -> Part:
+def empty_rows(n: int, shape: RowShape) -> RawRows:
     """Memory for n rows. Of numpy, as it takes huge pages: in torch's, clients spend their time on page faults."""
     return {**{name: np.empty(n, kind) for name, kind in COLUMNS.items()}, "rows": np.empty((n, shape.row_bytes), "u1")}
 
 
-def cut(part: Part, start: int, stop: int) -> Part:
+def cut(part: RawRows, start: int, stop: int) -> RawRows:
     """Rows start .. stop - 1, without a copy."""
     return {name: column[start:stop] for name, column in part.items()}
 
 
-def tensor_of(part: Part, shape: Shape) -> Tensor:
+def tensor_of(part: RawRows, shape: RowShape) -> Tensor:
     """The activations (n, 2, L, D) of these rows, without a copy."""
     rows = torch.from_numpy(part["rows"]).view(getattr(torch, shape.dtype))
     return rows.view(-1, 2, shape.n_layers, shape.d_acts)
 
 
-def part_of(activations: Tensor, columns: Mapping[str, np.ndarray]) -> Part:
+def raw_rows(activations: Tensor, columns: Mapping[str, np.ndarray]) -> RawRows:
     """Contiguous rows (n, 2, L, D) on the CPU, not copied, and their columns (n,)."""
     rows = activations.flatten(1).view(torch.uint8).numpy()
     return {**{name: columns[name].astype(kind) for name, kind in COLUMNS.items()}, "rows": rows}

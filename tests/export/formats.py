@@ -1,4 +1,4 @@
-"""Directories in other tools' layouts, written here, each with its formula written out: x -> (features, outputs)."""
+"""Directories in other tools' formats, written here, each with its formula written out: x -> (features, outputs)."""
 
 import json
 
