@@ -236,6 +236,6 @@ def stream(rounds: int) -> dict[str, float]:
     from benchmarks import serving
 
     with tempfile.TemporaryDirectory() as directory:
-        config = serving.make_store(Path(directory, "store"), 8192)
-        with serving.Server(config, Path(directory)) as server:
+        words = serving.make_store(Path(directory, "store"), 8192)
+        with serving.Server(words, Path(directory, "log")) as server:
             return serving.throughput(server, rounds, None)

@@ -26,23 +26,20 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import yaml  # noqa: E402
+import numpy as np
+import torch
 
-from benchmarks.bad_requests import send_all  # noqa: E402
-from benchmarks.machine import where  # noqa: E402
-from clt.config import Config, load_config  # noqa: E402
-from clt.data.writer import write_store  # noqa: E402
-from clt.server.client import ActivationClient  # noqa: E402
+from benchmarks.bad_requests import send_all
+from benchmarks.machine import ROOT, where
+from clt.arguments import read_config
+from clt.data.writer import write_store
+from clt.server.client import ActivationClient
 
 L, D, BATCH, ROWS = 12, 768, 256, 16384
 WIDTH = 2 * L * D
@@ -59,39 +56,31 @@ def expected(document: np.ndarray) -> np.ndarray:
     return (bits & np.uint16(0x3BFF)).view(np.int16)
 
 
-def make_store(path: Path, rows: int) -> Config:
-    """Stores of `rows` known rows, and the config that serves them."""
-    keys = ["server.source=store", f"server.rows={ROWS}", "server.workers=2", "server.max_streams=80",
-            f"data.store={path}", f"data.train_tokens={rows}", "data.heldout_tokens=64", "lm.context=64"]  # fmt: skip
-    config = load_config(None, keys)
+def make_store(path: Path, rows: int) -> list[str]:
+    """Stores of `rows` known rows, and the arguments of the `clt serve` that serves them."""
+    words = ["server.source=store", f"server.rows={ROWS}", "server.workers=2", "server.max_streams=80",
+             f"data.store={path}", f"data.train_tokens={rows}", "data.heldout_tokens=64", "data.block_rows=64",
+             "lm.context=64"]  # fmt: skip
+    config = read_config(words)
     for part, n in (("train", rows), ("heldout", 64)):
         document = np.arange(n)
         tensor = torch.from_numpy(expected(document)).view(torch.float16).view(n, 2, L, D)
         columns = {"token": document.astype("i4"), "position": document.astype("i4"), "document": document}
         text = {"part": part, **dataclasses.asdict(config.text)}
         write_store(path / part, tensor, columns=columns, model=config.lm.model, text=text, context=64)
-    return config
+    return words
 
 
 class Server:
     """`clt serve` of a checkout, started by a command like nice, and what can be seen of its processes from outside."""
 
-    def __init__(self, config: Config, directory: Path, by: Sequence[str] = (), root: Path = ROOT) -> None:
-        tree = dataclasses.asdict(config)
-        if root != ROOT:  # an older checkout knows other fields, and gets those that it has
-            wanted = {"data": ("store", "train_tokens", "heldout_tokens"), "lm": ("context",),
-                      "server": ("source", "rows", "workers", "max_streams", "name")}  # fmt: skip
-            tree = {section: {name: tree[section][name] for name in names} for section, names in wanted.items()}
-        (directory / "config.yaml").write_text(yaml.safe_dump(tree))
+    def __init__(self, words: Sequence[str], log: Path, by: Sequence[str] = (), root: Path = ROOT) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
-        self.root, self.log = root, directory / "log"
-        self.environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-        command = [*by, sys.executable, "-m", "clt.cli", "serve", str(directory / "config.yaml")]
-        command.append(f"server.port={self.port}")
-        with open(self.log, "w") as log:
-            environment = os.environ | {"PYTHONPATH": str(root)}
-            self.process = subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log)
+        self.log, self.environment = log, os.environ | {"PYTHONPATH": str(root)}
+        command = [*by, sys.executable, "-m", "clt.cli", "serve", *words, f"server.port={self.port}"]
+        with open(log, "w") as out:
+            self.process = subprocess.Popen(command, cwd=root, env=self.environment, stdout=out, stderr=out)
         self.client = ActivationClient(f"http://127.0.0.1:{self.port}", patience=120)
 
     def __enter__(self) -> Server:
@@ -124,24 +113,27 @@ class Server:
 
     def start_clients(self, count: int, seconds: float) -> subprocess.Popen[str]:
         """So many clients, of the server's own checkout, that have begun to read, for some seconds from soon on."""
-        command = [sys.executable, "-c", READ, self.client.url, str(BATCH), str(count), str(seconds)]
-        clients = subprocess.Popen(command, cwd=self.root, env=self.environment, stdout=subprocess.PIPE, text=True)
+        arguments = [self.client.url, str(BATCH), str(count), str(seconds)]
+        command = [sys.executable, str(ROOT / "benchmarks/serving_clients.py"), *arguments]
+        clients = subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, text=True)
         assert clients.stdout is not None
         clients.stdout.readline()
         return clients
+
+    def read(self, clients: int) -> float:
+        """GB/s that so many clients read together for two seconds."""
+        return float(self.start_clients(clients, 2.0).communicate()[0])
 
 
 def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def bare_server(listener: socket.socket, rows: bytes, congestion: str | None) -> None:
-    """An asyncio server that writes the same rows again and again, by this congestion control or the machine's own."""
+@contextlib.contextmanager
+def bare_server(rows: bytes, congestion: bytes | None = None) -> Iterator[int]:
+    """The port of an asyncio server that writes the same rows for ever, by this congestion control or the machine's."""
 
     async def handle(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if congestion is not None:
-            connection = writer.get_extra_info("socket")
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
         view = memoryview(rows)
         with contextlib.suppress(ConnectionError):
             while True:
@@ -149,54 +141,29 @@ def bare_server(listener: socket.socket, rows: bytes, congestion: str | None) ->
                     writer.write(view[start : start + (1 << 20)])
                     await writer.drain()
 
-    async def main() -> None:
+    async def serve(listener: socket.socket) -> None:
         server = await asyncio.start_server(handle, sock=listener)
         await server.serve_forever()
 
-    asyncio.run(main())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        if congestion is not None:  # connections inherit it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion)
+        process = FORK.Process(target=lambda: asyncio.run(serve(listener)), daemon=True)
+        process.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            process.kill()
 
 
-def read_bare(port: int, size: int, seconds: float = 1.0) -> float:
-    """GB/s that one client reads from a bare server."""
-    memory, total = torch.empty(size, dtype=torch.uint8).numpy().data, 0
+def read_bare(port: int) -> float:
+    """GB/s that one client reads from a bare server in a second."""
+    memory, total = torch.empty(BATCH * WIDTH * 2, dtype=torch.uint8).numpy().data, 0
     with socket.create_connection(("127.0.0.1", port)) as connection:
         began = time.perf_counter()
-        while time.perf_counter() - began < seconds:
-            total += connection.recv_into(memory[total % size :])
+        while time.perf_counter() - began < 1:
+            total += connection.recv_into(memory[total % len(memory) :])
         return total / (time.perf_counter() - began) / 1e9
-
-
-READ = """
-import multiprocessing, sys, time
-from clt.server.client import ActivationClient
-
-url, size, count, seconds = sys.argv[1], *map(float, sys.argv[2:])
-fork = multiprocessing.get_context("fork")  # one process imports torch for all of them
-ready = fork.Barrier(int(count) + 1, timeout=300)
-
-def read(_):
-    batches = ActivationClient(url, patience=300).stream_activations(int(size))
-    next(batches)
-    ready.wait()
-    begin, total = time.monotonic() + 0.5, 0
-    for batch in batches:
-        now = time.monotonic()
-        if now > begin + seconds:
-            return total
-        total += batch.activations.nbytes if now > begin else 0
-
-with fork.Pool(int(count)) as pool:
-    totals = pool.map_async(read, range(int(count)), chunksize=1)
-    ready.wait()
-    print("ready", flush=True)
-    print(sum(totals.get()) / seconds / 1e9)
-"""
-"""Clients that verify checksums, each a process; prints the GB/s that they read together."""
-
-
-def read_streams(server: Server, count: int, seconds: float = 2.0) -> float:
-    """GB/s that so many clients read together for some seconds."""
-    return float(server.start_clients(count, seconds).communicate()[0])
 
 
 def throughput(server: Server, rounds: int, against: Server | None) -> dict[str, float]:
@@ -206,46 +173,36 @@ def throughput(server: Server, rounds: int, against: Server | None) -> dict[str,
     from one to the next.
     """
     rows = expected(np.arange(ROWS)).tobytes()  # as much memory as ours reads: less would stay in the caches
-    bare = {name: _start_bare(rows, control) for name, control in (("loopback", None), ("loopback_reno", "reno"))}
     rates: dict[str, list[float]] = defaultdict(list)
-    for _ in range(rounds):
-        for name, (_, port) in bare.items():
-            rates[name].append(read_bare(port, BATCH * WIDTH * 2))
-        for name, count in (("stream", 1), ("clients16", 16)):
-            rates[name].append(read_streams(server, count))
-            if against is not None:
-                rates[f"{name}_other"].append(read_streams(against, count))
-    for process, _ in bare.values():
-        process.kill()
+    with bare_server(rows) as loopback, bare_server(rows, b"reno") as reno:
+        for _ in range(rounds):
+            rates["loopback"].append(read_bare(loopback))
+            rates["loopback_reno"].append(read_bare(reno))
+            for name, count in (("stream", 1), ("clients16", 16)):
+                rates[name].append(server.read(count))
+                if against is not None:
+                    rates[f"{name}_other"].append(against.read(count))
 
     def share(name: str, other: str) -> float:
         return statistics.median(ours / theirs for ours, theirs in zip(rates[name], rates[other]))
 
     result = {f"{name}_gb_per_s": statistics.median(values) for name, values in rates.items()}
-    result |= {f"stream_share_of_{name}": share("stream", name) for name in bare}
+    result |= {f"stream_share_of_{name}": share("stream", name) for name in ("loopback", "loopback_reno")}
     result["clients16_share"] = share("clients16", "loopback")
     if against is not None:
         result |= {f"{name}_against": share(name, f"{name}_other") for name in ("stream", "clients16")}
     return result
 
 
-def _start_bare(rows: bytes, congestion: str | None) -> tuple[BaseProcess, int]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        process = FORK.Process(target=bare_server, args=(listener, rows, congestion), daemon=True)
-        process.start()
-        return process, listener.getsockname()[1]
-
-
 def memory(server: Server, seconds: float) -> dict[str, float]:
     """Growth of the serving processes' memory while one client streams: last quarter against the second."""
-    client = server.start_clients(1, seconds)
     samples = []
-    while client.poll() is None:
-        samples.append(server.rss_mb())
-        time.sleep(seconds / 40)
-    client.communicate()
-    quarter = len(samples) // 4
-    return {"rss_growth_mb": statistics.mean(samples[-quarter:]) - statistics.mean(samples[quarter : 2 * quarter])}
+    with server.start_clients(1, seconds) as client:
+        while client.poll() is None:
+            samples.append(server.rss_mb())
+            time.sleep(seconds / 40)
+    _, second, _, last = np.array_split(samples, 4)
+    return {"rss_growth_mb": float(last.mean() - second.mean())}
 
 
 def take_rows(url: str, file: Path, ended: Any) -> None:
@@ -286,15 +243,14 @@ def faults(server: Server, seconds: float, directory: Path) -> dict[str, float]:
     for client in clients:
         client.join(120)
     failed = sum(client.exitcode != 0 for client in clients if client not in victims)
-    records = np.concatenate([np.fromfile(file, np.int64).reshape(-1, 3) for file in files if file.exists()])
+    records = np.concatenate([np.fromfile(file, np.int64).reshape(-1, 3) for file in files])
     end = time.monotonic() + 60
     while (stats := server.client.stats())["clients"] or stats["fill"] < 0.8:
         assert time.monotonic() < end, f"clients or rows did not come back: {stats}"
         time.sleep(0.1)
-    drawn = stats["rows_drawn"] - before["rows_drawn"]
     parts = ("valid", "open", "in_flight", "rows_drawn", "rows_dropped", "rows_lost")
     whole = stats["rows_generated"] == sum(stats[part] for part in parts)
-    adds_up = whole and stats["rows_lost"] == 0 and len(records) <= drawn
+    adds_up = whole and stats["rows_lost"] == 0 and len(records) <= stats["rows_drawn"] - before["rows_drawn"]
     return {
         "rows_delivered": len(records),
         "rows_twice": len(records) - len(np.unique(records[:, :2], axis=0)),
@@ -322,22 +278,23 @@ def training(seconds: float, directory: Path) -> dict[str, float]:
 
     The server gives way to the training, as the README has it for one machine.
     """
-    common = [f"data.store={directory / 'quickstart'}", "eval.replacement_tokens=0"]
+    steps = max(20, min(1150, round(1150 * seconds / 600)))
+    words = ["configs/quickstart.yaml", f"data.store={directory / 'quickstart'}", f"train.steps={steps}",
+             "eval.replacement_tokens=0"]  # fmt: skip
+    by = ["nice", "-n", "19"]
     if seconds < 600:
-        common += ["data.train_tokens=25000", "data.heldout_tokens=2000", "train.compile=false"]
+        words += ["data.train_tokens=25000", "data.heldout_tokens=2000"]
+        by = []  # a test beside others would leave it no time to start
 
-    def train(*overrides: str) -> dict[str, Any]:
-        run, steps = Path(tempfile.mkdtemp(dir=directory)), max(20, min(1150, round(1150 * seconds / 600)))
-        command = [sys.executable, "train_ddp.py", "configs/quickstart.yaml", *common, *overrides]
-        command += [f"train.steps={steps}", f"run.dir={run}"]
+    def train(name: str, *overrides: str) -> dict[str, Any]:
+        command = [sys.executable, "train_ddp.py", *words, *overrides, f"run.dir={directory / name}"]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        return json.loads((run / "summary.json").read_text())
+        return json.loads((directory / name / "summary.json").read_text())
 
-    by_store = train()
-    served = load_config(ROOT / "configs/quickstart.yaml", [*common, "server.source=store", f"server.rows={ROWS}"])
-    by = ["nice", "-n", "19"] if seconds >= 600 else []  # a test beside others would leave it no time to start
-    with Server(served, Path(tempfile.mkdtemp(dir=directory)), by=by) as server:
-        by_server = train("data.source=server", f"data.url={server.client.url}", f"data.store={directory / 'copy'}")
+    by_store = train("by-store")
+    with Server([*words, "server.source=store", f"server.rows={ROWS}"], directory / "training.log", by) as server:
+        copy = f"data.store={directory / 'copy'}"
+        by_server = train("by-server", "data.source=server", f"data.url={server.client.url}", copy)
     return {
         "training_share_of_store": by_server["tokens_per_second"] / by_store["tokens_per_second"],
         "store_tokens_per_s": by_store["tokens_per_second"],
@@ -347,35 +304,26 @@ def training(seconds: float, directory: Path) -> dict[str, float]:
     }
 
 
-def measure(seconds: float, against: Path | None) -> dict[str, float]:
-    """Everything, one after the other, on one server (and one for the training)."""
-    result: dict[str, float] = {}
-
-    def add(found: dict[str, float]) -> None:
-        result.update(found)
-        print(json.dumps(result, allow_nan=False), file=sys.stderr, flush=True)
-
+def measure(seconds: float, against: Path | None) -> Iterator[dict[str, float]]:
+    """The figures of each part, one after the other, on one server (and one for the training)."""
     with tempfile.TemporaryDirectory(prefix="clt-serving-") as name:
         directory = Path(name)
-        config = make_store(directory / "store", 8192)
-        with Server(config, directory) as server:
-            with contextlib.ExitStack() as stack:
-                other = None
-                if against is not None:
-                    (directory / "other").mkdir()
-                    store = str(directory / "other/store")  # written by that checkout: an index has other fields there
-                    make = f"from benchmarks.serving import *; make_store(Path({store!r}), 8192)"
-                    subprocess.run([sys.executable, "-c", make], cwd=against, check=True)
-                    theirs = dataclasses.replace(config, data=dataclasses.replace(config.data, store=store))
-                    other = stack.enter_context(Server(theirs, directory / "other", root=against.resolve()))
-                add(throughput(server, max(1, min(9, round(seconds / 12))), other))
-            add(faults(server, max(1, seconds / 5), directory))
-            add(memory(server, seconds))
-            add(bad(server, max(420, min(5000, round(5000 * seconds / 60)))))
+        words = make_store(directory / "store", 8192)
+        with Server(words, directory / "log") as server:
+            other = contextlib.nullcontext()
+            if against is not None:
+                store = str(directory / "other")  # written by that checkout: an index has other fields there
+                make = f"from benchmarks.serving import *; make_store(Path({store!r}), 8192)"
+                subprocess.run([sys.executable, "-c", make], cwd=against, check=True)
+                other = Server([*words, f"data.store={store}"], directory / "other.log", root=against.resolve())
+            with other as their_server:
+                yield throughput(server, max(1, min(9, round(seconds / 12))), their_server)
+            yield faults(server, max(1, seconds / 5), directory)
+            yield memory(server, seconds)
+            yield bad(server, max(420, min(5000, round(5000 * seconds / 60))))
             died = len(server.workers - server.processes())
-            add({"worker_crashes": died + server.log.read_text().count("Traceback")})
-        add(training(seconds, directory))
-    return result
+            yield {"worker_crashes": died + server.log.read_text().count("Traceback")}
+        yield training(seconds, directory)
 
 
 def main() -> None:
@@ -384,7 +332,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--against", type=Path, help="a checkout of another commit, to compare the throughput with")
     arguments = parser.parse_args()
-    result = measure(arguments.seconds, arguments.against)
+    result: dict[str, float] = {}
+    for figures in measure(arguments.seconds, arguments.against):
+        result |= figures
+        print(json.dumps(result, allow_nan=False), file=sys.stderr, flush=True)
     missed = [name for name, bar in AT_LEAST.items() if name in result and result[name] < bar]
     missed += [name for name, bar in AT_MOST.items() if result[name] > bar]
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
