@@ -42,6 +42,7 @@ from clt.server.run import close_buffer, folder, open_buffer
 from clt.server.wire import ENDLESS, frame, frame_bytes
 
 log = logging.getLogger("uvicorn.error")
+log.addFilter(lambda record: "without completing response" not in str(record.msg))  # of a stream that was ended
 QUERIES = {
     "/activations": {"batch_size": (1, 1)},
     "/activations/tensor": {"batch_size": (1, 256)},
@@ -131,8 +132,7 @@ async def activations(request: Request) -> Response:
     buffer = request.state.buffer
     rows, tensor = await batch(request, max(1, min(64, _JSON_BYTES // buffer.shape.row_bytes)))
     about = {"shape": list(tensor.shape), "dtype": buffer.shape.dtype, "segment": buffer.segment}
-    columns = {name: rows[name].tolist() for name in COLUMNS}
-    return JSONResponse({**about, **columns, "activations": tensor.tolist()})
+    return JSONResponse({**about, **{name: rows[name].tolist() for name in COLUMNS}, "activations": tensor.tolist()})
 
 
 async def heldout(request: Request) -> Response:
@@ -261,7 +261,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     leading = asyncio.create_task(lead(config, buffer))
     try:
         yield {"server": config.server, "token": token, "buffer": buffer, "heldout": heldout, "kept": kept,
-               "abort": lambda: None}  # fmt: skip
+               "abort": lambda: log.warning("start uvicorn with --http clt.server.protocol:Protocol")}  # fmt: skip
     finally:
         leading.cancel()
         await asyncio.wait([leading])
