@@ -1,9 +1,6 @@
-"""Clients of an activation server, each a process, that verify checksums. Used by serving.py.
+"""serving_clients.py URL BATCH_SIZE CLIENTS SECONDS: clients of a server, each a process, of the clt in PYTHONPATH.
 
-    python benchmarks/serving_clients.py URL BATCH_SIZE CLIENTS SECONDS
-
-Prints `ready` when all of them have read a batch, and then the GB/s that they read together. The client is that of the
-checkout in PYTHONPATH.
+Prints `ready` when all of them have read a batch, and then the GB/s that they read together.
 """
 
 import multiprocessing
@@ -30,7 +27,7 @@ def read(url: str, size: int, seconds: float) -> int:
 
 
 if __name__ == "__main__":
-    url, size, count, seconds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+    url, (size, count), seconds = sys.argv[1], map(int, sys.argv[2:4]), float(sys.argv[4])
     ready = FORK.Barrier(count + 1, timeout=300)
     with FORK.Pool(count) as pool:
         totals = pool.starmap_async(read, [(url, size, seconds)] * count, chunksize=1)
