@@ -18,6 +18,7 @@ from clt.costs import (
     state_bytes,
     trained_parameters,
 )
+from clt.data.index import ITEM_BYTES
 from clt.data.shards import row_bytes
 from clt.errors import UserError, size_text
 from clt.lm.shape import ModelShape
@@ -26,7 +27,6 @@ from clt.model.spec import check_rule
 DEAD = 0.1  # of the features, with AuxK, whose memory and FLOPs grow with them
 FLOAT32 = 1 / 16  # of the peak in bf16: what A100 and H100 do in float32, without tensor cores
 MOST_SHARDS = 1024
-_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def shortage(config: Config, shape: ModelShape, machine: Machine) -> tuple[str |
 def _jobs(config: Config, shape: ModelShape, machine: Machine) -> tuple[Job, Job, int]:
     """A config's step on one rank and in its own layout, and the bytes of the language model in an evaluation."""
     job, shards = make_job(config, shape), config.parallel.feature_shards
-    lm_bytes = (shape.parameters or 0) * _BYTES[config.lm.dtype] if config.eval.replacement_tokens else 0
+    lm_bytes = (shape.parameters or 0) * ITEM_BYTES[config.lm.dtype] if config.eval.replacement_tokens else 0
     return job, replace(job, data=max((machine.gpus or shards) // shards, 1), feature=shards), lm_bytes
 
 
@@ -97,7 +97,7 @@ def make_job(config: Config, shape: ModelShape) -> Job:
         clt.d_features,
         config.train.batch_tokens,
         width=FLOAT if config.train.precision == "fp32" else 2,
-        stored=_BYTES[config.data.dtype],
+        stored=ITEM_BYTES[config.data.dtype],
         accumulate=config.train.accumulate,
         activation=clt.activation,
         k=max(clt.k or 0, clt.k_start or 0),

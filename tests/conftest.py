@@ -68,7 +68,7 @@ def bare_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
     folder = tmp_path_factory.mktemp("bare")
     (folder / "sitecustomize.py").write_text(HIDING)
     root = Path(__file__).parent.parent
-    return os.environ | {"PYTHONPATH": f"{folder}:{root}", "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PYTHONPATH": f"{folder}:{root}"}
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +80,7 @@ def launch_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (venv / "installed").unlink(missing_ok=True)
     wanted = hashlib.sha256(b"".join((root / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")))
     (venv / "installed").write_text(f"test {wanted.hexdigest()[:16]}\n")
-    return {"VENV": str(venv), "OMP_NUM_THREADS": "1"}
+    return {"VENV": str(venv)}
 
 
 @pytest.fixture(scope="session")

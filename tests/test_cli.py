@@ -1,7 +1,6 @@
 """The `clt` command as a user types it."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -20,9 +19,8 @@ ROOT = Path(__file__).parent.parent
 
 def clt(*arguments: object) -> subprocess.CompletedProcess:
     """The command in a process of its own."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "clt.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def refused(result: subprocess.CompletedProcess) -> str:

@@ -55,7 +55,6 @@ def test_the_notebooks_run(folder, monkeypatch):
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("IPYTHONDIR", str(folder.parent / "ipython"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     names = [name for name in NOTEBOOKS if name != "replacement_model" or find_spec("nnsight") is not None]
     notebooks = [nbformat.read(folder / f"{name}.ipynb", as_version=4) for name in names]
     whole = nbformat.v4.new_notebook()

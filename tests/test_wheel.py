@@ -39,7 +39,7 @@ def test_what_is_installed_works_in_an_empty_folder(tmp_path):
     assert done.returncode == 0, done.stderr
 
     def run(*arguments: object) -> str:
-        env = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+        env = os.environ | {"PYTHONPATH": str(site)}
         command = [sys.executable, *map(str, arguments)]
         result = subprocess.run(command, cwd=empty, env=env, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr

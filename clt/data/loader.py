@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from clt.data.index import StoreIndex
+from clt.data.spec import DataConfig
 
 _CLOSE_SECONDS = 10.0
 
@@ -60,7 +61,11 @@ class Loader(Iterator[Tensor]):
     """What the next batch will raise, once it is `ready`; the end of the sampler is none."""
 
     def __init__(
-        self, buffer: Readable, sampler: Iterable[np.ndarray], device: torch.device | str = "cpu", prefetch: int = 4
+        self,
+        buffer: Readable,
+        sampler: Iterable[np.ndarray],
+        device: torch.device | str = "cpu",
+        prefetch: int = DataConfig.prefetch,
     ) -> None:
         self.device = torch.device(device)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None

@@ -18,6 +18,7 @@ from torch import Tensor
 from clt.data.index import PARTIAL, STATISTICS, ShardEntry, StoreIndex, delete_unfinished, rename_synced, write_index
 from clt.data.sampler import permutation
 from clt.data.shards import COLUMN_DTYPES, checksum, create_shard, write_at
+from clt.data.spec import DataConfig
 from clt.data.state import ExtractionState
 from clt.data.statistics import Moments
 from clt.lm.forward import Rows
@@ -156,7 +157,7 @@ class Writer:
 def write_store(
     path: str | Path,
     tensor: Tensor,
-    shard_rows: int = 32_768,
+    shard_rows: int = DataConfig.shard_rows,
     columns: dict[str, np.ndarray] | None = None,
     **fields: Any,
 ) -> StoreIndex:

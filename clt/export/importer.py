@@ -20,6 +20,7 @@ from clt.export.directory import new_directory
 from clt.export.foreign import Foreign, Reader
 from clt.lm.forward import forward_text
 from clt.lm.load import LanguageModel
+from clt.model.activations import NO_NORM
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.ranges import NORM_OUTPUT
 from clt.train import tensorfile
@@ -210,7 +211,7 @@ def _thresholds(
             if len(largest) > most:
                 largest = largest.topk(most + 1, sorted=False).values
     tau = float(largest.min()) if len(largest) > most else 0.0
-    return tau / norms.clamp_min(1e-30), len(x)
+    return tau / norms.clamp_min(NO_NORM), len(x)
 
 
 def _remarks(source: Foreign, writer: _Writer) -> list[str]:

@@ -20,6 +20,8 @@ THRESHOLD_FLOOR = 0.01
 """Learned thresholds stay at or above it. The straight-through estimate of d/dtheta has the sign of theta: a threshold
 that has become negative is pushed further down, by the penalty too, and its feature fires on nearly all tokens."""
 
+NO_NORM = 1e-30  # a decoder row that is shorter counts as zero
+
 
 class Fired(NamedTuple):
     """The features a, and da/dpre; both in the shape and dtype of pre."""
@@ -41,7 +43,7 @@ def theta(clt: CLTConfig, threshold: Tensor, norm: Tensor | None) -> Tensor:
         return threshold
     assert norm is not None
     # pre > t / norm and pre * norm > t differ by rounding. A score that is above t by rounding alone must not fire.
-    return threshold * (1 + 4 * torch.finfo(threshold.dtype).eps) / norm.clamp_min(1e-30)
+    return threshold * (1 + 4 * torch.finfo(threshold.dtype).eps) / norm.clamp_min(NO_NORM)
 
 
 class Gated(NamedTuple):

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clt.model.activations import theta
+from clt.model.activations import NO_NORM, theta
 from clt.model.kernels import Lists, by_token, kernels_for
 from clt.model.spec import CLTConfig
-from clt.model.step import NO_NORM, Step
+from clt.model.step import Step
 
 
 def count(product: Tensor, bias: Tensor, threshold: Tensor, norm: Tensor, step: Step) -> Tensor:
@@ -61,7 +61,7 @@ def needed(found: Tensor, sampled: bool) -> Tensor:
 def _rule(threshold: Tensor, norm: Tensor, clt: CLTConfig) -> tuple[Tensor, Tensor | None, float | None]:
     """The arguments `limit`, `of_token` and `bandwidth` of the kernels."""
     if clt.activation == "topk":  # theta is of tokens, with `by_norm` divided by one of features
-        limit = norm.clamp_min(1e-30) if clt.by_norm else torch.ones_like(norm)
+        limit = norm.clamp_min(NO_NORM) if clt.by_norm else torch.ones_like(norm)
         of_token = theta(clt, threshold, torch.ones_like(threshold)).reshape(-1)
     else:
         limit, of_token = theta(clt, threshold, norm.unsqueeze(1)).expand(len(norm), 1).reshape(-1), None

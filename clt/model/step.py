@@ -22,13 +22,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clt.model.activations import gate, gate_gradients
+from clt.model.activations import NO_NORM, gate, gate_gradients
 from clt.model.error import mean_squares, mean_squares_gradient, remainder, sum_over_tokens
 from clt.model.normalization import Normalization
 from clt.model.spec import CLTConfig, LossConfig
 from clt.model.topk import count_above, maxima, scores_and_maxima
-
-NO_NORM = 1e-30  # a decoder row that is shorter counts as zero
 
 
 def normalized(norm: Normalization, activations: Tensor, dtype: torch.dtype) -> Tensor:

@@ -31,8 +31,7 @@ def start(*arguments: str, run_dir: Path) -> subprocess.Popen:
     """A long job of two ranks under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["train_ddp.py", *arguments, f"run.dir={run_dir}", f"train.steps={STEPS}", "eval.replacement_tokens=0"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
 def wait_for_steps(job: subprocess.Popen, run_dir: Path) -> None:

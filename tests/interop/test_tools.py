@@ -127,7 +127,7 @@ def results(foreign_python: Path, run: Path, tmp_path_factory: pytest.TempPathFa
         made[name] = (x, clt, json.loads((of_job / "summary.json").read_text()))
     (base / "jobs.json").write_text(json.dumps(jobs))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [str(foreign_python), str(Path(__file__).parent / "foreign.py"), base / "jobs.json", base / "found.json"]
     done = subprocess.run(command, cwd=base, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

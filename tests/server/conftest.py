@@ -48,7 +48,7 @@ class Server:
 
     def __init__(self, command: list[str], environment: dict[str, str], url: str, path: Path) -> None:
         self.store, self.log = path / "store", path / "log"
-        self._environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        self._environment = os.environ | environment
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         self.url = url.format(port=self.port)

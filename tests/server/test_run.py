@@ -71,7 +71,7 @@ def test_a_server_that_is_stopped_while_it_prepares_leaves_nobody_at_work(
     made = config("server.rows=150", "server.statistics_tokens=100", *keys)
     file.write_text(to_yaml(made))
     words = [*before, sys.executable, "-m", *command.format(file).split()]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CLT_CONFIG": str(file)}
+    env = os.environ | {"CLT_CONFIG": str(file)}
     process = subprocess.Popen(words, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     eventually(lambda: process.poll() is not None or (Path(made.data.store) / "server" / "lock").exists())
     process.send_signal(number)
