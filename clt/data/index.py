@@ -34,6 +34,9 @@ class RowShape(NamedTuple):
     d_acts: int
     dtype: str
 
+    def __str__(self) -> str:
+        return f"(2, {self.n_layers}, {self.d_acts}) {self.dtype}"
+
     @property
     def row_bytes(self) -> int:
         """Bytes of the activations (2, L, D) of a row."""

@@ -260,8 +260,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
     }
     leading = asyncio.create_task(lead(config, buffer))
     try:
-        yield {"server": config.server, "token": token, "buffer": buffer, "heldout": heldout, "kept": kept,
-               "abort": lambda: log.warning("start uvicorn with --http clt.server.protocol:Protocol")}  # fmt: skip
+        yield {"abort": lambda: log.warning("no slow client is dropped without --http clt.server.protocol:Protocol"),
+               "server": config.server, "token": token, "buffer": buffer, "heldout": heldout, "kept": kept}  # fmt: skip
     finally:
         leading.cancel()
         await asyncio.wait([leading])

@@ -76,9 +76,9 @@ def test_a_scatter_of_many_features_has_one_in_each_cell(made, monkeypatch):
     """With cells as large as the plot, one of all that fire."""
     table = Table(made.features)
     monkeypatch.setattr(tables, "_POINTS", 5)
-    assert 5 < len(table._points()["layer"]) <= (made.features.arrays["count"] > 0).sum()
+    assert 5 < len(table.overview(made.run)["points"]["layer"]) <= (made.features.arrays["count"] > 0).sum()
     monkeypatch.setattr(tables, "_GRID", 1)
-    points = table._points()
+    points = table.overview(made.run)["points"]
     assert [len(column) for column in points.values()] == [1, 1, 1, 1]
     assert points["count"][0] == made.features.arrays["count"][points["layer"][0], points["feature"][0]]
 
