@@ -85,7 +85,7 @@ def main(config: Config, prepare: bool) -> int:
             ddp.settle_buckets(model, zeros, terms, autocast, state.dead())
         state.switch.choose(state.step)  # after the buckets, which a dense step settles
 
-        checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every, world)
+        checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, world)
         logger = Logger(config, world.rank, state.step, state.wandb_id)
         state.wandb_id = logger.wandb_id
         watch = Watch(world, config.parallel.timeout_seconds, config.checkpoint.grace_seconds)

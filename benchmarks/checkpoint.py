@@ -40,6 +40,7 @@ def cost(
     from clt.train import checkpoint
     from clt.train.distributed import World
     from clt.train.metrics import coefficients
+    from clt.train.spec import CheckpointConfig
     from clt.train.writer import Checkpoints
 
     L, D, F, B = shape
@@ -76,7 +77,7 @@ def cost(
 
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory(dir=directory) as folder:
-        with Checkpoints(Path(folder), 1, 0, World(0, 1, device)) as checkpoints:
+        with Checkpoints(Path(folder), CheckpointConfig(keep=1), World(0, 1, device)) as checkpoints:
             round_of_steps(checkpoints, "none", 0)  # warms up
             for number in range(1, rounds + 1):
                 for i, kind in enumerate(KINDS):

@@ -21,6 +21,7 @@ from clt.train import distributed as dist
 from clt.train import tensorfile
 from clt.train.checkpoint import FORMAT_VERSION, MODEL, TRAINING, Slices, versions
 from clt.train.distributed import World
+from clt.train.spec import CheckpointConfig
 
 
 class Checkpoints(AbstractContextManager["Checkpoints"]):
@@ -30,9 +31,9 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     checkpoint get its checksums and its name: a crash before leaves a `.tmp`, which the next checkpoint deletes.
     """
 
-    def __init__(self, directory: Path, keep: int, keep_every: int, world: World) -> None:
-        """keep: how many of the newest are kept; keep_every: multiples of this step are kept for good (0: none)."""
-        self.directory, self.keep, self.keep_every, self.world = directory, keep, keep_every, world
+    def __init__(self, directory: Path, config: CheckpointConfig, world: World) -> None:
+        """config: says which checkpoints are kept."""
+        self.directory, self.config, self.world = directory, config, world
         self.writer = ThreadPoolExecutor(1, "clt-checkpoint")
         self.writing: Future[None] | None = None
         self.publishing: Future[None] | None = None
@@ -114,8 +115,8 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         sync(self.partial)
         self.partial.rename(self.final)
         sync(self.directory)
-        for step in steps(self.directory)[: -self.keep]:
-            if not (self.keep_every and step % self.keep_every == 0):
+        for step in steps(self.directory)[: -self.config.keep]:
+            if not (self.config.keep_every and step % self.config.keep_every == 0):
                 old = self.directory / f"step_{step:08d}"
                 # Half of one must not have the name of a whole one. What cannot be deleted now is, with the next.
                 shutil.rmtree(old.rename(old.with_suffix(".tmp")), ignore_errors=True)

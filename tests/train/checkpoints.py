@@ -7,6 +7,7 @@ from clt.model.spec import CLTConfig, LossConfig
 from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import checkpoint
 from clt.train.distributed import World
+from clt.train.spec import CheckpointConfig
 from clt.train.writer import Checkpoints
 
 ONE_RANK = World(0, 1, torch.device("cpu"))
@@ -38,7 +39,7 @@ def counters(fill=None, features=8):
 
 def save(directory, transcoder, optimizer, step=3, keep=2, keep_every=0):
     """One whole checkpoint; returns its path."""
-    with Checkpoints(directory, keep, keep_every, ONE_RANK) as checkpoints:
+    with Checkpoints(directory, CheckpointConfig(keep=keep, keep_every=keep_every), ONE_RANK) as checkpoints:
         slices = checkpoint.slices(transcoder, optimizer, counters())
         checkpoints.begin(slices, transcoder.config, {"step": step, "busy_seconds": 1.5, "wandb_id": None, **IDENTITY})
         checkpoints.finish()

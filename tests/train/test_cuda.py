@@ -12,6 +12,7 @@ from clt.model.transcoder import CrossLayerTranscoder
 from clt.train import checkpoint, evaluation
 from clt.train.distributed import World
 from clt.train.logger import Logger
+from clt.train.spec import CheckpointConfig
 from clt.train.writer import Checkpoints
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
@@ -48,7 +49,7 @@ def test_a_checkpoint_is_of_the_weights_before_the_next_update(tmp_path):
     transcoder = CrossLayerTranscoder(2, 256, CLTConfig(d_features=8192)).to(device)
     optimizer = torch.optim.Adam(transcoder.parameters(), fused=True)
     before = {name: tensor.cpu().clone() for name, tensor in transcoder.state_dict().items()}
-    with Checkpoints(tmp_path, 1, 0, World(0, 1, device)) as checkpoints:
+    with Checkpoints(tmp_path, CheckpointConfig(keep=1), World(0, 1, device)) as checkpoints:
         busy = torch.ones(8192, 8192, device=device)
         for _ in range(20):
             busy = busy @ busy

@@ -14,6 +14,7 @@ from clt.errors import UserError
 from clt.train import checkpoint, tensorfile, writer
 from clt.train.distributed import World
 from clt.train.optim import Update
+from clt.train.spec import CheckpointConfig
 from clt.train.writer import Checkpoints
 from tests.train.checkpoints import ONE_RANK, counters, equal, save, trained
 
@@ -21,7 +22,7 @@ from tests.train.checkpoints import ONE_RANK, counters, equal, save, trained
 def test_the_weights_may_change_while_they_are_written(tmp_path):
     transcoder, optimizer, step = trained()
     before = {key: value.clone() for key, value in transcoder.state_dict().items()}
-    with Checkpoints(tmp_path, 2, 0, ONE_RANK) as checkpoints:
+    with Checkpoints(tmp_path, CheckpointConfig(), ONE_RANK) as checkpoints:
         checkpoints.begin(checkpoint.slices(transcoder, optimizer, counters()), transcoder.config, {"step": 3})
         step(9)
         assert checkpoint.steps(tmp_path) == [], "without a name until it is whole"
@@ -60,7 +61,7 @@ def fake_cuda(monkeypatch):
 def test_a_gpu_copies_in_a_stream_of_its_own_that_the_next_update_waits_for(tmp_path, fake_cuda):
     transcoder, optimizer, _ = trained()
     calls, device = fake_cuda.calls, torch.device("cuda", 5)
-    with Checkpoints(tmp_path, 2, 0, World(0, 1, device)) as checkpoints:
+    with Checkpoints(tmp_path, CheckpointConfig(), World(0, 1, device)) as checkpoints:
         checkpoints.wait_for_copy()
         assert calls == [], "there is no copy yet"
         slices = checkpoint.slices(transcoder, optimizer, counters())
