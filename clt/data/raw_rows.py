@@ -37,15 +37,15 @@ def empty_rows(n: int, shape: RowShape) -> RawRows:
     return {**{name: np.empty(n, kind) for name, kind in COLUMNS.items()}, "rows": np.empty((n, shape.row_bytes), "u1")}
 
 
-def cut(part: RawRows, start: int, stop: int) -> RawRows:
+def cut(rows: RawRows, start: int, stop: int) -> RawRows:
     """Rows start .. stop - 1, without a copy."""
-    return {name: column[start:stop] for name, column in part.items()}
+    return {name: column[start:stop] for name, column in rows.items()}
 
 
-def tensor_of(part: RawRows, shape: RowShape) -> Tensor:
+def tensor_of(rows: RawRows, shape: RowShape) -> Tensor:
     """The activations (n, 2, L, D) of these rows, without a copy."""
-    rows = torch.from_numpy(part["rows"]).view(getattr(torch, shape.dtype))
-    return rows.view(-1, 2, shape.n_layers, shape.d_acts)
+    numbers = torch.from_numpy(rows["rows"]).view(getattr(torch, shape.dtype))
+    return numbers.view(-1, 2, shape.n_layers, shape.d_acts)
 
 
 def raw_rows(activations: Tensor, columns: Mapping[str, np.ndarray]) -> RawRows:

@@ -128,10 +128,10 @@ class Objective(nn.Module):
             remainder = self.kernels.remainder(y.detach(), clt.b_dec.detach(), target) if self.loss.aux else None
             penalties, lows, active = (torch.stack(of_layers) for of_layers in zip(*sums))
             mse = mse_per_layer.mean()
-            batch = TermInputs(clt, self.loss, B, products, penalties, lows, remainder, unit, dead)  # type: ignore[arg-type]
+            inputs = TermInputs(clt, self.loss, B, products, penalties, lows, remainder, unit, dead)  # type: ignore[arg-type]
             total, values = mse, {"mse": mse.detach()}
             for name, term in TERMS.items():
-                value = term(batch)
+                value = term(inputs)
                 total, values[name] = total + coefficients[name] * value, value.detach()
         pairs = () if found is None else (found.sum(1), needed(found, self.sampling is not None))
         return Losses(total, values, mse_per_layer.detach(), active.sum(1) / B, active > 0, threshold, *pairs)
